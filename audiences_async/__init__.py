@@ -1,0 +1,62 @@
+"""The asyncio client for ``GET /audiences`` of the CommBox API: a complete answer, or an error that says why not."""
+
+from audiences_async._version import __version__
+from audiences_async.client import AudiencesClient
+from audiences_async.errors import (
+    AttemptTimeoutError,
+    AudiencesError,
+    BadRequestError,
+    ClientClosedError,
+    ConfigurationError,
+    ConnectionFailedError,
+    DeadlineExceededError,
+    ForbiddenError,
+    InvalidResponseError,
+    NotFoundError,
+    ResponseTooLargeError,
+    ServerError,
+    StatusError,
+    TooManyRequestsError,
+    TransportError,
+    UnauthorizedError,
+)
+from audiences_async.events import Attempt, Event
+from audiences_async.models import (
+    Account,
+    Audience,
+    AudiencesResponse,
+    DynamicAudience,
+    StaticAudience,
+    UnknownAudience,
+)
+from audiences_async.retrying import RetryPolicy
+
+__all__ = [
+    "Account",
+    "Attempt",
+    "AttemptTimeoutError",
+    "Audience",
+    "AudiencesClient",
+    "AudiencesError",
+    "AudiencesResponse",
+    "BadRequestError",
+    "ClientClosedError",
+    "ConfigurationError",
+    "ConnectionFailedError",
+    "DeadlineExceededError",
+    "DynamicAudience",
+    "Event",
+    "ForbiddenError",
+    "InvalidResponseError",
+    "NotFoundError",
+    "ResponseTooLargeError",
+    "RetryPolicy",
+    "ServerError",
+    "StaticAudience",
+    "StatusError",
+    "TooManyRequestsError",
+    "TransportError",
+    "UnauthorizedError",
+    "UnknownAudience",
+    "__version__",
+]

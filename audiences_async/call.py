@@ -1,0 +1,197 @@
+"""One call: attempt, decide, wait, again. All that a call remembers is here, and ends with it."""
+
+from typing import Literal, TypeAlias
+
+from attrs import frozen
+from tenacity import AsyncRetrying, RetryCallState, retry_if_result
+
+from audiences_async.clock import Clock
+from audiences_async.credentials import ApiKey, KeySource
+from audiences_async.errors import AudiencesError, ConnectionFailedError, StatusError, UnauthorizedError
+from audiences_async.events import Attempt, AttemptFinished, CallFinished, Event, EventHook, StopReason, emit
+from audiences_async.models import AudiencesResponse
+from audiences_async.retrying import RetryPolicy, wait_full_jitter
+from audiences_async.transport import Transport
+from audiences_async.wire import Reply, Result, read
+
+_Step: TypeAlias = Literal["fresh-key", "stale-connection", "retry-after", "backoff"]
+
+
+@frozen
+class CallSettings:
+    """What all calls of one client share; see `AudiencesClient` for each."""
+
+    policy: RetryPolicy
+    clock: Clock
+    on_event: EventHook | None
+
+
+class Call:
+    """One call for one account, from the first attempt to the answer or the error.
+
+    Args:
+        account: The account's name.
+        credential: The key, or where fresh ones come from.
+        timeout: Seconds for the whole call. Only waits are held against it here; the caller cuts off the rest.
+        transport: Where attempts are made.
+        settings: What all calls of the client share.
+    """
+
+    def __init__(
+        self, account: str, credential: ApiKey | KeySource, timeout: float, transport: Transport, settings: CallSettings
+    ) -> None:
+        self._account = account
+        self._key, self._source = (credential, None) if isinstance(credential, ApiKey) else (None, credential)
+        self._refused_key: ApiKey | None = None
+        self._transport = transport
+        self._settings = settings
+        self._started = settings.clock.monotonic()
+        self._deadline = self._started + timeout
+        self._sent_at: float | None = None
+        self._attempt_elapsed = 0.0
+        self._attempts: tuple[Attempt, ...] = ()
+        self._stale_before = False
+        self._stop_reason: StopReason = "final"
+
+    async def run(self) -> Result:
+        """The answer, or the error of the last attempt; tenacity comes in when something has failed."""
+        result = await self._attempt()
+        if self._retries(result):
+            result = await self._run_again(result)
+        return self._finish(result)
+
+    async def _run_again(self, first: Result) -> Result:
+        pending = [first]
+
+        async def attempt() -> Result:
+            return pending.pop() if pending else await self._attempt()
+
+        # One object for each call: tenacity keeps the state of its loop on itself. Errors are results, not
+        # exceptions, so that a cancellation is never taken for something to retry.
+        retrying = AsyncRetrying(
+            retry=retry_if_result(self._retries),
+            wait=self._wait,
+            stop=self._stops,
+            before_sleep=self._before_sleep,
+            sleep=self._settings.clock.sleep,
+            retry_error_callback=_result_of,
+        )
+        result: Result = await retrying(attempt)
+        return result
+
+    def cut_off(self, error: AudiencesError, stop_reason: StopReason) -> AudiencesError:
+        """The error of a call that ended from outside: its timeout, a closing client, a key function that failed.
+
+        An attempt that was under way counts: its request may be on the wire.
+        """
+        if self._sent_at is not None:
+            elapsed = self._settings.clock.monotonic() - self._sent_at
+            self._record(Attempt(self._next_number, None, "cut off", elapsed, 0.0, stop_reason))
+        return self._with_context(error, stop_reason)
+
+    async def _attempt(self) -> Result:
+        key = self._key = await self._current_key()
+        async with self._transport.slots:
+            self._sent_at = self._settings.clock.monotonic()
+            reply = await self._transport.attempt(key)
+        result = read(reply, key, now=self._settings.clock.wall()) if isinstance(reply, Reply) else reply
+        self._attempt_elapsed = self._settings.clock.monotonic() - self._sent_at
+        self._sent_at = None
+        return result
+
+    async def _current_key(self) -> ApiKey:
+        if self._key is not None and self._key is not self._refused_key:
+            return self._key
+        assert self._source is not None
+        return await self._source.get(account=self._account, refused=self._refused_key)
+
+    def _retries(self, result: Result) -> bool:
+        return isinstance(result, AudiencesError) and (
+            self._may_refresh_key(result) or self._settings.policy.retries(result)
+        )
+
+    def _may_refresh_key(self, error: AudiencesError) -> bool:
+        return isinstance(error, UnauthorizedError) and self._source is not None and self._refused_key is None
+
+    def _step(self, error: AudiencesError) -> _Step:
+        if self._may_refresh_key(error):
+            return "fresh-key"
+        # That the peer closed a pooled connection says nothing about the service: once, ask again at once.
+        if isinstance(error, ConnectionFailedError) and error.stale_connection and not self._stale_before:
+            return "stale-connection"
+        return "backoff" if error.retry_after is None else "retry-after"
+
+    def _wait(self, state: RetryCallState) -> float:
+        if self._step(_error_of(state)) in {"fresh-key", "stale-connection"}:
+            return 0.0
+        return wait_full_jitter(self._settings.policy, self._settings.clock)(state)
+
+    def _stops(self, state: RetryCallState) -> bool:
+        if state.attempt_number >= self._settings.policy.max_attempts:
+            self._stop_reason = "attempts"
+            return True
+        if self._settings.clock.monotonic() + state.upcoming_sleep < self._deadline:
+            return False
+        self._stop_reason = "deadline"
+        error = _error_of(state)
+        error.retry_after = state.upcoming_sleep if error.retry_after is None else error.retry_after
+        return True
+
+    def _before_sleep(self, state: RetryCallState) -> None:
+        error = _error_of(state)
+        step = self._step(error)
+        self._stale_before |= step == "stale-connection"
+        self._record(self._attempt_record(error, state.upcoming_sleep, step))
+        if step == "fresh-key":
+            self._refused_key = self._key
+
+    def _finish(self, result: Result) -> Result:
+        if isinstance(result, AudiencesResponse):
+            if self._settings.on_event is not None:
+                self._record(self._attempt_record(result, 0.0, "success"))
+                self._tell_finished(None)
+            return result
+        self._record(self._attempt_record(result, 0.0, self._stop_reason))
+        return self._with_context(result, self._stop_reason)
+
+    @property
+    def _next_number(self) -> int:
+        return len(self._attempts) + 1
+
+    def _attempt_record(self, result: Result, wait: float, reason: str) -> Attempt:
+        error = None if isinstance(result, AudiencesResponse) else result.message
+        status = result.status if isinstance(result, AudiencesResponse | StatusError) else None
+        return Attempt(self._next_number, status, error, self._attempt_elapsed, wait, reason)
+
+    def _record(self, attempt: Attempt) -> None:
+        self._attempts += (attempt,)
+        self._tell(AttemptFinished(self._account, attempt))
+
+    def _with_context(self, error: AudiencesError, stop_reason: StopReason) -> AudiencesError:
+        error.account = self._account
+        error.attempts = self._attempts
+        error.elapsed = self._settings.clock.monotonic() - self._started
+        error.stop_reason = stop_reason
+        self._tell_finished(error)
+        return error
+
+    def _tell_finished(self, error: AudiencesError | None) -> None:
+        elapsed = self._settings.clock.monotonic() - self._started
+        name = None if error is None else type(error).__name__
+        self._tell(CallFinished(self._account, len(self._attempts), elapsed, name))
+
+    def _tell(self, event: Event) -> None:
+        if self._settings.on_event is not None:
+            emit(self._settings.on_event, event)
+
+
+def _result_of(state: RetryCallState) -> Result:
+    assert state.outcome is not None
+    result: Result = state.outcome.result()
+    return result
+
+
+def _error_of(state: RetryCallState) -> AudiencesError:
+    result = _result_of(state)
+    assert isinstance(result, AudiencesError)
+    return result

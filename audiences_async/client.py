@@ -1,0 +1,261 @@
+"""The client: settings, lifecycle, and the bounds around each call."""
+
+import asyncio
+import os
+import ssl as tls
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+from weakref import WeakValueDictionary
+
+from audiences_async import checks
+from audiences_async.call import Call, CallSettings
+from audiences_async.clock import Clock
+from audiences_async.credentials import ApiKey, KeySource
+from audiences_async.errors import AudiencesError, ClientClosedError, ConfigurationError, DeadlineExceededError
+from audiences_async.events import EventHook
+from audiences_async.models import Account, AudiencesResponse
+from audiences_async.retrying import RetryPolicy
+from audiences_async.transport import (
+    DEFAULT_MAX_CONNECTIONS,
+    Transport,
+    TransportSettings,
+    check_session,
+    keeps_cookies,
+)
+from audiences_async.wire import PRODUCTION, endpoint, proxy_url
+
+if TYPE_CHECKING:
+    import aiohttp
+
+DEFAULT_ACCOUNT: Final = "default"
+"""The name of the account whose key the client itself was given."""
+
+
+class AudiencesClient:
+    """A client for ``GET /audiences``: every audience of an account, or an error that says why not.
+
+    One client serves any number of tasks of one event loop, and any number of accounts. It may be made anywhere,
+    binds to the event loop of its first use, and opens its session then::
+
+        async with AudiencesClient("api-key") as client:
+            response = await client.get_audiences()
+
+    Args:
+        api_key: The default account's key; else the environment's ``AUDIENCES_API_KEY``. With neither, every call
+            needs an `Account`.
+        base_url: Where the service is; else ``AUDIENCES_BASE_URL``, else production, https://api.commbox.io/.
+        allow_http: Whether a plain ``http://`` URL may lead to a host that is not loopback; the key is then readable
+            on the way.
+        timeout: Seconds for a whole call: queueing, every attempt and every wait. Above 0.
+        attempt_timeout: Seconds for one attempt: sending, headers and the whole body. Above 0.
+        retry: What is retried, how often and after how long.
+        max_connections: Connections of the client's own session; ``None`` means 100.
+        max_body_bytes: The largest body that is read, in bytes after inflating.
+        ssl: The TLS context of the client's own session, for a CA or a client certificate of your own; ``None`` means
+            the system's CAs.
+        proxy: URL of an HTTP proxy for the client's own session; ``None`` means none, whatever the environment says.
+        session: A session of yours to send on; it stays yours and is never closed here. One that keeps cookies serves
+            a single account. ``ssl``, ``proxy`` and ``max_connections`` are then your session's matter.
+        on_event: Called with each `Event` as it happens, inside the event loop: it must not block. What it raises is
+            logged and goes no further.
+        clock: Time and randomness, to be stepped in tests.
+
+    Raises:
+        ConfigurationError: An argument or an environment variable that cannot be used.
+    """
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        *,
+        base_url: str | None = None,
+        allow_http: bool = False,
+        timeout: float = 60.0,
+        attempt_timeout: float = 15.0,
+        retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - a frozen value
+        max_connections: int | None = None,
+        max_body_bytes: int = 64 * 2**20,
+        ssl: tls.SSLContext | None = None,
+        proxy: str | None = None,
+        session: "aiohttp.ClientSession | None" = None,
+        on_event: EventHook | None = None,
+        clock: Clock = Clock(),  # noqa: B008 - a frozen value
+    ) -> None:
+        # The plain key leaves this frame's locals before anything can raise: tracebacks may print locals.
+        key = None if api_key is None else ApiKey(api_key)
+        del api_key
+        self._default = _default_account(key)
+        self._timeout = checks.seconds("timeout", timeout)
+        checks.instance("retry", retry, RetryPolicy)
+        checks.instance("clock", clock, Clock)
+        if on_event is not None and not callable(on_event):
+            raise ConfigurationError(f"on_event must be callable, got {type(on_event).__name__}")
+        self._call_settings = CallSettings(retry, clock, on_event)
+        _check_pool(session, max_connections, ssl, proxy)
+        if session is not None:
+            check_session(session)
+        self._transport_settings = TransportSettings(
+            endpoint=endpoint(_base_url(base_url), allow_http=allow_http),
+            attempt_timeout=checks.seconds("attempt_timeout", attempt_timeout),
+            max_body_bytes=checks.count("max_body_bytes", max_body_bytes),
+            max_connections=max_connections or DEFAULT_MAX_CONNECTIONS,
+            ssl=ssl,
+            proxy=None if proxy is None else proxy_url(proxy),
+            session=session,
+        )
+        self._sole_account: Account | None = None
+        self._key_sources: WeakValueDictionary[int, KeySource] = WeakValueDictionary()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._transport: Transport | None = None
+        self._scopes: set[asyncio.Timeout] = set()
+        self._idle: asyncio.Event | None = None
+        self._closed = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        return f"<AudiencesClient {self._transport_settings.endpoint} {state}>"
+
+    async def __aenter__(self) -> Self:
+        self._open()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def get_audiences(self, account: Account | None = None, *, timeout: float | None = None) -> AudiencesResponse:
+        """Every audience of one account.
+
+        Args:
+            account: The account to ask for; ``None`` means the client's own.
+            timeout: Seconds for this whole call; ``None`` means the client's.
+
+        Raises:
+            ConfigurationError: No account and no key, or a key that cannot be used. Nothing was sent.
+            ClientClosedError: The client is closed, was closed meanwhile, or belongs to another event loop.
+            StatusError: The service refused; its subclasses say how.
+            InvalidResponseError: The service answered in a way that cannot be read.
+            TransportError: No answer came.
+            DeadlineExceededError: ``timeout`` ran out while queueing or inside an attempt. Where the next *wait* does
+                not fit, the error of the last attempt is raised at once, with ``stop_reason="deadline"``.
+        """
+        transport = self._open()
+        account = self._checked(account)
+        limit = self._timeout if timeout is None else checks.seconds("timeout", timeout)
+        call = Call(account.name, self._credential(account), limit, transport, self._call_settings)
+        result = await self._bounded(call, limit)
+        if isinstance(result, AudiencesError):
+            raise result
+        return result
+
+    async def aclose(self) -> None:
+        """Close the client, and its session if that is its own. Calls still running end with `ClientClosedError`.
+
+        May be called again, and at the same time.
+        """
+        self._closed = True
+        if self._transport is None:
+            return
+        self._check_loop()
+        try:
+            await self._end_calls()
+        finally:
+            await self._transport.close()
+
+    def _open(self) -> Transport:
+        if self._closed:
+            raise ClientClosedError("the client is closed; make a new one")
+        self._check_loop()
+        if self._transport is None:
+            self._transport = Transport(self._transport_settings)
+        return self._transport
+
+    def _check_loop(self) -> None:
+        running = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = running
+        if self._loop is not running:
+            raise ClientClosedError("the client belongs to another event loop; make one client for each loop")
+
+    async def _bounded(self, call: Call, limit: float) -> AudiencesResponse | AudiencesError:
+        scope = asyncio.timeout(limit)
+        try:
+            async with scope:
+                self._scopes.add(scope)
+                return await call.run()
+        except ConfigurationError as error:
+            return call.cut_off(error, "final")
+        except TimeoutError:
+            if self._closed:
+                return call.cut_off(ClientClosedError("the client was closed while the call ran"), "final")
+            return call.cut_off(DeadlineExceededError(f"no answer within timeout={limit:g} s"), "deadline")
+        finally:
+            self._scopes.discard(scope)
+            if self._idle is not None and not self._scopes:
+                self._idle.set()
+
+    async def _end_calls(self) -> None:
+        if not self._scopes:
+            return
+        self._idle = self._idle or asyncio.Event()
+        for scope in self._scopes:
+            if not scope.expired():
+                scope.reschedule(0.0)
+        await self._idle.wait()
+
+    def _checked(self, account: Account | None) -> Account:
+        if account is None:
+            account = self._default
+        if account is None:
+            raise ConfigurationError("no account: give get_audiences() one, or the client an api_key")
+        checks.instance("account", account, Account)
+        session = self._transport_settings.session
+        if session is not None:
+            self._check_session(session, account)
+        return account
+
+    def _check_session(self, session: "aiohttp.ClientSession", account: Account) -> None:
+        check_session(session)
+        if not keeps_cookies(session):
+            return
+        self._sole_account = self._sole_account or account
+        if account != self._sole_account:
+            raise ConfigurationError(
+                "session keeps cookies, so it serves one account only; give it aiohttp.DummyCookieJar()",
+                account=account.name,
+            )
+
+    def _credential(self, account: Account) -> ApiKey | KeySource:
+        credential = account.credential
+        if isinstance(credential, ApiKey):
+            return credential
+        # Lives as long as a call holds it, so that calls at the same time share one key and one refresh.
+        return self._key_sources.setdefault(id(credential), KeySource(credential))
+
+
+def _default_account(key: ApiKey | None) -> Account | None:
+    if key is None and os.environ.get("AUDIENCES_API_KEY"):
+        key = ApiKey(os.environ["AUDIENCES_API_KEY"])
+    return None if key is None else Account(DEFAULT_ACCOUNT, key.reveal())
+
+
+def _base_url(given: str | None) -> str:
+    return given if given is not None else os.environ.get("AUDIENCES_BASE_URL") or PRODUCTION
+
+
+def _check_pool(
+    session: "aiohttp.ClientSession | None",
+    max_connections: int | None,
+    ssl: tls.SSLContext | None,
+    proxy: str | None,
+) -> None:
+    own = {"max_connections": max_connections, "ssl": ssl, "proxy": proxy}
+    given = [name for name, value in own.items() if value is not None]
+    if session is not None and given:
+        raise ConfigurationError(f"{' and '.join(given)} together with session: set this on your session instead")
+    if max_connections is not None:
+        checks.count("max_connections", max_connections)
+    checks.instance("ssl", ssl, tls.SSLContext, type(None))
+    if ssl is not None and ssl.verify_mode is not tls.CERT_REQUIRED:
+        raise ConfigurationError("ssl does not verify certificates; load your CA into it instead")

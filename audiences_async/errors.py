@@ -1,0 +1,259 @@
+"""Every error of this package.
+
+    AudiencesError
+    ├── ConfigurationError (ValueError)        wrong arguments; before any I/O
+    ├── ClientClosedError (RuntimeError)       used after close, or from a foreign event loop
+    ├── DeadlineExceededError (TimeoutError)   the whole call ran out of time
+    ├── TransportError                         no answer: try later
+    │   ├── ConnectionFailedError              DNS, refused, TLS, reset, cut short
+    │   └── AttemptTimeoutError
+    ├── InvalidResponseError                   an answer nobody can read: the service changed
+    │   └── ResponseTooLargeError
+    └── StatusError                            an answer that refuses (any status from 300 up)
+        ├── BadRequestError 400, UnauthorizedError 401, ForbiddenError 403, NotFoundError 404
+        ├── TooManyRequestsError 429
+        └── ServerError 5xx
+"""
+
+from collections.abc import Mapping
+from datetime import datetime
+from http import HTTPStatus
+from typing import Any, ClassVar, Final, TypeVar
+
+from audiences_async.events import Attempt, StopReason
+
+_E = TypeVar("_E", bound="AudiencesError")
+
+_SHOWN_PROBLEMS: Final = 3
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """The text on one line: what a terminal would act on is escaped, the rest beyond *limit* characters is cut."""
+    cut = text if len(text) <= limit else text[:limit] + "…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+
+
+class AudiencesError(Exception):
+    """Base of every error here. Picklable; never holds an API key.
+
+    Attributes:
+        message: What was wrong with the last attempt, or with the arguments.
+        account: The account's name, or ``None`` where the error is not about one.
+        attempts: One record for each request on the wire, the first included.
+        elapsed: Seconds since the call began.
+        retry_after: Seconds to let pass before the next call: what the service asked for, or else the wait that did
+            not fit into ``timeout``; ``None`` where there is neither.
+        stop_reason: Why no further attempt was made: ``"final"`` (it would not help), ``"attempts"`` (used up),
+            ``"deadline"`` (the next wait, or the attempt, did not fit into ``timeout``).
+    """
+
+    hint: ClassVar[str] = ""
+    """What the reader can do about it."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        account: str | None = None,
+        attempts: tuple[Attempt, ...] = (),
+        elapsed: float = 0.0,
+        retry_after: float | None = None,
+        stop_reason: StopReason = "final",
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.account = account
+        self.attempts = attempts
+        self.elapsed = elapsed
+        self.retry_after = retry_after
+        self.stop_reason: StopReason = stop_reason
+
+    def __str__(self) -> str:
+        where = f"account {printable(self.account)!r}: " if self.account is not None else ""
+        hint = f" ({self.hint})" if self.hint else ""
+        return f"{where}{self.message}{self._details()}{self._effort()}{hint}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.args, self.__dict__)
+
+    def _details(self) -> str:
+        return ""
+
+    def _effort(self) -> str:
+        """How hard we tried, where there was more than one plain attempt to it."""
+        if not self.attempts:
+            return ""
+        count = f"{len(self.attempts)} attempt{'s' if len(self.attempts) > 1 else ''}"
+        parts = [f"; gave up after {count} in {self.elapsed:.1f} s"]
+        if self.stop_reason == "deadline":
+            parts.append("out of time; a larger timeout allows more")
+        if self.retry_after is not None:
+            parts.append(f"retry after {self.retry_after:.3g} s")
+        return ", ".join(parts)
+
+
+def _restore(cls: type[_E], args: tuple[Any, ...], state: dict[str, Any]) -> _E:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigurationError(AudiencesError, ValueError):
+    """An argument, an environment variable or a key that cannot be used; raised before anything is sent."""
+
+
+class ClientClosedError(AudiencesError, RuntimeError):
+    """The client was used after it was closed or from a foreign event loop, or was closed while the call ran."""
+
+
+class DeadlineExceededError(AudiencesError, TimeoutError):
+    """The whole call ran out of its ``timeout`` while it queued or while an attempt was under way."""
+
+
+class TransportError(AudiencesError):
+    """No answer came. Whether the service saw the request is not known; a GET is safe to send again.
+
+    Attributes:
+        transient: Whether another attempt may help; ``False`` for a certificate that is not trusted.
+    """
+
+    hint = "try again later"
+
+    def __init__(self, message: str, *, transient: bool = True, **context: Any) -> None:
+        super().__init__(message, **context)
+        self.transient = transient
+
+
+class ConnectionFailedError(TransportError):
+    """No readable HTTP reply: name not found, refused, TLS, reset, malformed, cut short, or a corrupt encoding.
+
+    Attributes:
+        stale_connection: ``True`` where the peer had closed a pooled connection before it saw the request.
+    """
+
+    hint = "check base_url, the network and any proxy in between, or try again later"
+
+    def __init__(self, message: str, *, stale_connection: bool = False, **context: Any) -> None:
+        super().__init__(message, **context)
+        self.stale_connection = stale_connection
+
+
+class AttemptTimeoutError(TransportError):
+    """One attempt took longer than ``attempt_timeout``."""
+
+
+class InvalidResponseError(AudiencesError):
+    """An answer came that nobody can read: not JSON, or not of the documented shape.
+
+    Attributes:
+        problems: What is wrong and where, such as ``$.data[3].user_count: expected an integer, got 'abc'``.
+        body: The first 64 KiB of the body, without the key.
+    """
+
+    hint = "the service may have changed; see .problems and .body"
+
+    def __init__(
+        self, message: str, *, problems: tuple[str, ...] = (), body: bytes = b"", **context: Any
+    ) -> None:
+        super().__init__(message, **context)
+        self.problems = problems
+        self.body = body
+
+    def _details(self) -> str:
+        more = len(self.problems) - _SHOWN_PROBLEMS
+        shown = [printable(problem) for problem in self.problems[:_SHOWN_PROBLEMS]]
+        return ": " + "; ".join([*shown, *([f"and {more} more"] if more > 0 else [])]) if shown else ""
+
+
+class ResponseTooLargeError(InvalidResponseError):
+    """The inflated body is above ``max_body_bytes``; the rest was not read."""
+
+    hint = "raise max_body_bytes if the account really has this many audiences"
+
+
+class StatusError(AudiencesError):
+    """An answer that refuses: any status from 300 up, of HTTP or in the envelope of a 200.
+
+    Attributes:
+        status: The status that decided.
+        description: The envelope's text, without the key; empty where there was none.
+        response_time: The service's clock when it answered, aware and in UTC; ``None`` where not sent.
+        headers: The reply's headers, without the key; names are case-insensitive.
+        body: The first 64 KiB of the inflated body, without the key.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        description: str = "",
+        response_time: datetime | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: bytes = b"",
+        **context: Any,
+    ) -> None:
+        super().__init__(message, **context)
+        self.status = status
+        self.description = description
+        self.response_time = response_time
+        self.headers: Mapping[str, str] = {} if headers is None else headers
+        self.body = body
+
+
+class BadRequestError(StatusError):
+    """400: the service did not understand the request."""
+
+
+class UnauthorizedError(StatusError):
+    """401: the API key is missing, wrong or revoked."""
+
+    hint = "check the account's API key in the management console"
+
+
+class ForbiddenError(StatusError):
+    """403: the API key is known, and may not do this."""
+
+    hint = "check what the account's API key may do in the management console"
+
+
+class NotFoundError(StatusError):
+    """404: there is no such resource."""
+
+    hint = "check base_url"
+
+
+class TooManyRequestsError(StatusError):
+    """429: the account asked too often."""
+
+    hint = "ask less often, or wait longer with a larger timeout"
+
+
+class ServerError(StatusError):
+    """5xx: the service, or a proxy before it, failed."""
+
+    hint = "try again later"
+
+
+_BY_STATUS: Final[Mapping[int, type[StatusError]]] = {
+    400: BadRequestError,
+    401: UnauthorizedError,
+    403: ForbiddenError,
+    404: NotFoundError,
+    429: TooManyRequestsError,
+}
+
+
+def status_error(status: int, description: str, **context: Any) -> StatusError:
+    """The error for a status from 300 up, with the service's own words in its message."""
+    cls = _BY_STATUS.get(status, ServerError if 500 <= status <= 599 else StatusError)
+    said = f": {printable(description)}" if description else ""
+    return cls(f"HTTP {status}{_phrase(status)}{said}", status=status, description=description, **context)
+
+
+def _phrase(status: int) -> str:
+    try:
+        return f" {HTTPStatus(status).phrase}"
+    except ValueError:
+        return ""

@@ -1,0 +1,86 @@
+"""What happened, as frozen values: for logs, metrics and the records on errors.
+
+Every time is in seconds. Nothing here ever holds an API key.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Final, Literal, TypeAlias
+
+from attrs import frozen
+
+StopReason: TypeAlias = Literal["final", "attempts", "deadline"]
+"""Why a call made no further attempt: trying again would not help, the attempts or the time were used up."""
+
+_log: Final = logging.getLogger("audiences_async")
+
+
+@frozen
+class Attempt:
+    """What one request on the wire came to.
+
+    Attributes:
+        number: 1 for the first attempt of the call.
+        status: The status that decided: of HTTP, or of the envelope where a 200 carries an error. ``None`` where no
+            readable reply came.
+        error: What was wrong, in a few words; ``None`` where nothing was.
+        elapsed: Seconds from sending to the last byte read.
+        wait: Seconds waited before the next attempt; 0.0 where it followed at once or there was none.
+        reason: Why that wait: ``"backoff"``, ``"retry-after"``, ``"stale-connection"`` or ``"fresh-key"``; or why there
+            was no next attempt: ``"success"`` or the call's ``stop_reason``.
+    """
+
+    number: int
+    status: int | None
+    error: str | None
+    elapsed: float
+    wait: float
+    reason: str
+
+
+@frozen
+class Event:
+    """Something that happened to a call; the base of all events.
+
+    Attributes:
+        account: The account's name.
+    """
+
+    account: str
+
+
+@frozen
+class AttemptFinished(Event):
+    """An attempt ended, and what follows is decided: an answer, a wait or an error.
+
+    Attributes:
+        attempt: The attempt's record, the wait that follows included.
+    """
+
+    attempt: Attempt
+
+
+@frozen
+class CallFinished(Event):
+    """A call ended, well or with an error; not sent for a call that its caller cancelled.
+
+    Attributes:
+        attempts: The number of requests on the wire, the first included.
+        elapsed: Seconds for the whole call, every wait included.
+        error: The error's class name, or ``None`` for an answer.
+    """
+
+    attempts: int
+    elapsed: float
+    error: str | None
+
+
+EventHook: TypeAlias = Callable[[Event], None]
+
+
+def emit(hook: EventHook, event: Event) -> None:
+    """Tell the hook; one that raises is logged and never hurts the call."""
+    try:
+        hook(event)
+    except Exception:  # noqa: BLE001 - somebody else's code, on the path of a call that must go on
+        _log.warning("on_event raised on %r", event, exc_info=True)

@@ -1,0 +1,70 @@
+"""When to try again, and after how long: our decisions, for tenacity to run.
+
+The service documents 429 and 500, and no ``Retry-After``: https://api.commbox.io/ (GET /audiences). The proxies that
+stand before such a service add 408, 502, 503 and 504.
+"""
+
+from typing import Final
+
+from attrs import field, frozen
+from tenacity import RetryCallState, wait_exponential
+from tenacity.wait import wait_base
+
+from audiences_async import checks
+from audiences_async.clock import Clock
+from audiences_async.errors import AudiencesError, StatusError, TooManyRequestsError, TransportError
+
+RETRIED_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
+
+
+@frozen
+class RetryPolicy:
+    """How often to try, and how long to wait in between. A frozen value: share it freely.
+
+    The wait before attempt *n* + 1 is drawn from 0 to ``min(max_delay, base_delay * 2 ** (n - 1))`` (full jitter).
+    ``Retry-After`` is a floor below it, also above ``max_delay``. The whole call never outlives its ``timeout``.
+
+    Attributes:
+        max_attempts: Requests on the wire for one call, the first included; 1 means no retry.
+        base_delay: Seconds; the longest first wait. 0 means no waits.
+        max_delay: Seconds; the longest drawn wait.
+        throttle_base_delay: Seconds; takes the place of ``base_delay`` after a 429.
+        statuses: The statuses to retry; an attempt without an answer is always retried.
+
+    Raises:
+        ConfigurationError: A number out of its range, or a status that is none.
+    """
+
+    max_attempts: int = field(default=5, converter=lambda value: checks.count("max_attempts", value))
+    base_delay: float = field(default=0.5, converter=lambda value: checks.seconds("base_delay", value, zero=True))
+    max_delay: float = field(default=20.0, converter=lambda value: checks.seconds("max_delay", value, zero=True))
+    throttle_base_delay: float = field(
+        default=1.0, converter=lambda value: checks.seconds("throttle_base_delay", value, zero=True)
+    )
+    statuses: frozenset[int] = field(
+        default=RETRIED_STATUSES, converter=lambda values: checks.statuses("statuses", values)
+    )
+
+    def retries(self, error: AudiencesError) -> bool:
+        """Whether another attempt may help."""
+        if isinstance(error, StatusError):
+            return error.status in self.statuses
+        return isinstance(error, TransportError) and error.transient
+
+
+class wait_full_jitter(wait_base):  # noqa: N801 - tenacity's strategies are named like functions
+    """Full jitter below tenacity's capped exponential, on top of what ``Retry-After`` asked for.
+
+    Of our own because tenacity's draws from the global random source, and knows neither 429 nor ``Retry-After``.
+    """
+
+    def __init__(self, policy: RetryPolicy, clock: Clock) -> None:
+        self._clock = clock
+        self._backoff = wait_exponential(policy.base_delay, policy.max_delay)
+        self._throttled = wait_exponential(policy.throttle_base_delay, policy.max_delay)
+
+    def __call__(self, retry_state: RetryCallState) -> float:
+        assert retry_state.outcome is not None
+        error = retry_state.outcome.result()
+        longest = self._throttled if isinstance(error, TooManyRequestsError) else self._backoff
+        return (error.retry_after or 0.0) + self._clock.random() * longest(retry_state)

@@ -1,0 +1,52 @@
+"""What the sandbox can be told to answer, and what it saw."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+from attrs import field, frozen
+
+Failure: TypeAlias = Literal["reset", "reset-in-body", "cut-body"]
+"""How a connection dies: reset before a reply, reset in the middle of the body, closed in the middle of the body."""
+
+
+@frozen
+class Answer:
+    """One scripted answer.
+
+    Attributes:
+        status: Any HTTP status.
+        body: The body: bytes and text as they are, anything else as JSON; ``None`` means the documented body of this
+            status, with the account's audiences for 200.
+        headers: Headers beyond the usual ones; the names are sent as given.
+        retry_after: The ``Retry-After`` header, as seconds or as any text; ``None`` sends none.
+        delay: Seconds before the answer.
+        failure: How the connection dies instead; ``None`` means that it does not.
+    """
+
+    status: int = 200
+    body: Any = None
+    headers: Mapping[str, str] = field(factory=dict[str, str])
+    retry_after: float | str | None = None
+    delay: float = 0.0
+    failure: Failure | None = None
+
+
+@frozen
+class SeenRequest:
+    """One request that reached the sandbox.
+
+    Attributes:
+        account: The name that the key belongs to; ``None`` for no key, or an unknown one.
+        method: The HTTP method.
+        path: The path and query as sent.
+        headers: The headers without ``Authorization``.
+        at: Seconds on a clock that never goes back, when it came.
+        answer: The status that went out; ``None`` where the connection died instead.
+    """
+
+    account: str | None
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    at: float
+    answer: int | None

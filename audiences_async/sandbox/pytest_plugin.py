@@ -1,0 +1,14 @@
+"""The fixture ``audiences_sandbox``, for the tests of those who use this package."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from audiences_async.sandbox.server import Sandbox
+
+
+@pytest.fixture
+def audiences_sandbox() -> Iterator[Sandbox]:
+    """A running `Sandbox` without accounts; a sync fixture, so it works with any async plugin and any loop scope."""
+    with Sandbox() as sandbox:
+        yield sandbox

@@ -1,0 +1,239 @@
+"""A real server on the loopback address that answers as the service does, and misbehaves when told to."""
+
+import asyncio
+import json
+import random
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from http import HTTPStatus
+from types import TracebackType
+from typing import Any, Final, Self
+
+from aiohttp import web
+
+from audiences_async.models import Account
+from audiences_async.sandbox.accounts import EXAMPLE_AUDIENCES, SandboxAccount
+from audiences_async.sandbox.answers import Answer, SeenRequest
+
+# The descriptions of the service's own page: https://api.commbox.io/ (GET /audiences).
+_DESCRIPTIONS: Final[Mapping[int, str]] = {
+    200: "Audiences retrieved",
+    400: "Bad Request",
+    401: "Unauthorized",
+    404: "Not Found",
+    429: "Too Many Requests – Rate limit exceeded",
+    500: "Server Error",
+}
+_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
+
+
+class Sandbox:
+    """The service on this machine: follows its documentation, and misbehaves on request.
+
+    A sync context manager; the server has a thread and an event loop of its own, so it works in any test and any
+    program::
+
+        with Sandbox() as sandbox:
+            account = sandbox.add_account("north")
+            sandbox.script("north", Answer(500), Answer(failure="reset"))
+            async with AudiencesClient(base_url=sandbox.base_url) as client:
+                await client.get_audiences(account)
+
+    Args:
+        seed: Decides the random faults: with the same seed, the n-th answer to an account is the same.
+        port: The port to listen on; 0 means any that is free.
+
+    Attributes:
+        requests: What reached the server, in order.
+        base_url: Where it listens, for ``AudiencesClient(base_url=...)``; empty before it started.
+    """
+
+    def __init__(self, *, seed: int = 0, port: int = 0) -> None:
+        self.requests: list[SeenRequest] = []
+        self.base_url = ""
+        self._seed = seed
+        self._port = port
+        self._accounts: dict[str, SandboxAccount] = {}
+        self._by_key: dict[str, SandboxAccount] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._thread: threading.Thread | None = None
+        self._started = threading.Event()
+        self._failure: OSError | None = None
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="audiences-sandbox", daemon=True)
+        self._thread.start()
+        self._started.wait()
+        if self._failure is not None:
+            self._thread.join()
+            raise self._failure
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._loop is not None
+        assert self._stop is not None
+        assert self._thread is not None
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    def add_account(
+        self,
+        name: str = "default",
+        *,
+        api_key: str | None = None,
+        audiences: Iterable[Mapping[str, Any]] = EXAMPLE_AUDIENCES,
+        rate: float | None = None,
+        burst: int = 1,
+        retry_after: bool = False,
+        fault_rate: float = 0.0,
+    ) -> Account:
+        """Open an account, and give it as a client wants it.
+
+        Args:
+            name: Its label.
+            api_key: Its bearer token; ``None`` makes one up.
+            audiences: The records it answers with.
+            rate: Requests per second that it grants; ``None`` means any number.
+            burst: Requests that it grants at once after a pause.
+            retry_after: Whether its 429s say when to come back. The service's documentation promises none.
+            fault_rate: The share of answers that go wrong, from 0.0 to 1.0: refused, reset or cut short.
+        """
+        account = SandboxAccount(
+            name=name,
+            api_key=f"sandbox-key-{name}" if api_key is None else api_key,
+            audiences=tuple(audiences),
+            script=deque(),
+            rate=rate,
+            burst=burst,
+            retry_after=retry_after,
+            fault_rate=fault_rate,
+            faults=random.Random(f"{self._seed}/{name}"),  # noqa: S311 - faults, not secrets
+        )
+        self._accounts[name] = self._by_key[account.api_key] = account
+        return Account(name, account.api_key)
+
+    def script(self, name: str, *answers: Answer) -> None:
+        """Answer the account's next requests so, one after the other; then as usual again."""
+        self._accounts[name].script.extend(answers)
+
+    def revoke(self, name: str, *, api_key: str) -> None:
+        """Give the account another key; the old one is refused from now on."""
+        account = self._accounts[name]
+        del self._by_key[account.api_key]
+        account.api_key = api_key
+        self._by_key[api_key] = account
+
+    def seen(self, name: str) -> list[SeenRequest]:
+        """The requests of one account, in order."""
+        return [request for request in self.requests if request.account == name]
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, "127.0.0.1", self._port)
+            await site.start()
+            self.base_url = f"http://127.0.0.1:{runner.addresses[0][1]}/"
+        except OSError as error:
+            self._failure = error
+            self._stop.set()
+        self._started.set()
+        await self._stop.wait()
+        await runner.cleanup()
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        now = time.monotonic()
+        account = self._account_of(request)
+        answer = _routing_error(request) or (Answer(401) if account is None else account.answer(now))
+        self._remember(request, account, answer, now)
+        if answer.delay:
+            await asyncio.sleep(answer.delay)
+        body = _body(answer, account)
+        headers = _headers(answer)
+        match answer.failure:
+            case "reset":
+                _reset(request)
+            case "reset-in-body" | "cut-body":
+                await self._write_half(request, answer, headers, body)
+        return web.Response(status=answer.status, body=body, headers=headers)
+
+    def _account_of(self, request: web.Request) -> SandboxAccount | None:
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        return self._by_key.get(key.strip()) if scheme.lower() == "bearer" else None
+
+    def _remember(
+        self, request: web.Request, account: SandboxAccount | None, answer: Answer, now: float
+    ) -> None:
+        headers = {name: value for name, value in request.headers.items() if name.lower() != "authorization"}
+        self.requests.append(
+            SeenRequest(
+                account=None if account is None else account.name,
+                method=request.method,
+                path=request.path_qs,
+                headers=headers,
+                at=now,
+                answer=None if answer.failure else answer.status,
+            )
+        )
+
+    async def _write_half(
+        self, request: web.Request, answer: Answer, headers: Mapping[str, str], body: bytes
+    ) -> None:
+        response = web.StreamResponse(status=answer.status, headers=headers)
+        response.content_length = len(body)
+        await response.prepare(request)
+        await response.write(body[: len(body) // 2])
+        if answer.failure == "reset-in-body":
+            # The peer reads the half first: a reset throws away what still waits to be read.
+            await asyncio.sleep(0.01)
+            _reset(request)
+        elif request.transport is not None:
+            request.transport.close()
+
+
+def _routing_error(request: web.Request) -> Answer | None:
+    if request.path.lower() != "/audiences":
+        return Answer(404)
+    return None if request.method == "GET" else Answer(405, headers={"Allow": "GET"})
+
+
+def _headers(answer: Answer) -> dict[str, str]:
+    challenge = {"WWW-Authenticate": "Bearer"} if answer.status == 401 else {}
+    wait = {} if answer.retry_after is None else {"Retry-After": str(answer.retry_after)}
+    return {"Content-Type": "application/json; charset=utf-8", **challenge, **wait, **answer.headers}
+
+
+def _body(answer: Answer, account: SandboxAccount | None) -> bytes:
+    if isinstance(answer.body, bytes):
+        return answer.body
+    if isinstance(answer.body, str):
+        return answer.body.encode()
+    documented = _envelope(answer.status, account) if answer.body is None else answer.body
+    return json.dumps(documented, ensure_ascii=False).encode()
+
+
+def _envelope(status: int, account: SandboxAccount | None) -> dict[str, Any]:
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    described = _DESCRIPTIONS.get(status) or HTTPStatus(status).phrase
+    # A string in a 200 and an integer in errors: so it is documented.
+    said = {"status": "200" if status == 200 else status, "description": described, "response_time": now}
+    return {**said, "data": list(account.audiences)} if status == 200 and account is not None else said
+
+
+def _reset(request: web.Request) -> None:
+    if request.transport is None:
+        return
+    request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+    request.transport.abort()

@@ -1,0 +1,318 @@
+"""The aiohttp session, and one attempt on it: send, headers, whole body, and every failure as one of our errors."""
+
+import asyncio
+import ssl as tls
+import zlib
+from typing import Final
+from weakref import WeakSet
+
+import aiohttp
+from aiohttp import hdrs
+from attrs import field, frozen
+from yarl import URL
+
+from audiences_async import checks
+from audiences_async.credentials import ApiKey
+from audiences_async.errors import (
+    AttemptTimeoutError,
+    ClientClosedError,
+    ConfigurationError,
+    ConnectionFailedError,
+    TransportError,
+    printable,
+)
+from audiences_async.wire import MAX_ERROR_BODY, Reply, request_headers
+
+# Our own deadlines rule: aiohttp's round up to whole seconds above 5 s, and count the wait for a connection.
+_NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
+DEFAULT_MAX_CONNECTIONS: Final = 100
+_INFLATED_PIECE: Final = 256 * 1024
+_ENCODINGS: Final = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+
+
+@frozen
+class TransportSettings:
+    """What one attempt needs to know; see `AudiencesClient` for each.
+
+    Attributes:
+        endpoint: The URL of ``/audiences``.
+        attempt_timeout: Seconds for one attempt.
+        max_body_bytes: The cap of an inflated 200.
+        max_connections: Connections of our own session.
+        ssl: The TLS context of our own session; ``None`` means the system's certificates.
+        proxy: The proxy of our own session; ``None`` means none.
+        session: A session that stays its owner's; ``None`` means our own.
+    """
+
+    endpoint: URL
+    attempt_timeout: float
+    max_body_bytes: int
+    max_connections: int
+    ssl: tls.SSLContext | None
+    proxy: URL | None = field(repr=False)  # may hold the proxy's password
+    session: aiohttp.ClientSession | None
+
+
+def check_session(session: aiohttp.ClientSession) -> None:
+    """Refuse a session that would send the key, or another credential, in a way its owner did not mean.
+
+    Raises:
+        ConfigurationError: It is no aiohttp session, reads ``.netrc`` and proxies from the environment, or has an
+            ``auth`` of its own.
+        ClientClosedError: The session is closed.
+    """
+    checks.instance("session", session, aiohttp.ClientSession)
+    if session.closed:
+        raise ClientClosedError("the session given to the client is closed")
+    if session.trust_env:
+        raise ConfigurationError("session has trust_env=True: .netrc would fight the API key; give one without")
+    if session.auth is not None:
+        raise ConfigurationError("session has an auth of its own, which would fight the API key; give one without")
+
+
+def keeps_cookies(session: aiohttp.ClientSession) -> bool:
+    """Whether one account's cookies would be sent with another account's key."""
+    return not isinstance(session.cookie_jar, aiohttp.DummyCookieJar)
+
+
+class _Connector(aiohttp.TCPConnector):
+    """A pool that can tell which requests went out on a used connection."""
+
+    def __init__(self, ssl: tls.SSLContext | None) -> None:
+        # No limit here: the slots of `Transport` bound the connections, and waiting for one is no part of an attempt.
+        super().__init__(limit=0, ssl=True if ssl is None else ssl)
+        self._used: WeakSet[object] = WeakSet()
+        self.reused: WeakSet[aiohttp.ClientRequest] = WeakSet()
+
+    async def connect(
+        self,
+        req: aiohttp.ClientRequest,
+        traces: list[aiohttp.tracing.Trace],
+        timeout: aiohttp.ClientTimeout,
+    ) -> aiohttp.connector.Connection:
+        connection = await super().connect(req, traces, timeout)
+        if connection.protocol in self._used:
+            self.reused.add(req)
+        else:
+            self._used.add(connection.protocol)
+        return connection
+
+
+class _DisconnectedError(Exception):
+    """The peer went away before it replied, as a class that aiohttp does not send again on its own."""
+
+    def __init__(self, error: Exception, *, reused: bool) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.reused = reused
+
+
+class Transport:
+    """One session on one event loop, and its connection slots."""
+
+    def __init__(self, settings: TransportSettings) -> None:
+        """Must run inside the event loop that will use it."""
+        self._settings = settings
+        self._connector: _Connector | None = None
+        if settings.session is None:
+            self._connector = _Connector(settings.ssl)
+            # The jar that keeps nothing: one account's cookie never goes out with another account's key.
+            self._session = aiohttp.ClientSession(
+                connector=self._connector, cookie_jar=aiohttp.DummyCookieJar(), proxy=settings.proxy
+            )
+            slots = settings.max_connections
+            self._outer_middlewares: tuple[aiohttp.ClientMiddlewareType, ...] = ()
+        else:
+            self._session = settings.session
+            slots = _limit_of(settings.session.connector)
+            # Middlewares of a request replace those of the session, and aiohttp does not tell the latter in public.
+            self._outer_middlewares = tuple(getattr(settings.session, "_middlewares", ()))
+        self.slots = asyncio.Semaphore(slots)
+        """Taken for each attempt, before its clock starts."""
+
+    async def close(self) -> None:
+        """Close the session if it is our own. May be called again."""
+        if self._connector is not None:
+            await self._session.close()
+
+    async def attempt(self, key: ApiKey) -> Reply | TransportError:
+        """Send the request once and read the whole reply.
+
+        Whatever goes wrong is a value, with none of aiohttp's frames on it: their locals hold the key.
+        """
+        exchange = _Exchange(self._settings)
+        try:
+            async with asyncio.timeout(self._settings.attempt_timeout) as scope:
+                return await exchange.run(self._session, key, (*self._outer_middlewares, self._send_once))
+        except asyncio.CancelledError as cancelled:
+            cancelled.__context__ = None
+            raise cancelled.with_traceback(None) from None
+        except Exception as error:  # noqa: BLE001 - aiohttp raises far more than ClientError, bugs of its own included
+            if exchange.refused:
+                return exchange.reply()
+            if scope.expired():
+                limit = self._settings.attempt_timeout
+                return AttemptTimeoutError(f"no whole reply within attempt_timeout={limit:g} s")
+            return _failure(error, key)
+        finally:
+            exchange.close()
+
+    async def _send_once(
+        self, request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        """Innermost middleware: a GET that aiohttp would silently send again is an attempt of ours instead."""
+        try:
+            return await send(request)
+        except aiohttp.ClientConnectorError:
+            raise  # never sent, and never sent again by aiohttp
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+            reused = self._connector is not None and request in self._connector.reused
+            raise _DisconnectedError(error, reused=reused) from None
+
+
+class _Exchange:
+    """One request and what has been read of its reply."""
+
+    def __init__(self, settings: TransportSettings) -> None:
+        self._settings = settings
+        self._response: aiohttp.ClientResponse | None = None
+        self._body = bytearray()
+
+    @property
+    def refused(self) -> bool:
+        """Whether the status alone decides, however much of the body can be read."""
+        return self._response is not None and self._response.status != 200
+
+    def reply(self, *, exceeded: int | None = None) -> Reply:
+        """What has been read."""
+        assert self._response is not None
+        return Reply(self._response.status, self._response.headers, bytes(self._body), exceeded)
+
+    def close(self) -> None:
+        """Give back a connection that was read to its end; drop any other."""
+        if self._response is not None:
+            self._response.close()
+
+    async def run(
+        self,
+        session: aiohttp.ClientSession,
+        key: ApiKey,
+        middlewares: tuple[aiohttp.ClientMiddlewareType, ...],
+    ) -> Reply:
+        """Send, and read the whole reply."""
+        self._response = response = await session.request(
+            hdrs.METH_GET,
+            self._settings.endpoint,
+            headers=request_headers(key),
+            allow_redirects=False,
+            raise_for_status=False,
+            auto_decompress=False,
+            timeout=_NO_TIMEOUT,
+            middlewares=middlewares,
+        )
+        if response.status != 200:
+            await self._read(MAX_ERROR_BODY)
+            return self.reply()
+        cap = self._settings.max_body_bytes
+        return self.reply(exceeded=None if await self._read(cap) else cap)
+
+    async def _read(self, cap: int) -> bool:
+        """Read the body, inflated; ``False`` where it is above the cap, of which no more is kept."""
+        assert self._response is not None
+        encoding = self._response.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower()
+        if encoding in {"", "identity"}:
+            return await self._read_plain(cap)
+        if encoding not in _ENCODINGS:
+            raise aiohttp.ClientPayloadError(f"Content-Encoding {printable(encoding)!r} was not asked for")
+        return await self._read_deflated(cap, _Inflater(_ENCODINGS[encoding]))
+
+    async def _read_plain(self, cap: int) -> bool:
+        assert self._response is not None
+        if (self._response.content_length or 0) > cap:
+            return False
+        async for chunk in self._response.content.iter_any():
+            self._body += chunk
+            if len(self._body) > cap:
+                del self._body[cap:]
+                return False
+        return True
+
+    async def _read_deflated(self, cap: int, inflater: "_Inflater") -> bool:
+        assert self._response is not None
+        async for chunk in self._response.content.iter_any():
+            inflater.feed(chunk)
+            while piece := inflater.piece():
+                self._body += piece
+                if len(self._body) > cap:
+                    del self._body[cap:]
+                    return False
+                if len(piece) == _INFLATED_PIECE:
+                    await asyncio.sleep(0)  # a bomb holds the event loop for one piece at a stretch
+        inflater.finish()
+        return True
+
+
+class _Inflater:
+    """gzip or deflate, in bounded pieces."""
+
+    def __init__(self, wbits: int) -> None:
+        self._wbits = wbits
+        self._waiting = b""
+        self._zlib: "zlib._Decompress | None" = None
+
+    def feed(self, chunk: bytes) -> None:
+        self._waiting += chunk
+
+    def piece(self) -> bytes:
+        """The next piece; empty where more has to be fed first."""
+        while self._waiting:
+            if self._zlib is None:
+                self._zlib = zlib.decompressobj(self._wbits_for(self._waiting))
+            piece = self._zlib.decompress(self._waiting, _INFLATED_PIECE)
+            self._waiting = self._zlib.unconsumed_tail
+            if self._zlib.eof:
+                # What follows may be another member: RFC 1952, section 2.2.
+                self._waiting, self._zlib = self._zlib.unused_data, None
+            if piece:
+                return piece
+        return b""
+
+    def finish(self) -> None:
+        if self._zlib is not None:
+            raise zlib.error("the compressed body is cut short")
+
+    def _wbits_for(self, start: bytes) -> int:
+        # RFC 9110, section 8.4.1.2: some servers send "deflate" without the zlib wrapper.
+        raw = self._wbits == zlib.MAX_WBITS and start[0] & 0x0F != zlib.DEFLATED
+        return -zlib.MAX_WBITS if raw else self._wbits
+
+
+def _failure(error: Exception, key: ApiKey) -> ConnectionFailedError:
+    """Our error for whatever kept a readable reply from coming."""
+    match error:
+        case aiohttp.ClientConnectorCertificateError():
+            reason = f"the server's certificate is not trusted: {_said(error.certificate_error, key)}"
+            return ConnectionFailedError(reason, transient=False)
+        case aiohttp.ClientConnectorError():
+            return ConnectionFailedError(f"cannot connect to {error.host}:{error.port}: {error.os_error}")
+        case _DisconnectedError():
+            reason = f"the connection was lost before a reply came: {_said(error.error, key)}"
+            return ConnectionFailedError(reason, stale_connection=error.reused)
+        case aiohttp.ClientResponseError():
+            # `status` is aiohttp's word for what it could not parse, not the server's.
+            return ConnectionFailedError(f"the reply is not HTTP: {printable(key.redact(error.message))}")
+        case zlib.error() | aiohttp.ClientPayloadError():
+            return ConnectionFailedError(f"the body is cut short or corrupt: {_said(error, key)}")
+        case _:
+            return ConnectionFailedError(f"the exchange failed: {_said(error, key)}")
+
+
+def _said(error: Exception, key: ApiKey) -> str:
+    text = printable(key.redact(str(error)))
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _limit_of(connector: aiohttp.BaseConnector | None) -> int:
+    """The connections that a given session allows to one host; many, where it sets no limit."""
+    limits = [] if connector is None else [connector.limit, connector.limit_per_host]
+    return min((limit for limit in limits if limit), default=2**31)

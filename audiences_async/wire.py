@@ -1,0 +1,199 @@
+"""The HTTP of one exchange without I/O: headers out; status, headers and body in, an answer or an error out.
+
+HTTP's own rules are RFC 9110's: https://www.rfc-editor.org/rfc/rfc9110.
+"""
+
+import email.utils
+import ipaddress
+import re
+from collections.abc import Mapping
+from typing import Final, TypeAlias
+
+from attrs import frozen
+from multidict import CIMultiDict, CIMultiDictProxy
+from yarl import URL
+
+from audiences_async._version import __version__
+from audiences_async.credentials import ApiKey
+from audiences_async.errors import (
+    AudiencesError,
+    ConfigurationError,
+    InvalidResponseError,
+    ResponseTooLargeError,
+    StatusError,
+    status_error,
+)
+from audiences_async.models import AudiencesResponse
+from audiences_async.structuring import decode, description_of, parse, response_time_of
+
+PRODUCTION: Final = "https://api.commbox.io/"
+"""The vendor's published base URL: https://api.commbox.io/."""
+
+MAX_ERROR_BODY: Final = 64 * 1024
+"""Bytes read, inflated, of a body that is no 200's."""
+
+Result: TypeAlias = AudiencesResponse | AudiencesError
+"""What an attempt came to. Errors are values here: an exception that is never raised holds no frames alive."""
+
+# RFC 9110, section 10.2.3: Retry-After = HTTP-date / delay-seconds. Fractions are not in it, and are seen.
+_DELAY_SECONDS: Final = re.compile(r"[0-9]{1,9}(?:\.[0-9]{0,9})?")
+# RFC 9110, section 5.6.7: IMF-fixdate, and the two obsolete forms that must still be read.
+_HTTP_DATE: Final = re.compile(
+    r"[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT"
+    r"|[A-Z][a-z]{5,8}, [0-9]{2}-[A-Z][a-z]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT"
+    r"|[A-Z][a-z]{2} [A-Z][a-z]{2} [ 0-9][0-9] [0-9]{2}:[0-9]{2}:[0-9]{2} [0-9]{4}"
+)
+
+
+@frozen
+class Reply:
+    """A whole HTTP reply.
+
+    Attributes:
+        status: The HTTP status.
+        headers: Names are case-insensitive.
+        body: Inflated; of a reply that is no 200 at most the first 64 KiB.
+        exceeded: The cap in bytes that the body of a 200 went beyond; ``None`` where the body is whole.
+    """
+
+    status: int
+    headers: CIMultiDictProxy[str]
+    body: bytes
+    exceeded: int | None = None
+
+
+def endpoint(base_url: str, *, allow_http: bool) -> URL:
+    """The URL of ``/audiences`` below *base_url*.
+
+    Raises:
+        ConfigurationError: No absolute http(s) URL, one with credentials, query or fragment, or plain ``http://`` to
+            a host that is not loopback, unless *allow_http*.
+    """
+    try:
+        url = URL(base_url)
+    except (TypeError, ValueError):
+        raise ConfigurationError("base_url is not a URL") from None
+    # The URL is not repeated in the message where it may hold a password.
+    if url.raw_user is not None or url.raw_password is not None:
+        raise ConfigurationError("base_url must not hold credentials; the API key goes to api_key")
+    if url.scheme not in {"http", "https"} or not url.host:
+        raise ConfigurationError(f"base_url must be an absolute https:// URL, got {base_url!r}")
+    if url.raw_query_string or url.raw_fragment:
+        raise ConfigurationError(f"base_url must have no query and no fragment, got {base_url!r}")
+    if url.scheme == "http" and not allow_http and not _is_loopback(url.host):
+        raise ConfigurationError(
+            f"base_url {base_url!r} would send the API key in the clear; use https://, or allow_http=True to accept that"
+        )
+    return url / "audiences"
+
+
+def proxy_url(proxy: str) -> URL:
+    """The URL of an HTTP proxy, which may hold its password and is therefore never repeated in a message.
+
+    Raises:
+        ConfigurationError: No absolute http(s) URL.
+    """
+    try:
+        url = URL(proxy)
+    except (TypeError, ValueError):
+        raise ConfigurationError("proxy is not a URL") from None
+    if url.scheme not in {"http", "https"} or not url.host:
+        raise ConfigurationError("proxy must be an absolute http:// or https:// URL")
+    return url
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def request_headers(key: ApiKey) -> CIMultiDict[str]:
+    """The headers of the request; the only place where the key is written out."""
+    return CIMultiDict(
+        {
+            "Authorization": f"Bearer {key.reveal()}",
+            "Accept": "application/json",
+            "Accept-Encoding": "gzip, deflate",
+            "User-Agent": f"audiences_async/{__version__}",
+        }
+    )
+
+
+def read(reply: Reply, key: ApiKey, *, now: float) -> Result:
+    """The audiences in a reply, or the error it stands for, without the key.
+
+    Args:
+        reply: The reply.
+        key: The key that was sent, to be masked where the service echoes it.
+        now: Seconds since 1970, for a ``Retry-After`` date in a reply that has no ``Date``.
+    """
+    if reply.status >= 300:
+        return _refusal(reply, key, now)
+    if reply.status != 200:
+        message = f"HTTP {reply.status} where 200 is documented"
+        return InvalidResponseError(message, body=key.redact_bytes(reply.body[:MAX_ERROR_BODY]))
+    if reply.exceeded is not None:
+        body = key.redact_bytes(reply.body[:MAX_ERROR_BODY])
+        return ResponseTooLargeError(f"the reply's body is above max_body_bytes={reply.exceeded}", body=body)
+    try:
+        return decode(reply.body)
+    except StatusError as error:
+        return _refusal(reply, key, now, status=error.status)
+    except InvalidResponseError as error:
+        problems = tuple(key.redact(problem) for problem in error.problems)
+        return InvalidResponseError(error.message, problems=problems, body=key.redact_bytes(error.body))
+
+
+def _refusal(reply: Reply, key: ApiKey, now: float, *, status: int | None = None) -> StatusError:
+    envelope = _envelope(reply.body)
+    return status_error(
+        reply.status if status is None else status,
+        key.redact(description_of(envelope)),
+        response_time=response_time_of(envelope),
+        headers=CIMultiDict((name, key.redact(value)) for name, value in reply.headers.items()),
+        body=key.redact_bytes(reply.body[:MAX_ERROR_BODY]),
+        retry_after=retry_after(reply.headers, now=now),
+    )
+
+
+def _envelope(body: bytes) -> Mapping[str, object]:
+    """What can be read of an error's envelope; proxies answer with HTML, or with nothing."""
+    try:
+        envelope = parse(body)
+    except InvalidResponseError:
+        return {}
+    return envelope if isinstance(envelope, dict) else {}
+
+
+def retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
+    """Seconds to wait from now, as ``Retry-After`` asks; ``None`` where it is absent or malformed.
+
+    Args:
+        headers: The reply's headers; a date counts from the reply's own ``Date``, so that a wrong clock on our side
+            does not matter.
+        now: Seconds since 1970, for a reply without a readable ``Date``.
+    """
+    value = headers.get("Retry-After", "").strip(" \t")
+    if _DELAY_SECONDS.fullmatch(value):
+        return float(value)
+    until = _http_date(value)
+    if until is None:
+        return None
+    sent = _http_date(headers.get("Date", "").strip(" \t"))
+    return max(0.0, until - (now if sent is None else sent))
+
+
+def _http_date(value: str) -> float | None:
+    if not _HTTP_DATE.fullmatch(value):
+        return None
+    parsed = email.utils.parsedate_tz(value)
+    if parsed is None:
+        return None
+    try:
+        return float(email.utils.mktime_tz((*parsed[:9], parsed[9] or 0)))
+    except (ValueError, OverflowError):
+        return None
