@@ -68,10 +68,14 @@ class AudiencesError(Exception):
         self.retry_after = retry_after
         self.stop_reason: StopReason = stop_reason
 
+    @property
+    def summary(self) -> str:
+        """On one line: where, what was expected and what came, and how hard we tried."""
+        where = f"account '{printable(self.account)}': " if self.account is not None else ""
+        return f"{where}{self.message}{self._details()}{self._effort()}"
+
     def __str__(self) -> str:
-        where = f"account {printable(self.account)!r}: " if self.account is not None else ""
-        hint = f" ({self.hint})" if self.hint else ""
-        return f"{where}{self.message}{self._details()}{self._effort()}{hint}"
+        return f"{self.summary} ({self.hint})" if self.hint else self.summary
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (type(self), self.args, self.__dict__)

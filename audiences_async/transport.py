@@ -296,7 +296,8 @@ def _failure(error: Exception, key: ApiKey) -> ConnectionFailedError:
         case aiohttp.ClientConnectorError():
             return ConnectionFailedError(f"cannot connect to {error.host}:{error.port}: {error.os_error}")
         case _DisconnectedError():
-            reason = f"the connection was lost before a reply came: {_said(error.error, key)}"
+            what = "reset" if isinstance(error.error, OSError) else "closed"
+            reason = f"connection {what} before a reply came: {_said(error.error, key)}"
             return ConnectionFailedError(reason, stale_connection=error.reused)
         case aiohttp.ClientResponseError():
             # `status` is aiohttp's word for what it could not parse, not the server's.

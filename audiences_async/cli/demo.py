@@ -1,0 +1,94 @@
+"""``audiences demo``: the main job against a service that throttles, fails and hangs up."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from typing import Final
+
+from rich.console import Console
+from rich.table import Table
+
+from audiences_async.cli.output import table
+from audiences_async.client import AudiencesClient
+from audiences_async.clock import Clock
+from audiences_async.events import Attempt, AttemptFinished, Event, EventHook
+from audiences_async.models import Account, AudiencesResponse
+from audiences_async.retrying import RetryPolicy
+from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox, many_audiences
+
+_FIRST_FAULT: Final[Mapping[str, Answer]] = {
+    "north": Answer(500),
+    "east": Answer(failure="reset"),
+    "south": Answer(failure="cut-body"),
+}
+_MORE_FAULTS: Final = (Answer(502, "<html>Bad Gateway</html>"), Answer(503, b""), Answer(408))
+# Short waits, always below the second that the sandbox's limit wants: what happens depends on the seed alone.
+_RETRY: Final = RetryPolicy(base_delay=0.2, throttle_base_delay=0.2)
+_chance: ContextVar[random.Random] = ContextVar("_chance")
+
+
+def run(seed: int, console: Console) -> None:
+    """Fetch three accounts from a misbehaving sandbox; show what came, and what it took."""
+    attempts: dict[str, list[Attempt]] = {name: [] for name in _FIRST_FAULT}
+
+    def remember(event: Event) -> None:
+        if isinstance(event, AttemptFinished):
+            attempts[event.account].append(event.attempt)
+
+    with Sandbox(seed=seed) as sandbox:
+        accounts = [_open(sandbox, name, _source(seed, name)) for name in _FIRST_FAULT]
+        responses = asyncio.run(_fetch(sandbox.base_url, accounts, seed, remember))
+    console.print(table(*zip(_FIRST_FAULT, responses, strict=True)))
+    console.print(_summary(attempts))
+    console.print(_absorbed(attempts, responses))
+
+
+def _source(seed: int, name: str) -> random.Random:
+    """Chance of one account's own: the same seed gives the same waits, however the accounts interleave."""
+    return random.Random(f"{seed}/{name}")  # noqa: S311 - a demonstration, not a secret
+
+
+def _open(sandbox: Sandbox, name: str, chance: random.Random) -> Account:
+    """An account with one or two faults in its way, and a limit of one request a second."""
+    audiences = [*EXAMPLE_AUDIENCES, *many_audiences(name, chance.randint(1, 3))]
+    account = sandbox.add_account(name, audiences=audiences, rate=1.0, retry_after=True)
+    sandbox.script(name, _FIRST_FAULT[name], *chance.sample(_MORE_FAULTS, chance.randint(0, 1)))
+    return account
+
+
+async def _fetch(
+    base_url: str, accounts: Sequence[Account], seed: int, on_event: EventHook
+) -> list[AudiencesResponse]:
+    clock = Clock(random=lambda: _chance.get().random())
+    async with AudiencesClient(base_url=base_url, retry=_RETRY, on_event=on_event, clock=clock) as client:
+
+        async def fetch(account: Account) -> AudiencesResponse:
+            _chance.set(_source(seed, account.name))
+            return await client.get_audiences(account)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(fetch(account)) for account in accounts]
+    return [task.result() for task in tasks]
+
+
+def _summary(attempts: Mapping[str, Sequence[Attempt]]) -> Table:
+    result = Table("account", "attempts", "waited", "absorbed")
+    for column in result.columns[1:3]:
+        column.justify = "right"
+    for name, made in attempts.items():
+        waited = sum(attempt.wait for attempt in made)
+        result.add_row(name, str(len(made)), f"{waited:.2f} s", _counted(made))
+    return result
+
+
+def _absorbed(attempts: Mapping[str, Sequence[Attempt]], responses: Sequence[AudiencesResponse]) -> str:
+    total = sum(map(len, responses))
+    what = _counted([attempt for made in attempts.values() for attempt in made])
+    return f"{total} audiences of {len(responses)} accounts, complete; absorbed: {what}."
+
+
+def _counted(attempts: Sequence[Attempt]) -> str:
+    kinds = Counter(attempt.error.partition(":")[0] for attempt in attempts if attempt.error)
+    return ", ".join(f"{count} × {kind}" for kind, count in kinds.items())

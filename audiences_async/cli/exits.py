@@ -1,0 +1,34 @@
+"""Exit codes: what a script can tell apart."""
+
+from typing import Final
+
+from audiences_async.errors import (
+    AudiencesError,
+    ConfigurationError,
+    DeadlineExceededError,
+    ForbiddenError,
+    ServerError,
+    TooManyRequestsError,
+    TransportError,
+    UnauthorizedError,
+)
+
+DONE: Final = 0
+FAILED: Final = 1
+USAGE: Final = 2
+AUTHENTICATION: Final = 4
+UNAVAILABLE: Final = 5
+INTERRUPTED: Final = 130
+
+
+def exit_code(error: AudiencesError) -> int:
+    """The exit code of an error: 2 usage, 4 authentication, 5 try again later, 1 anything else."""
+    match error:
+        case UnauthorizedError() | ForbiddenError():
+            return AUTHENTICATION
+        case TooManyRequestsError() | ServerError() | TransportError() | DeadlineExceededError():
+            return UNAVAILABLE
+        case ConfigurationError():
+            return USAGE
+        case _:
+            return FAILED
