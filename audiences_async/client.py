@@ -112,6 +112,8 @@ class AudiencesClient:
         self._closed = False
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_closed"):
+            return "<AudiencesClient refused>"  # a traceback with the locals of __init__ prints it half made
         state = "closed" if self._closed else "open"
         return f"<AudiencesClient {self._transport_settings.endpoint} {state}>"
 

@@ -13,7 +13,7 @@ from audiences_async.credentials import ApiKey, KeyProvider
 from audiences_async.errors import ConfigurationError
 
 
-@frozen(init=False)
+@frozen(init=False, repr=False)
 class Account:
     """One account of the service: a label of yours and its API key.
 
@@ -29,7 +29,7 @@ class Account:
     """
 
     name: str
-    _credential: ApiKey | KeyProvider = field(repr=False)
+    _credential: ApiKey | KeyProvider
 
     def __init__(self, name: str, api_key: str | KeyProvider) -> None:
         # The plain key leaves this frame's locals before anything can raise: tracebacks may print locals.
@@ -40,6 +40,10 @@ class Account:
         if isinstance(credential, ApiKey):
             credential.validate(account=name)
         self.__attrs_init__(name, credential)  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        # Half made where its arguments are refused: a traceback with locals must still be able to print it.
+        return f"Account({getattr(self, 'name', '?')!r})"
 
     @property
     def api_key(self) -> str | KeyProvider:

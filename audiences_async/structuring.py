@@ -24,8 +24,11 @@ MAX_PROBLEMS: Final = 20
 
 _SHOWN_TEXT: Final = 40
 _BOM: Final = b"\xef\xbb\xbf"
-# Date and time, in ISO 8601's extended format. `fromisoformat` alone also reads dates without a time, and weeks.
-_DATE_AND_TIME: Final = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d.*", re.ASCII)
+# Date and time, in ISO 8601's extended format. `fromisoformat` alone also reads dates without a time, and weeks; what
+# else it reads changes from one Python to the next.
+_DATE_AND_TIME: Final = re.compile(
+    r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?", re.ASCII
+)
 # No field of the service has this name: it carries the fields beyond the documented ones to `extra`.
 _EXTRA: Final = "\0extra"
 

@@ -7,6 +7,7 @@ import email.utils
 import ipaddress
 import re
 from collections.abc import Mapping
+from datetime import UTC
 from typing import Final, TypeAlias
 
 from attrs import frozen
@@ -190,10 +191,8 @@ def retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
 def _http_date(value: str) -> float | None:
     if not _HTTP_DATE.fullmatch(value):
         return None
-    parsed = email.utils.parsedate_tz(value)
-    if parsed is None:
-        return None
     try:
-        return float(email.utils.mktime_tz((*parsed[:9], parsed[9] or 0)))
+        # Of the three forms only asctime's names no zone; all of them are in UTC.
+        return email.utils.parsedate_to_datetime(value).replace(tzinfo=UTC).timestamp()
     except (ValueError, OverflowError):
         return None

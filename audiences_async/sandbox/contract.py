@@ -1,0 +1,22 @@
+"""The service's own page as an OpenAPI document: https://api.commbox.io/ (GET /audiences).
+
+The sandbox's tests hold the sandbox to it.
+"""
+
+import json
+from importlib.resources import files
+from typing import Any
+
+
+def openapi() -> dict[str, Any]:
+    """The OpenAPI 3.0 document of ``GET /audiences``, a fresh copy with every call.
+
+    The page marks no field as required and no id as non-empty; the document does: this package relies on it.
+
+    Returns:
+        The document as plain dicts and lists, ready for a validator or a generator.
+    """
+    document: dict[str, Any] = json.loads(
+        files("audiences_async.sandbox").joinpath("openapi.json").read_text(encoding="utf-8")
+    )
+    return document

@@ -1,0 +1,150 @@
+"""Fixtures: stepped time, a sandbox with one account, and the mend that aioresponses needs."""
+
+import asyncio
+import functools
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from unittest.mock import Mock
+
+import aiohttp
+import aioresponses.core
+import pytest
+from attrs import define, field
+from hypothesis import settings
+
+from audiences_async import Account, RetryPolicy
+from audiences_async.clock import Clock
+from audiences_async.sandbox import Sandbox
+
+SAMPLES = Path(__file__).parent / "samples"
+EMPTY_ANSWER = b'{"status": "200", "data": []}'
+
+settings.register_profile("default", derandomize=True, deadline=None)
+settings.load_profile("default")
+
+
+@define
+class SteppedTime:
+    """Time that only moves when somebody sleeps, and draws that are given."""
+
+    now: float = 1000.0
+    draw: float = 1.0
+    slept: list[float] = field(factory=list)
+
+    @property
+    def clock(self) -> Clock:
+        """The clock for a client."""
+        return Clock(monotonic=lambda: self.now, wall=lambda: self.now, sleep=self.sleep, random=lambda: self.draw)
+
+    async def sleep(self, seconds: float) -> None:
+        """Move the time on, and let others run."""
+        self.slept.append(seconds)
+        self.now += seconds
+        await asyncio.sleep(0)
+
+
+@define
+class RawServer:
+    """What a raw server saw."""
+
+    base_url: str = ""
+    connections: int = 0
+    requests: int = 0
+
+
+@define
+class RawConnection:
+    """One connection to a raw server."""
+
+    server: RawServer
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    async def request(self) -> bytes:
+        """Read one request's head."""
+        head = await self.reader.readuntil(b"\r\n\r\n")
+        self.server.requests += 1
+        return head
+
+    async def send(self, data: bytes) -> None:
+        """Send bytes as they are."""
+        self.writer.write(data)
+        await self.writer.drain()
+
+    async def answer(self, body: bytes = EMPTY_ANSWER, head: bytes = b"HTTP/1.1 200 OK") -> None:
+        """Send a whole reply."""
+        await self.send(head + b"\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+
+
+@pytest.fixture
+def time() -> SteppedTime:
+    """Stepped time."""
+    return SteppedTime()
+
+
+@pytest.fixture
+def sandbox(audiences_sandbox: Sandbox) -> Sandbox:
+    """The running sandbox."""
+    return audiences_sandbox
+
+
+@pytest.fixture
+def north(sandbox: Sandbox) -> Account:
+    """An account of the sandbox, named north."""
+    return sandbox.add_account("north")
+
+
+@pytest.fixture
+def at_once() -> RetryPolicy:
+    """A policy that never waits, for tests that are about something else."""
+    return RetryPolicy(base_delay=0, throttle_base_delay=0)
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test depends on the variables that the client reads."""
+    monkeypatch.delenv("AUDIENCES_API_KEY", raising=False)
+    monkeypatch.delenv("AUDIENCES_BASE_URL", raising=False)
+
+
+@pytest.fixture
+def mocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[aioresponses.aioresponses]:
+    """aioresponses, mended: 0.7.9 does not give aiohttp 3.14's ClientResponse its `stream_writer`."""
+    mended = functools.partial(aiohttp.ClientResponse, stream_writer=Mock(output_size=0))
+    monkeypatch.setattr(aioresponses.core, "ClientResponse", mended)
+    with aioresponses.aioresponses() as mock:
+        yield mock
+
+
+@pytest.fixture
+def chance() -> random.Random:
+    """Random numbers that are the same in every run."""
+    return random.Random(20261123)
+
+
+@pytest.fixture
+async def raw() -> AsyncIterator[Callable[[Callable[[RawConnection], Awaitable[None]]], Awaitable[RawServer]]]:
+    """Starts servers that speak bytes, for what the sandbox cannot say: each connection is the given function's."""
+    servers: list[asyncio.Server] = []
+
+    async def start(serve: Callable[[RawConnection], Awaitable[None]]) -> RawServer:
+        raw = RawServer()
+
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            raw.connections += 1
+            try:
+                await serve(RawConnection(raw, reader, writer))
+            except (ConnectionError, asyncio.IncompleteReadError):
+                pass
+            finally:
+                writer.close()
+
+        server = await asyncio.start_server(handle, "127.0.0.1", 0)
+        servers.append(server)
+        raw.base_url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        return raw
+
+    yield start
+    for server in servers:
+        server.close()

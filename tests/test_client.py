@@ -1,0 +1,605 @@
+"""One account, end to end, against the sandbox on real sockets."""
+
+import asyncio
+import json
+import math
+import ssl as tls
+import traceback
+from typing import Any
+
+import aiohttp
+import aioresponses
+import pytest
+from conftest import EMPTY_ANSWER, SteppedTime
+
+from audiences_async import (
+    Account,
+    AttemptTimeoutError,
+    AudiencesClient,
+    AudiencesError,
+    BadRequestError,
+    ClientClosedError,
+    ConfigurationError,
+    DeadlineExceededError,
+    Event,
+    NotFoundError,
+    RetryPolicy,
+    ServerError,
+    StatusError,
+    TooManyRequestsError,
+    UnauthorizedError,
+)
+from audiences_async.clock import Clock
+from audiences_async.events import AttemptFinished, CallFinished
+from audiences_async.sandbox import Answer, Sandbox, many_audiences
+from audiences_async.structuring import record
+
+KEY = "s3cr3t-k3y"
+
+
+def statuses(error: AudiencesError) -> list[int | None]:
+    return [attempt.status for attempt in error.attempts]
+
+
+# --- the answer
+
+
+async def test_every_audience_of_the_account(sandbox: Sandbox) -> None:
+    """A call gives every audience of that account, in order and unchanged."""
+    rows = list(many_audiences("north", 500))
+    account = sandbox.add_account("north", audiences=rows)
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        response = await client.get_audiences(account)
+    assert [record(audience) for audience in response] == rows
+    assert (response.status, response.description, len(response)) == (200, "Audiences retrieved", 500)
+
+
+async def test_many_accounts_share_one_client(sandbox: Sandbox) -> None:
+    """Calls for different accounts at the same time each get their own audiences."""
+    accounts = [sandbox.add_account(f"a{n}", audiences=many_audiences(f"a{n}", 3)) for n in range(20)]
+    async with AudiencesClient(base_url=sandbox.base_url, max_connections=5) as client:
+        responses = await asyncio.gather(*map(client.get_audiences, accounts))
+    for account, response in zip(accounts, responses, strict=True):
+        assert [audience.id for audience in response] == [f"{account.name}-{n}" for n in range(3)]
+
+
+async def test_the_default_account(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client's own key, or the environment's, is the default account's."""
+    sandbox.add_account(api_key=KEY)
+    async with AudiencesClient(KEY, base_url=sandbox.base_url) as client:
+        assert len(await client.get_audiences()) == 2
+    monkeypatch.setenv("AUDIENCES_API_KEY", KEY)
+    monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
+    async with AudiencesClient() as client:
+        assert len(await client.get_audiences()) == 2
+
+
+def test_production_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a base URL, and with an empty one in the environment, requests go to production."""
+    monkeypatch.setenv("AUDIENCES_BASE_URL", "")
+    assert repr(AudiencesClient(KEY)) == "<AudiencesClient https://api.commbox.io/audiences open>"
+
+
+# --- retries
+
+
+@pytest.mark.parametrize("failure", ["reset", "reset-in-body", "cut-body"])
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+async def test_failures_that_pass_are_absorbed(
+    sandbox: Sandbox, north: Account, at_once: RetryPolicy, status: int, failure: Any
+) -> None:
+    """Retried statuses with any body, and broken connections, are tried again until the answer comes."""
+    sandbox.script("north", Answer(status, "<html>"), Answer(failure=failure), Answer(status, b""))
+    async with AudiencesClient(base_url=sandbox.base_url, retry=at_once) as client:
+        assert len(await client.get_audiences(north)) == 2
+    assert [request.answer for request in sandbox.seen("north")] == [status, None, status, 200]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(400, BadRequestError), (401, UnauthorizedError), (404, NotFoundError), (501, ServerError)]
+)
+async def test_a_refusal_is_final(sandbox: Sandbox, north: Account, status: int, kind: type[StatusError]) -> None:
+    """Other statuses are raised at once, after one request."""
+    sandbox.script("north", Answer(status))
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        with pytest.raises(kind) as caught:
+            await client.get_audiences(north)
+    error = caught.value
+    assert (error.stop_reason, error.account, statuses(error)) == ("final", "north", [status])
+    assert len(sandbox.requests) == 1
+
+
+async def test_attempts_are_bounded(sandbox: Sandbox, north: Account, time: SteppedTime) -> None:
+    """After max_attempts requests the last error is raised, with a record of each attempt."""
+    sandbox.script("north", Answer(500), Answer(429), Answer(failure="cut-body"), *[Answer(503)] * 9)
+    policy = RetryPolicy(max_attempts=4)
+    async with AudiencesClient(base_url=sandbox.base_url, retry=policy, clock=time.clock) as client:
+        with pytest.raises(ServerError, match="gave up after 4 attempts in 4.5 s") as caught:
+            await client.get_audiences(north)
+    error = caught.value
+    assert (error.status, error.stop_reason, error.elapsed) == (503, "attempts", 4.5)
+    assert [attempt.number for attempt in error.attempts] == [1, 2, 3, 4]
+    assert statuses(error) == [500, 429, None, 503]
+    assert [attempt.wait for attempt in error.attempts] == [0.5, 2.0, 2.0, 0.0] == [*time.slept, 0.0]
+    assert [attempt.reason for attempt in error.attempts] == ["backoff", "backoff", "backoff", "attempts"]
+    assert len(sandbox.requests) == 4
+
+
+async def test_no_retries(sandbox: Sandbox, north: Account) -> None:
+    """max_attempts=1 means one request."""
+    sandbox.script("north", Answer(500))
+    async with AudiencesClient(base_url=sandbox.base_url, retry=RetryPolicy(max_attempts=1)) as client:
+        with pytest.raises(ServerError) as caught:
+            await client.get_audiences(north)
+    assert caught.value.stop_reason == "attempts"
+    assert len(sandbox.requests) == 1
+
+
+async def test_retry_after_is_waited(sandbox: Sandbox, north: Account, time: SteppedTime) -> None:
+    """A 429 with Retry-After is waited for in full, plus jitter."""
+    sandbox.script("north", Answer(429, retry_after=30), Answer(503, retry_after="soon"))
+    time.draw = 0.5
+    async with AudiencesClient(base_url=sandbox.base_url, clock=time.clock) as client:
+        await client.get_audiences(north)
+    assert time.slept == [30.5, 0.5]
+
+
+async def test_a_wait_that_does_not_fit_raises_at_once(sandbox: Sandbox, north: Account, time: SteppedTime) -> None:
+    """A wait beyond the timeout is not begun: the error says when to come back."""
+    sandbox.script("north", Answer(500), Answer(429, retry_after=59.5))
+    async with AudiencesClient(base_url=sandbox.base_url, clock=time.clock) as client:
+        with pytest.raises(TooManyRequestsError, match="retry after 59.5 s") as caught:
+            await client.get_audiences(north)
+    error = caught.value
+    assert (error.stop_reason, error.retry_after) == ("deadline", 59.5)
+    assert time.slept == [0.5]
+
+
+async def test_a_backoff_that_does_not_fit_raises_at_once(sandbox: Sandbox, north: Account, time: SteppedTime) -> None:
+    """The same for a wait of our own, which is then what retry_after says."""
+    sandbox.script("north", Answer(500))
+    async with AudiencesClient(base_url=sandbox.base_url, clock=time.clock) as client:
+        with pytest.raises(ServerError) as caught:
+            await client.get_audiences(north, timeout=0.5)
+    assert (caught.value.stop_reason, caught.value.retry_after, time.slept) == ("deadline", 0.5, [])
+
+
+async def test_the_envelope_of_a_200_decides(sandbox: Sandbox, north: Account, at_once: RetryPolicy) -> None:
+    """A 200 whose envelope says 500 is retried as a 500."""
+    sandbox.script("north", Answer(200, {"status": 500, "description": "Server Error"}))
+    events: list[Event] = []
+    async with AudiencesClient(base_url=sandbox.base_url, retry=at_once, on_event=events.append) as client:
+        assert len(await client.get_audiences(north)) == 2
+    assert [event.attempt.status for event in events if isinstance(event, AttemptFinished)] == [500, 200]
+
+
+async def test_redirects_are_not_followed(sandbox: Sandbox, north: Account) -> None:
+    """A redirect is an error, so that the key stays at its origin."""
+    sandbox.script("north", Answer(307, headers={"Location": sandbox.base_url + "elsewhere"}))
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        with pytest.raises(StatusError) as caught:
+            await client.get_audiences(north)
+    assert (caught.value.status, len(sandbox.requests)) == (307, 1)
+
+
+# aioresponses 0.7.9 builds its streams on a half-made event loop, which complains when it is collected.
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <function BaseEventLoop.__del__")
+@pytest.mark.parametrize("status", [500, 503])
+async def test_decisions_need_no_wire(mocked: aioresponses.aioresponses, at_once: RetryPolicy, status: int) -> None:
+    """The same decisions with a mocked aiohttp, as users' own tests make them."""
+    mocked.get("https://api.commbox.io/audiences", status=status)
+    mocked.get("https://api.commbox.io/audiences", body=EMPTY_ANSWER)
+    async with AudiencesClient(KEY, retry=at_once) as client:
+        assert len(await client.get_audiences()) == 0
+    (sent,) = mocked.requests.values()
+    assert len(sent) == 2
+    assert sent[0].kwargs["allow_redirects"] is False
+
+
+# --- time
+
+
+async def test_an_attempt_out_of_time_is_retried(sandbox: Sandbox, north: Account, at_once: RetryPolicy) -> None:
+    """An attempt beyond attempt_timeout is cut off and tried again."""
+    sandbox.script("north", Answer(delay=30))
+    async with AudiencesClient(base_url=sandbox.base_url, retry=at_once, attempt_timeout=0.05) as client:
+        assert len(await client.get_audiences(north)) == 2
+    assert len(sandbox.requests) == 2
+
+
+async def test_every_attempt_out_of_time(sandbox: Sandbox, north: Account) -> None:
+    """When no attempt ends in time, that is the error."""
+    sandbox.script("north", Answer(delay=30), Answer(delay=30))
+    policy = RetryPolicy(max_attempts=2, base_delay=0)
+    async with AudiencesClient(base_url=sandbox.base_url, retry=policy, attempt_timeout=0.05) as client:
+        with pytest.raises(AttemptTimeoutError, match="attempt_timeout=0.05 s") as caught:
+            await client.get_audiences(north)
+    assert (caught.value.stop_reason, statuses(caught.value)) == ("attempts", [None, None])
+
+
+async def test_the_whole_call_is_bounded_inside_an_attempt(sandbox: Sandbox, north: Account) -> None:
+    """The timeout cuts off an attempt under way, which counts as one."""
+    sandbox.script("north", Answer(delay=30))
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        with pytest.raises(DeadlineExceededError, match="timeout=0.05 s") as caught:
+            await client.get_audiences(north, timeout=0.05)
+    error = caught.value
+    assert (error.stop_reason, [attempt.error for attempt in error.attempts]) == ("deadline", ["cut off"])
+
+
+async def test_the_whole_call_is_bounded_while_queueing(sandbox: Sandbox, north: Account) -> None:
+    """A call that never gets a connection ends in time, without an attempt."""
+    sandbox.script("north", Answer(delay=30))
+    async with AudiencesClient(base_url=sandbox.base_url, max_connections=1) as client:
+        first = asyncio.create_task(client.get_audiences(north))
+        while not sandbox.requests:
+            await asyncio.sleep(0)
+        with pytest.raises(DeadlineExceededError) as caught:
+            await client.get_audiences(north, timeout=0.05)
+        first.cancel()
+        await asyncio.wait([first])
+    assert caught.value.attempts == ()
+    assert len(sandbox.requests) == 1
+
+
+async def test_queueing_is_no_part_of_an_attempt(sandbox: Sandbox, north: Account) -> None:
+    """Waiting for a connection does not use up attempt_timeout."""
+    sandbox.script("north", *[Answer(delay=0.2)] * 3)
+    settings: dict[str, Any] = {"max_connections": 1, "attempt_timeout": 0.5, "retry": RetryPolicy(max_attempts=1)}
+    async with AudiencesClient(base_url=sandbox.base_url, **settings) as client:
+        responses = await asyncio.gather(*(client.get_audiences(north) for _ in range(3)))
+    assert [len(response) for response in responses] == [2, 2, 2]
+
+
+async def test_a_key_function_is_bounded_too(sandbox: Sandbox) -> None:
+    """A function that never gives a key ends with the call's timeout."""
+
+    async def provider() -> str:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        with pytest.raises(DeadlineExceededError) as caught:
+            await client.get_audiences(Account("north", provider), timeout=0.05)
+    assert caught.value.attempts == ()
+
+
+# --- keys
+
+
+async def test_a_rotated_key_is_fetched_afresh(sandbox: Sandbox) -> None:
+    """On a 401 a key function is asked once more, and the request replayed at once."""
+    keys = iter(["old", "new"])
+    sandbox.add_account("north", api_key="new")
+    events: list[Event] = []
+    async with AudiencesClient(base_url=sandbox.base_url, on_event=events.append) as client:
+        assert len(await client.get_audiences(Account("north", lambda: next(keys)))) == 2
+    made = [event.attempt for event in events if isinstance(event, AttemptFinished)]
+    assert [(attempt.status, attempt.wait, attempt.reason) for attempt in made] == [
+        (401, 0.0, "fresh-key"),
+        (200, 0.0, "success"),
+    ]
+
+
+async def test_a_fresh_key_is_fetched_only_once(sandbox: Sandbox) -> None:
+    """A second 401 is final."""
+    asked: list[int] = []
+
+    def provider() -> str:
+        asked.append(1)
+        return "revoked"
+
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        with pytest.raises(UnauthorizedError) as caught:
+            await client.get_audiences(Account("north", provider))
+    assert (len(asked), statuses(caught.value), caught.value.stop_reason) == (2, [401, 401], "final")
+
+
+async def test_a_replay_counts_as_an_attempt(sandbox: Sandbox) -> None:
+    """With max_attempts=1 there is no replay."""
+    async with AudiencesClient(base_url=sandbox.base_url, retry=RetryPolicy(max_attempts=1)) as client:
+        with pytest.raises(UnauthorizedError):
+            await client.get_audiences(Account("north", lambda: "revoked"))
+    assert len(sandbox.requests) == 1
+
+
+async def test_one_refresh_for_many_waiting_tasks(sandbox: Sandbox) -> None:
+    """When a key is revoked under many running calls, its function is asked once for all of them."""
+    asked = 0
+
+    async def provider() -> str:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0)
+        return f"key-{asked}"
+
+    sandbox.add_account("north", api_key="key-2")
+    account = Account("north", provider)
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        responses = await asyncio.gather(*(client.get_audiences(account) for _ in range(20)))
+    assert [len(response) for response in responses] == [2] * 20
+    assert asked == 2
+
+
+async def test_a_key_function_that_fails_is_an_error_of_the_call(sandbox: Sandbox) -> None:
+    """What a key function raises ends the call before anything is sent."""
+
+    def provider() -> str:
+        raise OSError("vault is sealed")
+
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        with pytest.raises(ConfigurationError, match="account 'north': .* raised OSError") as caught:
+            await client.get_audiences(Account("north", provider))
+    assert (caught.value.attempts, caught.value.stop_reason, sandbox.requests) == ((), "final", [])
+
+
+async def test_the_key_is_nowhere_to_be_seen(sandbox: Sandbox) -> None:
+    """A key that the service echoes is in no text, field or traceback with locals of the error."""
+    account = sandbox.add_account("north", api_key=KEY)
+    sandbox.script("north", Answer(400, {"description": f"bad {KEY}"}, headers={"X-Echo": KEY}))
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        with pytest.raises(BadRequestError) as caught:
+            await client.get_audiences(account)
+    error = caught.value
+    del account
+    rendered = traceback.TracebackException.from_exception(error, capture_locals=True)
+    shown = "".join(rendered.format()) + repr(vars(error)) + repr(client)
+    assert KEY not in shown
+    assert "bad ***" in shown
+    assert (error.__cause__, error.__context__) == (None, None)
+
+
+# --- bad input: an error, and nothing sent
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"api_key": ""}, "API key is empty"),
+        ({"api_key": "a\nb"}, "line break"),
+        ({"api_key": 5}, "must be text"),
+        ({"base_url": "http://api.commbox.io/"}, "allow_http"),
+        ({"base_url": "commbox"}, "https://"),
+        ({"timeout": -1}, "timeout must be a finite number of seconds above 0, got -1"),
+        ({"timeout": 0}, "timeout"),
+        ({"timeout": math.inf}, "timeout"),
+        ({"timeout": None}, "timeout"),
+        ({"attempt_timeout": 0}, "attempt_timeout"),
+        ({"retry": 5}, "retry must be RetryPolicy, got int"),
+        ({"max_connections": 0}, "max_connections"),
+        ({"max_body_bytes": 0}, "max_body_bytes"),
+        ({"ssl": False}, "ssl must be SSLContext or None, got bool"),
+        ({"ssl": tls._create_unverified_context()}, "verify"),
+        ({"proxy": "socks5://proxy"}, "proxy"),
+        ({"session": 5}, "session must be ClientSession, got int"),
+        ({"on_event": 5}, "on_event must be callable"),
+        ({"clock": 5}, "clock must be Clock"),
+    ],
+)
+def test_bad_settings_are_refused_when_the_client_is_made(arguments: dict[str, Any], told: str) -> None:
+    """Each argument that cannot be used is refused by name, and no traceback shows the key."""
+    with pytest.raises(ConfigurationError, match=told) as caught:
+        AudiencesClient(**{"api_key": KEY} | arguments)
+    del arguments
+    rendered = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+    assert KEY not in "".join(line for frame in rendered.stack if "audiences_async/" in frame.filename for line in str(frame.locals))  # fmt: skip
+
+
+def test_max_attempts_0_is_refused() -> None:
+    """A policy without an attempt is refused."""
+    with pytest.raises(ConfigurationError, match="max_attempts must be a whole number of 1 or more, got 0"):
+        RetryPolicy(max_attempts=0)
+
+
+@pytest.mark.parametrize(
+    ("account", "timeout", "told"),
+    [(None, None, "no account"), ("north", None, "account must be Account, got str"), (Account("n", KEY), -1, "timeout"), (Account("n", KEY), 0, "timeout")],
+)  # fmt: skip
+async def test_bad_arguments_of_a_call(sandbox: Sandbox, account: Any, timeout: Any, told: str) -> None:
+    """A call without an account, or with a wrong timeout, sends nothing."""
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        with pytest.raises(ConfigurationError, match=told):
+            await client.get_audiences(account, timeout=timeout)
+    assert sandbox.requests == []
+
+
+# --- lifecycle
+
+
+async def test_a_client_needs_no_block(sandbox: Sandbox, north: Account) -> None:
+    """A client opens on first use; aclose() closes it, and may be called again."""
+    client = AudiencesClient(base_url=sandbox.base_url)
+    assert len(await client.get_audiences(north)) == 2
+    await asyncio.gather(client.aclose(), client.aclose())
+    await client.aclose()
+    assert repr(client).endswith("closed>")
+
+
+async def test_use_after_close(sandbox: Sandbox, north: Account) -> None:
+    """A closed client says so, and sends nothing."""
+    client = AudiencesClient(base_url=sandbox.base_url)
+    await client.aclose()
+    with pytest.raises(ClientClosedError, match="closed"):
+        await client.get_audiences(north)
+    with pytest.raises(ClientClosedError, match="closed"):
+        await client.__aenter__()
+    assert sandbox.requests == []
+
+
+def test_use_from_another_event_loop(sandbox: Sandbox, north: Account) -> None:
+    """A client says that it belongs to the loop of its first use."""
+    client = AudiencesClient(base_url=sandbox.base_url)
+
+    with asyncio.Runner() as one, asyncio.Runner() as other:
+        one.run(client.get_audiences(north))
+        with pytest.raises(ClientClosedError, match="another event loop"):
+            other.run(client.get_audiences(north))
+        one.run(client.aclose())
+    assert len(sandbox.requests) == 1
+
+
+async def test_closing_ends_running_calls(sandbox: Sandbox, north: Account) -> None:
+    """Calls under way at aclose(), in an attempt or in a wait, end with ClientClosedError."""
+    sandbox.script("north", Answer(delay=30), Answer(500))
+    policy = RetryPolicy(base_delay=20)
+    client = AudiencesClient(base_url=sandbox.base_url, retry=policy, clock=Clock(random=lambda: 1.0))
+    calls = [asyncio.create_task(client.get_audiences(north)) for _ in range(2)]
+    while len(sandbox.requests) < 2:
+        await asyncio.sleep(0.001)
+    await client.aclose()
+    for call in calls:
+        with pytest.raises(ClientClosedError, match="while the call ran"):
+            await call
+
+
+async def test_a_given_session_stays_its_owners(sandbox: Sandbox, north: Account) -> None:
+    """A session of the caller's is used, and not closed."""
+    async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as session:
+        async with AudiencesClient(base_url=sandbox.base_url, session=session) as client:
+            assert len(await client.get_audiences(north)) == 2
+        assert not session.closed
+
+
+async def test_our_own_session_is_closed(sandbox: Sandbox, north: Account) -> None:
+    """Closing the client leaves no connection behind."""
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        await client.get_audiences(north)
+        transport = client._transport
+        assert transport is not None
+    assert transport._session.closed
+
+
+async def test_a_session_with_cookies_serves_one_account(sandbox: Sandbox, north: Account) -> None:
+    """A second account on a session that keeps cookies is refused, and nothing is sent for it."""
+    south = sandbox.add_account("south")
+    async with aiohttp.ClientSession() as session, AudiencesClient(base_url=sandbox.base_url, session=session) as client:
+        await client.get_audiences(north)
+        await client.get_audiences(Account("north", north.api_key))
+        with pytest.raises(ConfigurationError, match="DummyCookieJar"):
+            await client.get_audiences(south)
+    assert len(sandbox.requests) == 2
+
+
+async def test_a_session_that_would_send_other_credentials_is_refused() -> None:
+    """A session with trust_env, with an auth of its own, or closed, is refused."""
+    async with aiohttp.ClientSession(trust_env=True) as session:
+        with pytest.raises(ConfigurationError, match="trust_env"):
+            AudiencesClient(KEY, session=session)
+    with pytest.raises(ClientClosedError, match="session"):
+        AudiencesClient(KEY, session=session)
+
+
+@pytest.mark.parametrize(
+    "own", [{"ssl": tls.create_default_context()}, {"proxy": "http://proxy"}, {"max_connections": 5}]
+)
+async def test_settings_of_our_own_session_do_not_go_with_a_given_one(own: dict[str, Any]) -> None:
+    """ssl, proxy and max_connections are refused together with session."""
+    async with aiohttp.ClientSession() as session:
+        with pytest.raises(ConfigurationError, match=f"{next(iter(own))} together with session"):
+            AudiencesClient(KEY, session=session, **own)
+
+
+# --- cancellation
+
+
+@pytest.mark.parametrize("answer", [Answer(delay=30), Answer(500, retry_after=30)])
+async def test_cancellation_is_immediate(sandbox: Sandbox, north: Account, answer: Answer) -> None:
+    """A call cancelled in an attempt or in a wait ends as cancelled, retries nothing and leaves no task."""
+    sandbox.script("north", answer)
+    async with AudiencesClient(base_url=sandbox.base_url, max_connections=1) as client:
+        call = asyncio.create_task(client.get_audiences(north))
+        while not sandbox.requests:
+            await asyncio.sleep(0.001)
+        before = len(asyncio.all_tasks())
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert len(asyncio.all_tasks()) < before
+        assert len(await client.get_audiences(north)) == 2, "the slot was given back"
+    assert len(sandbox.requests) == 2
+
+
+async def test_cancellation_while_queueing(sandbox: Sandbox, north: Account) -> None:
+    """A call cancelled while it waits for a connection leaves the queue."""
+    sandbox.script("north", Answer(delay=0.1))
+    async with AudiencesClient(base_url=sandbox.base_url, max_connections=1) as client:
+        first = asyncio.create_task(client.get_audiences(north))
+        queued = asyncio.create_task(client.get_audiences(north))
+        await asyncio.sleep(0.01)
+        queued.cancel()
+        assert len(await first) == 2
+        assert len(await client.get_audiences(north)) == 2
+    assert queued.cancelled()
+    assert len(sandbox.requests) == 2
+
+
+async def test_a_cancelled_attempt_shows_no_key(sandbox: Sandbox) -> None:
+    """The traceback of a cancelled call, rendered with locals, does not show the key."""
+    sandbox.add_account("north", api_key=KEY)
+    sandbox.script("north", Answer(delay=30))
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        call = asyncio.create_task(client.get_audiences(Account("north", KEY)))
+        while not sandbox.requests:
+            await asyncio.sleep(0.001)
+        call.cancel()
+        try:
+            await call
+        except asyncio.CancelledError as cancelled:
+            shown = "".join(traceback.TracebackException.from_exception(cancelled, capture_locals=True).format())
+    assert "aiohttp" not in shown
+    assert KEY not in shown
+
+
+# --- events
+
+
+async def test_events_tell_what_happened(sandbox: Sandbox, north: Account, time: SteppedTime) -> None:
+    """Each attempt and the end of the call are told as they happen."""
+    sandbox.script("north", Answer(500))
+    events: list[Event] = []
+    async with AudiencesClient(base_url=sandbox.base_url, clock=time.clock, on_event=events.append) as client:
+        await client.get_audiences(north)
+    first, second, end = events
+    assert isinstance(first, AttemptFinished)
+    assert isinstance(second, AttemptFinished)
+    assert (first.attempt.status, first.attempt.wait, first.attempt.reason) == (500, 0.5, "backoff")
+    assert (second.attempt.number, second.attempt.error, second.attempt.reason) == (2, None, "success")
+    assert end == CallFinished("north", attempts=2, elapsed=0.5, error=None)
+
+
+async def test_events_tell_of_errors(sandbox: Sandbox, north: Account) -> None:
+    """The end of a call with an error names its class."""
+    sandbox.script("north", Answer(404))
+    events: list[Event] = []
+    async with AudiencesClient(base_url=sandbox.base_url, on_event=events.append) as client:
+        with pytest.raises(NotFoundError):
+            await client.get_audiences(north)
+    assert isinstance(events[-1], CallFinished)
+    assert (events[-1].attempts, events[-1].error) == (1, "NotFoundError")
+
+
+async def test_a_failing_hook_hurts_nobody(
+    sandbox: Sandbox, north: Account, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What on_event raises is logged, and the call goes on."""
+
+    def hook(event: Event) -> None:
+        raise KeyError(event.account)
+
+    async with AudiencesClient(base_url=sandbox.base_url, on_event=hook) as client:
+        assert len(await client.get_audiences(north)) == 2
+    assert "on_event raised" in caplog.text
+
+
+async def test_concurrent_calls_keep_their_own_attempts(sandbox: Sandbox) -> None:
+    """Many calls that fail at the same time each have their own attempts, waits and errors."""
+    accounts = [sandbox.add_account(f"a{n}") for n in range(30)]
+    for number, account in enumerate(accounts):
+        sandbox.script(account.name, *[Answer(500)] * (number % 3), Answer(404, json.dumps({"description": account.name})))
+    policy = RetryPolicy(base_delay=0.01, max_delay=0.01)
+    async with AudiencesClient(base_url=sandbox.base_url, retry=policy) as client:
+        results = await asyncio.gather(*map(client.get_audiences, accounts), return_exceptions=True)
+    for number, (account, result) in enumerate(zip(accounts, results, strict=True)):
+        assert isinstance(result, NotFoundError)
+        assert (result.account, result.description) == (account.name, account.name)
+        assert statuses(result) == [500] * (number % 3) + [404]

@@ -1,0 +1,123 @@
+"""The API key behind its mask, and fresh keys from a function."""
+
+import asyncio
+import traceback
+from typing import Any
+
+import pytest
+
+from audiences_async import Account, ConfigurationError
+from audiences_async.credentials import ApiKey, KeySource
+
+KEY = "s3cr3t-k3y"
+
+
+@pytest.mark.parametrize("text", ["", "a\nb", "a\r\n", "\ta", "a\x00", "a\x7f", "a\x85", " a", "a ", "\ud800", b"a", 5])
+def test_a_key_that_cannot_be_sent_is_refused(text: Any) -> None:
+    """An empty key, one with control characters or white space around it, and what is no text are refused."""
+    with pytest.raises(ConfigurationError, match="the API key") as caught:
+        Account("north", text)
+    assert caught.value.account == "north"
+
+
+@pytest.mark.parametrize("text", ["a", "a b", "ключ", "x" * 10_000])
+def test_a_key_is_opaque(text: str) -> None:
+    """Any other text is a key, and is given back as it is."""
+    assert Account("north", text).api_key == text
+
+
+@pytest.mark.parametrize("name", ["", None, 5])
+def test_an_account_needs_a_name(name: Any) -> None:
+    """A name is non-empty text."""
+    with pytest.raises(ConfigurationError, match="non-empty name"):
+        Account(name, KEY)
+
+
+def test_the_key_is_in_no_repr() -> None:
+    """Neither the account nor the masked key print the key."""
+    account = Account("north", KEY)
+    assert repr(account) == "Account('north')"
+    assert KEY not in f"{account!s} {account.credential!r} {account.credential!s}"
+
+
+def test_accounts_are_values() -> None:
+    """Accounts are equal by name and key."""
+    assert Account("north", KEY) == Account("north", KEY)
+    assert len({Account("north", KEY), Account("north", KEY), Account("north", "other")}) == 2
+    assert ApiKey(KEY) != KEY
+
+
+def test_the_key_is_in_no_traceback() -> None:
+    """A traceback rendered with the locals of our frames does not show the key."""
+    try:
+        Account("", KEY)
+    except ConfigurationError as error:
+        summary = traceback.TracebackException.from_exception(error, capture_locals=True)
+        ours = [str(frame.locals) for frame in summary.stack if "audiences_async" in frame.filename]
+    assert ours
+    assert not any(KEY in shown for shown in ours)
+
+
+async def test_a_function_is_asked_once_for_calls_at_the_same_time() -> None:
+    """Calls that run at the same time share one key, and one refresh of it."""
+    asked = 0
+
+    async def provider() -> str:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0)
+        return f"key-{asked}"
+
+    source = KeySource(provider)
+    first = await asyncio.gather(*(source.get(account="north") for _ in range(10)))
+    second = await asyncio.gather(*(source.get(account="north", refused=first[0]) for _ in range(10)))
+    assert {key.reveal() for key in first} == {"key-1"}
+    assert {key.reveal() for key in second} == {"key-2"}
+    assert asked == 2
+
+
+async def test_a_cancelled_asker_leaves_the_asking_to_the_next() -> None:
+    """When the caller that asks is cancelled, the next waiting caller asks, and gets the key."""
+    gate = asyncio.Event()
+
+    async def provider() -> str:
+        await gate.wait()
+        return KEY
+
+    source = KeySource(provider)
+    tasks = [asyncio.create_task(source.get(account="north")) for _ in range(2)]
+    await asyncio.sleep(0)
+    tasks[0].cancel()
+    gate.set()
+    assert (await tasks[1]).reveal() == KEY
+    assert tasks[0].cancelled()
+
+
+async def test_a_sync_function_gives_the_key() -> None:
+    """A plain function is as good as an async one."""
+    assert (await KeySource(lambda: KEY).get(account="north")).reveal() == KEY
+
+
+@pytest.mark.parametrize("answer", [None, "", "a\nb"])
+async def test_a_function_that_gives_no_key(answer: Any) -> None:
+    """What a function gives is held to the same rules."""
+    with pytest.raises(ConfigurationError, match="the API key") as caught:
+        await KeySource(lambda: answer).get(account="north")
+    assert caught.value.account == "north"
+
+
+async def test_a_function_that_raises() -> None:
+    """What a function raises is the cause of a ConfigurationError, and is asked again by the next call."""
+    answers = iter([KeyError("vault"), None])
+
+    def provider() -> str:
+        failure = next(answers)
+        if failure:
+            raise failure
+        return KEY
+
+    source = KeySource(provider)
+    with pytest.raises(ConfigurationError, match="raised KeyError") as caught:
+        await source.get(account="north")
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert (await source.get(account="north")).reveal() == KEY

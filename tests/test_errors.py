@@ -1,0 +1,94 @@
+"""The errors: their tree, their words, their pickles."""
+
+import copy
+import inspect
+import pickle
+from datetime import UTC, datetime
+
+import pytest
+from multidict import CIMultiDict
+
+from audiences_async import (
+    Attempt,
+    AttemptTimeoutError,
+    AudiencesError,
+    ClientClosedError,
+    ConfigurationError,
+    ConnectionFailedError,
+    DeadlineExceededError,
+    InvalidResponseError,
+    ResponseTooLargeError,
+    StatusError,
+    TransportError,
+    UnauthorizedError,
+    errors,
+)
+from audiences_async.errors import status_error
+
+ATTEMPTS = (Attempt(1, 500, "HTTP 500", 0.1, 0.5, "backoff"), Attempt(2, 429, "HTTP 429", 0.1, 0.0, "deadline"))
+ALL = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, AudiencesError)]
+
+
+def made(kind: type[AudiencesError]) -> AudiencesError:
+    status = {"status": 429, "headers": CIMultiDict({"Retry-After": "5"}), "body": b"x"} if issubclass(kind, StatusError) else {}
+    error = kind("what happened", **status)
+    error.account, error.attempts, error.elapsed = "north", ATTEMPTS, 1.5
+    error.retry_after, error.stop_reason = 5.0, "deadline"
+    return error
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_error_pickles(kind: type[AudiencesError]) -> None:
+    """An error sent to another process, or copied, is the same error with the same fields."""
+    error = made(kind)
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(twin) is kind
+        assert (vars(twin), str(twin), twin.args) == (vars(error), str(error), error.args)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_error_has_its_docstring(kind: type[AudiencesError]) -> None:
+    """Each class says what it stands for."""
+    assert kind.__doc__
+    assert kind.__doc__ != kind.__base__.__doc__
+
+
+def test_the_tree() -> None:
+    """Callers who know only Python's own exceptions, or one of our branches, catch the right ones."""
+    assert issubclass(ConfigurationError, ValueError)
+    assert issubclass(ClientClosedError, RuntimeError)
+    assert issubclass(DeadlineExceededError, TimeoutError)
+    assert not issubclass(AttemptTimeoutError, TimeoutError)
+    assert issubclass(ConnectionFailedError, TransportError)
+    assert issubclass(ResponseTooLargeError, InvalidResponseError)
+    assert not issubclass(StatusError, TransportError)
+
+
+def test_the_message_says_where_what_how_hard_and_what_to_do() -> None:
+    """The text names the account, the failure, the effort and a way out."""
+    error = made(UnauthorizedError)
+    assert str(error) == (
+        "account 'north': what happened; gave up after 2 attempts in 1.5 s, out of time; a larger timeout allows more, "
+        "retry after 5 s (check the account's API key in the management console)"
+    )
+
+
+def test_a_bare_error_is_its_message() -> None:
+    """Without a call there is nothing to add."""
+    assert str(AudiencesError("what happened")) == "what happened"
+
+
+def test_many_problems_are_shortened_in_the_message() -> None:
+    """The text shows the first problems and the number of the others; the field has them all."""
+    error = InvalidResponseError("unreadable", problems=tuple(f"$.data[{n}]: odd" for n in range(9)))
+    assert "$.data[2]: odd; and 6 more" in str(error)
+    assert len(error.problems) == 9
+
+
+@pytest.mark.parametrize(("status", "text"), [(503, "HTTP 503 Service Unavailable"), (999, "HTTP 999"), (429, "HTTP 429 Too Many Requests: slow")])  # fmt: skip
+def test_the_message_of_a_status(status: int, text: str) -> None:
+    """A status is named as HTTP names it, with the service's own words behind it."""
+    description = "slow" if status == 429 else ""
+    error = status_error(status, description, response_time=datetime.now(UTC))
+    assert error.message == text
+    assert error.headers == {}
