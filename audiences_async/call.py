@@ -41,7 +41,8 @@ class Call:
         self, account: str, credential: ApiKey | KeySource, timeout: float, transport: Transport, settings: CallSettings
     ) -> None:
         self._account = account
-        self._key, self._source = (credential, None) if isinstance(credential, ApiKey) else (None, credential)
+        self._key: ApiKey | None = credential if isinstance(credential, ApiKey) else None
+        self._source: KeySource | None = None if isinstance(credential, ApiKey) else credential
         self._refused_key: ApiKey | None = None
         self._transport = transport
         self._settings = settings

@@ -75,7 +75,7 @@ class ApiKey:
 
 @lru_cache(maxsize=64)
 def _spellings(key: ApiKey) -> re.Pattern[str]:
-    """Finds the key as it is and as JSON, a URL or HTML would spell it: .NET writes ``+`` as ``\\u002B``."""
+    r"""Finds the key as it is and as JSON, a URL or HTML would spell it: .NET writes ``+`` as ``\u002B``."""
     return re.compile("".join(_spellings_of(character) for character in key.reveal()), re.IGNORECASE)
 
 

@@ -1,18 +1,18 @@
 """Every error of this package.
 
-    AudiencesError
-    ├── ConfigurationError (ValueError)        wrong arguments; before any I/O
-    ├── ClientClosedError (RuntimeError)       used after close, or from a foreign event loop
-    ├── DeadlineExceededError (TimeoutError)   the whole call ran out of time
-    ├── TransportError                         no answer: try later
-    │   ├── ConnectionFailedError              DNS, refused, TLS, reset, cut short
-    │   └── AttemptTimeoutError
-    ├── InvalidResponseError                   an answer nobody can read: the service changed
-    │   └── ResponseTooLargeError
-    └── StatusError                            an answer that refuses (any status from 300 up)
-        ├── BadRequestError 400, UnauthorizedError 401, ForbiddenError 403, NotFoundError 404
-        ├── TooManyRequestsError 429
-        └── ServerError 5xx
+AudiencesError
+├── ConfigurationError (ValueError)        wrong arguments; before any I/O
+├── ClientClosedError (RuntimeError)       used after close, or from a foreign event loop
+├── DeadlineExceededError (TimeoutError)   the whole call ran out of time
+├── TransportError                         no answer: try later
+│   ├── ConnectionFailedError              DNS, refused, TLS, reset, cut short
+│   └── AttemptTimeoutError
+├── InvalidResponseError                   an answer nobody can read: the service changed
+│   └── ResponseTooLargeError
+└── StatusError                            an answer that refuses (any status from 300 up)
+    ├── BadRequestError 400, UnauthorizedError 401, ForbiddenError 403, NotFoundError 404
+    ├── TooManyRequestsError 429
+    └── ServerError 5xx
 """
 
 from collections.abc import Mapping
@@ -157,9 +157,7 @@ class InvalidResponseError(AudiencesError):
 
     hint = "the service may have changed; see .problems and .body"
 
-    def __init__(
-        self, message: str, *, problems: tuple[str, ...] = (), body: bytes = b"", **context: Any
-    ) -> None:
+    def __init__(self, message: str, *, problems: tuple[str, ...] = (), body: bytes = b"", **context: Any) -> None:
         super().__init__(message, **context)
         self.problems = problems
         self.body = body

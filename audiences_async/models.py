@@ -39,7 +39,7 @@ class Account:
             raise ConfigurationError(f"an account needs a non-empty name, got {name!r}")
         if isinstance(credential, ApiKey):
             credential.validate(account=name)
-        self.__attrs_init__(name, credential)  # type: ignore[attr-defined]
+        self.__attrs_init__(name, credential)
 
     def __repr__(self) -> str:
         # Half made where its arguments are refused: a traceback with locals must still be able to print it.

@@ -4,9 +4,10 @@ The service documents 429 and 500, and no ``Retry-After``: https://api.commbox.i
 stand before such a service add 408, 502, 503 and 504.
 """
 
+from collections.abc import Iterable
 from typing import Final
 
-from attrs import field, frozen
+from attrs import Attribute, field, frozen
 from tenacity import RetryCallState, wait_exponential
 from tenacity.wait import wait_base
 
@@ -15,6 +16,18 @@ from audiences_async.clock import Clock
 from audiences_async.errors import AudiencesError, StatusError, TooManyRequestsError, TransportError
 
 RETRIED_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
+
+
+def _is_count(_: object, attribute: "Attribute[int]", value: int) -> None:
+    checks.count(attribute.name, value)
+
+
+def _is_delay(_: object, attribute: "Attribute[float]", value: float) -> None:
+    checks.seconds(attribute.name, value, zero=True)
+
+
+def _statuses(values: Iterable[int]) -> frozenset[int]:
+    return checks.statuses("statuses", values)
 
 
 @frozen
@@ -35,15 +48,11 @@ class RetryPolicy:
         ConfigurationError: A number out of its range, or a status that is none.
     """
 
-    max_attempts: int = field(default=5, converter=lambda value: checks.count("max_attempts", value))
-    base_delay: float = field(default=0.5, converter=lambda value: checks.seconds("base_delay", value, zero=True))
-    max_delay: float = field(default=20.0, converter=lambda value: checks.seconds("max_delay", value, zero=True))
-    throttle_base_delay: float = field(
-        default=1.0, converter=lambda value: checks.seconds("throttle_base_delay", value, zero=True)
-    )
-    statuses: frozenset[int] = field(
-        default=RETRIED_STATUSES, converter=lambda values: checks.statuses("statuses", values)
-    )
+    max_attempts: int = field(default=5, validator=_is_count)
+    base_delay: float = field(default=0.5, validator=_is_delay)
+    max_delay: float = field(default=20.0, validator=_is_delay)
+    throttle_base_delay: float = field(default=1.0, validator=_is_delay)
+    statuses: frozenset[int] = field(default=RETRIED_STATUSES, converter=_statuses)
 
     def retries(self, error: AudiencesError) -> bool:
         """Whether another attempt may help."""
@@ -64,6 +73,7 @@ class wait_full_jitter(wait_base):  # noqa: N801 - tenacity's strategies are nam
         self._throttled = wait_exponential(policy.throttle_base_delay, policy.max_delay)
 
     def __call__(self, retry_state: RetryCallState) -> float:
+        """Seconds to wait after the attempt whose error *retry_state* holds."""
         assert retry_state.outcome is not None
         error = retry_state.outcome.result()
         longest = self._throttled if isinstance(error, TooManyRequestsError) else self._backoff

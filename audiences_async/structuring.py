@@ -26,14 +26,12 @@ _SHOWN_TEXT: Final = 40
 _BOM: Final = b"\xef\xbb\xbf"
 # Date and time, in ISO 8601's extended format. `fromisoformat` alone also reads dates without a time, and weeks; what
 # else it reads changes from one Python to the next.
-_DATE_AND_TIME: Final = re.compile(
-    r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?", re.ASCII
-)
+_DATE_AND_TIME: Final = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?", re.ASCII)
 # No field of the service has this name: it carries the fields beyond the documented ones to `extra`.
 _EXTRA: Final = "\0extra"
 
 
-class _Problem(ValueError):
+class _ProblemError(ValueError):
     """What was expected of a value and what came, ``...`` for nothing; and where below the place that cattrs knows."""
 
     def __init__(self, expected: str, value: Any, below: str = "") -> None:
@@ -53,10 +51,10 @@ def decode(body: bytes) -> AudiencesResponse:
     """
     envelope = parse(body)
     if not isinstance(envelope, dict):
-        raise _invalid([f"$: {_Problem('an object', envelope)}"], body)
+        raise _invalid([f"$: {_ProblemError('an object', envelope)}"], body)
     try:
         status = _envelope_status(envelope)
-    except _Problem as problem:
+    except _ProblemError as problem:
         return _raise_problems(envelope, body, first=f"$.status: {problem}")
     if status >= 300:
         raise status_error(status, description_of(envelope), response_time=response_time_of(envelope), body=body)
@@ -113,7 +111,7 @@ def _envelope_status(envelope: Mapping[str, Any]) -> int:
     if isinstance(status, str) and status.isascii() and status.isdigit() and len(status) < 10:
         status = int(status)
     if type(status) is not int or status < 100:
-        raise _Problem("an HTTP status", status)
+        raise _ProblemError("an HTTP status", status)
     return status
 
 
@@ -125,27 +123,27 @@ def _description(envelope: Mapping[str, Any]) -> str:
 def _array(envelope: Mapping[str, Any]) -> list[Any]:
     data = envelope.get("data", ...)
     if not isinstance(data, list):
-        raise _Problem("an array", data)
+        raise _ProblemError("an array", data)
     return data
 
 
 def _string(value: Any, _: Any) -> str:
     if type(value) is not str:
-        raise _Problem("a string", value)
+        raise _ProblemError("a string", value)
     return value
 
 
 def _non_empty_string(value: Any, _: Any) -> str:
     if type(value) is not str or not value:
-        raise _Problem("a non-empty string", value)
+        raise _ProblemError("a non-empty string", value)
     return value
 
 
 def _user_count(value: Any, _: Any) -> int:
     if type(value) is not int:
-        raise _Problem("an integer", value)
+        raise _ProblemError("an integer", value)
     if value < 0:
-        raise _Problem("an integer of 0 or more", value)
+        raise _ProblemError("an integer of 0 or more", value)
     return value
 
 
@@ -156,13 +154,13 @@ def _utc(value: Any, _: Any) -> datetime:
         time = datetime.fromisoformat(value)
         return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
     except (ValueError, OverflowError):
-        raise _Problem("a date and time in ISO 8601", value) from None
+        raise _ProblemError("a date and time in ISO 8601", value) from None
 
 
 def _read(hook: Callable[[Any, Any], _T], value: Any) -> _T | None:
     try:
         return hook(value, None)
-    except _Problem:
+    except _ProblemError:
         return None
 
 
@@ -195,9 +193,9 @@ def _model_hook(converter: Converter, cls: type[Any]) -> _Hook:
     """A hook from a record to one class: strict for the documented fields, all others into ``extra``."""
     documented = [attribute.name for attribute in fields(cls) if attribute.name in _STRICT]
     known = frozenset({*documented, "type"})
-    overrides = {name: override(struct_hook=_STRICT[name]) for name in documented}
-    extra = override(rename=_EXTRA, struct_hook=lambda value, _: value)
-    structure = make_dict_structure_fn(cls, converter, **overrides, extra=extra)
+    overrides: dict[str, Any] = {name: override(struct_hook=_STRICT[name]) for name in documented}
+    overrides["extra"] = override(rename=_EXTRA, struct_hook=lambda value, _: value)
+    structure = make_dict_structure_fn(cls, converter, **overrides)
 
     def hook(sent: dict[str, Any], _: Any) -> Any:
         if len(sent) == len(known):
@@ -220,14 +218,14 @@ def _unknown(sent: dict[str, Any]) -> UnknownAudience:
 
 def _converter(*, detailed: bool) -> Converter:
     converter = Converter(detailed_validation=detailed)
-    by_type = {cls.type: _model_hook(converter, cls) for cls in (StaticAudience, DynamicAudience)}
+    by_type: dict[str, _Hook] = {cls.type: _model_hook(converter, cls) for cls in (StaticAudience, DynamicAudience)}
 
     def union_hook(sent: Any, _: Any) -> Audience:
         if not isinstance(sent, dict):
-            raise _Problem("an object", sent)
+            raise _ProblemError("an object", sent)
         kind = sent.get("type", ...)
         if type(kind) is not str or not kind:
-            raise _Problem("a non-empty string", kind, below=".type")
+            raise _ProblemError("a non-empty string", kind, below=".type")
         hook = by_type.get(kind)
         return hook(sent, None) if hook else _unknown(sent)
 
@@ -246,7 +244,7 @@ def _raise_problems(envelope: dict[str, Any], body: bytes, *, first: str | None 
     for name, check in (("description", _description), ("data", _array)):
         try:
             check(envelope)
-        except _Problem as problem:
+        except _ProblemError as problem:
             problems.append(f"$.{name}: {problem}")
     rows = envelope.get("data")
     for index, sent in enumerate(rows if isinstance(rows, list) else ()):
@@ -260,7 +258,7 @@ def _raise_problems(envelope: dict[str, Any], body: bytes, *, first: str | None 
 def _problems_of(sent: Any, path: str) -> list[str]:
     try:
         _DETAILED.structure(sent, Audience)  # type: ignore[arg-type]
-    except _Problem as problem:
+    except _ProblemError as problem:
         return [f"{path}{problem.below}: {problem}"]
     except BaseValidationError as group:
         told = transform_error(group, path, lambda error, _: _told(error))
@@ -269,7 +267,7 @@ def _problems_of(sent: Any, path: str) -> list[str]:
 
 
 def _told(error: BaseException) -> str:
-    return str(error) if isinstance(error, _Problem) else "missing"
+    return str(error) if isinstance(error, _ProblemError) else "missing"
 
 
 def _invalid(problems: list[str], body: bytes) -> InvalidResponseError:

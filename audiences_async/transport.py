@@ -258,7 +258,7 @@ class _Inflater:
     def __init__(self, wbits: int) -> None:
         self._wbits = wbits
         self._waiting = b""
-        self._zlib: "zlib._Decompress | None" = None
+        self._zlib: zlib._Decompress | None = None
 
     def feed(self, chunk: bytes) -> None:
         self._waiting += chunk

@@ -83,7 +83,7 @@ def endpoint(base_url: str, *, allow_http: bool) -> URL:
         raise ConfigurationError(f"base_url must have no query and no fragment, got {base_url!r}")
     if url.scheme == "http" and not allow_http and not _is_loopback(url.host):
         raise ConfigurationError(
-            f"base_url {base_url!r} would send the API key in the clear; use https://, or allow_http=True to accept that"
+            f"base_url {base_url!r} would send the API key in the clear; use https://, or accept it by allow_http=True"
         )
     return url / "audiences"
 

@@ -17,6 +17,8 @@ from audiences_async import Account, RetryPolicy
 from audiences_async.clock import Clock
 from audiences_async.sandbox import Sandbox
 
+pytest_plugins = ["pytester"]
+
 SAMPLES = Path(__file__).parent / "samples"
 EMPTY_ANSWER = b'{"status": "200", "data": []}'
 

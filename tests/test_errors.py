@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from multidict import CIMultiDict
@@ -30,7 +31,11 @@ ALL = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubc
 
 
 def made(kind: type[AudiencesError]) -> AudiencesError:
-    status = {"status": 429, "headers": CIMultiDict({"Retry-After": "5"}), "body": b"x"} if issubclass(kind, StatusError) else {}
+    status: dict[str, Any] = (
+        {"status": 429, "headers": CIMultiDict({"Retry-After": "5"}), "body": b"x"}
+        if issubclass(kind, StatusError)
+        else {}
+    )
     error = kind("what happened", **status)
     error.account, error.attempts, error.elapsed = "north", ATTEMPTS, 1.5
     error.retry_after, error.stop_reason = 5.0, "deadline"
@@ -85,7 +90,10 @@ def test_many_problems_are_shortened_in_the_message() -> None:
     assert len(error.problems) == 9
 
 
-@pytest.mark.parametrize(("status", "text"), [(503, "HTTP 503 Service Unavailable"), (999, "HTTP 999"), (429, "HTTP 429 Too Many Requests: slow")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [(503, "HTTP 503 Service Unavailable"), (999, "HTTP 999"), (429, "HTTP 429 Too Many Requests: slow")],
+)
 def test_the_message_of_a_status(status: int, text: str) -> None:
     """A status is named as HTTP names it, with the service's own words behind it."""
     description = "slow" if status == 429 else ""

@@ -46,7 +46,7 @@ def test_a_policy_is_a_frozen_value() -> None:
     """A policy cannot change, so tasks and clients share it freely."""
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         RetryPolicy().max_attempts = 9  # type: ignore[misc]
-    assert RetryPolicy(statuses=[500, 500]) == RetryPolicy(statuses={500})  # type: ignore[arg-type]
+    assert RetryPolicy(statuses=[500, 500]) == RetryPolicy(statuses={500})
     assert hash(RetryPolicy()) == hash(RetryPolicy())
 
 
@@ -84,7 +84,9 @@ def test_a_value_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
         (AttemptTimeoutError("slow"), True),
         (InvalidResponseError("garbage"), False),
     ],
-    ids=lambda value: f"{type(value).__name__}-{getattr(value, 'status', '')}" if isinstance(value, Exception) else None,
+    ids=lambda value: (
+        f"{type(value).__name__}-{getattr(value, 'status', '')}" if isinstance(value, Exception) else None
+    ),
 )
 def test_what_is_retried(error: AudiencesError, retried: bool) -> None:
     """Retried are the listed statuses and missing answers; nothing else."""

@@ -108,9 +108,21 @@ def test_created_time_in_every_form_seen(sent: str, expected: datetime) -> None:
 
 @pytest.mark.parametrize(
     "sent",
-    ["2025-10-01", "2025-10-01T09:10:00z", "20251001T091000Z", "2025-W40-3T09:10", "09:10:00", "2025-13-01T00:00:00Z", "0001-01-01T00:00+01:00",
-     "2025-10-01T09:10:00+99:00", "٢٠٢٥-10-01T09:10:00Z", "", " 2025-10-01T09:10:00Z", "/Date(1759309800000)/"],
-)  # fmt: skip
+    [
+        "2025-10-01",
+        "2025-10-01T09:10:00z",
+        "20251001T091000Z",
+        "2025-W40-3T09:10",
+        "09:10:00",
+        "2025-13-01T00:00:00Z",
+        "0001-01-01T00:00+01:00",
+        "2025-10-01T09:10:00+99:00",
+        "٢٠٢٥-10-01T09:10:00Z",
+        "",
+        " 2025-10-01T09:10:00Z",
+        "/Date(1759309800000)/",
+    ],
+)
 def test_created_time_that_is_no_date_and_time(sent: str) -> None:
     """A date without a time, another calendar form or an impossible time is a problem."""
     assert problems(body(STATIC | {"created_time": sent})) == (
@@ -258,7 +270,11 @@ def test_record_of_a_time_in_another_zone() -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )

@@ -65,8 +65,16 @@ def test_the_services_example_errors(status: int, kind: type[StatusError], descr
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"), [(403, ForbiddenError), (501, ServerError), (599, ServerError), (302, StatusError), (418, StatusError), (999, StatusError)]
-)  # fmt: skip
+    ("status", "kind"),
+    [
+        (403, ForbiddenError),
+        (501, ServerError),
+        (599, ServerError),
+        (302, StatusError),
+        (418, StatusError),
+        (999, StatusError),
+    ],
+)
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[1]", b'{"description": 5}', b"\xff"])
 def test_the_status_decides_whatever_the_body(status: int, kind: type[StatusError], body: bytes) -> None:
     """Any status from 300 up is its error, with any body at all."""
@@ -115,9 +123,15 @@ def test_an_error_inside_a_200_keeps_the_headers() -> None:
 
 @pytest.mark.parametrize(
     "spelling",
-    ["key+with/odd&signs", r"key\u002Bwith/odd\u0026signs", r"key+with\/odd&signs", "key%2Bwith%2Fodd%26signs",
-     "key&#43;with&#x2F;odd&amp;signs", "KEY+WITH/ODD&SIGNS"],
-)  # fmt: skip
+    [
+        "key+with/odd&signs",
+        r"key\u002Bwith/odd\u0026signs",
+        r"key+with\/odd&signs",
+        "key%2Bwith%2Fodd%26signs",
+        "key&#43;with&#x2F;odd&amp;signs",
+        "KEY+WITH/ODD&SIGNS",
+    ],
+)
 @pytest.mark.parametrize("status", [401, 200, 201])
 def test_an_echoed_key_is_masked(status: int, spelling: str) -> None:
     """A key that the service echoes is masked in text, headers, body and problems, however it is escaped."""
@@ -176,10 +190,34 @@ def test_retry_after_counts_from_the_replys_own_date() -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["", "-1", "+1", "nan", "inf", "Infinity", "1e3", "1e400", "0x10", "²", "١٢", "1,2", "1, 2", "120;", "1_0", "9" * 400,
-     ".5", "1.5.1", "soon", "Wed, 11 Feb 99999 12:01:00 GMT", "Wed, 11 Feb 2026 12:01:00 CET", "Wed, 99 Feb 2026 12:01:00 GMT",
-     "Wed, 11 Xyz 2026 12:01:00 GMT", "11 Feb 2026 12:01:00 GMT", "2026-02-11T12:01:00Z"],
-)  # fmt: skip
+    [
+        "",
+        "-1",
+        "+1",
+        "nan",
+        "inf",
+        "Infinity",
+        "1e3",
+        "1e400",
+        "0x10",
+        "²",
+        "١٢",
+        "1,2",
+        "1, 2",
+        "120;",
+        "1_0",
+        "9" * 400,
+        ".5",
+        "1.5.1",
+        "soon",
+        "Wed, 11 Feb 99999 12:01:00 GMT",
+        "Wed, 11 Feb 2026 12:01:00 CET",
+        "Wed, 99 Feb 2026 12:01:00 GMT",
+        "Wed, 11 Xyz 2026 12:01:00 GMT",
+        "11 Feb 2026 12:01:00 GMT",
+        "2026-02-11T12:01:00Z",
+    ],
+)
 def test_malformed_retry_after_is_ignored(value: str) -> None:
     """Every malformed spelling is as if nothing had been sent."""
     assert retry_after(CIMultiDict({"Retry-After": value}), now=NOON) is None
@@ -210,9 +248,21 @@ def test_endpoint(base_url: str, expected: str) -> None:
 
 @pytest.mark.parametrize(
     "base_url",
-    ["", "api.commbox.io", "/audiences", "ftp://api.commbox.io/", "https://", "https://api.commbox.io/?a=1", "https://a/#b",
-     "http://api.commbox.io/", "http://127.0.0.1.example.com/", "http://localhost.example.com/", "https://[::1", 5],
-)  # fmt: skip
+    [
+        "",
+        "api.commbox.io",
+        "/audiences",
+        "ftp://api.commbox.io/",
+        "https://",
+        "https://api.commbox.io/?a=1",
+        "https://a/#b",
+        "http://api.commbox.io/",
+        "http://127.0.0.1.example.com/",
+        "http://localhost.example.com/",
+        "https://[::1",
+        5,
+    ],
+)
 def test_endpoint_that_cannot_be_used(base_url: Any) -> None:
     """What is no absolute https URL is refused, plain http to another host above all."""
     with pytest.raises(ConfigurationError, match="base_url"):

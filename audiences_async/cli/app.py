@@ -1,4 +1,4 @@
-"""The commands. Data goes to stdout, everything else to stderr; keys come from the environment or a file, never argv."""
+"""The commands: data on stdout, everything else on stderr; keys from the environment or a file, never from argv."""
 
 import asyncio
 import os
@@ -144,8 +144,8 @@ def sandbox(
             threading.Event().wait()
     except KeyboardInterrupt:
         return DONE  # how a server ends
-    except OSError as error:
-        return _complain(f"cannot listen on port {port}: {error.strerror}", "give another --port", FAILED)
+    except (OSError, OverflowError) as error:
+        return _complain(f"cannot listen on port {port}: {error}", "give another --port", FAILED)
     raise AssertionError
 
 

@@ -58,9 +58,7 @@ def _open(sandbox: Sandbox, name: str, chance: random.Random) -> Account:
     return account
 
 
-async def _fetch(
-    base_url: str, accounts: Sequence[Account], seed: int, on_event: EventHook
-) -> list[AudiencesResponse]:
+async def _fetch(base_url: str, accounts: Sequence[Account], seed: int, on_event: EventHook) -> list[AudiencesResponse]:
     clock = Clock(random=lambda: _chance.get().random())
     async with AudiencesClient(base_url=base_url, retry=_RETRY, on_event=on_event, clock=clock) as client:
 

@@ -11,7 +11,7 @@ from typing import Any
 def openapi() -> dict[str, Any]:
     """The OpenAPI 3.0 document of ``GET /audiences``, a fresh copy with every call.
 
-    The page marks no field as required and no id as non-empty; the document does: this package relies on it.
+    Beyond the page's words, its fields are required, ids are not empty, and counts are not negative.
 
     Returns:
         The document as plain dicts and lists, ready for a validator or a generator.

@@ -64,10 +64,11 @@ class Sandbox:
         self._stop: asyncio.Event | None = None
         self._thread: threading.Thread | None = None
         self._started = threading.Event()
-        self._failure: OSError | None = None
+        self._seen = threading.Condition()
+        self._failure: BaseException | None = None
 
     def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="audiences-sandbox", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="audiences-sandbox", daemon=True)
         self._thread.start()
         self._started.wait()
         if self._failure is not None:
@@ -135,6 +136,24 @@ class Sandbox:
         """The requests of one account, in order."""
         return [request for request in self.requests if request.account == name]
 
+    def wait_for_requests(self, count: int, *, timeout: float = 10.0) -> None:
+        """Block until so many requests have reached the server; in async code, by ``asyncio.to_thread``.
+
+        Raises:
+            TimeoutError: They have not within *timeout* seconds.
+        """
+        with self._seen:
+            if not self._seen.wait_for(lambda: len(self.requests) >= count, timeout):
+                raise TimeoutError(f"{len(self.requests)} of {count} requests came within {timeout:g} s")
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:  # noqa: BLE001 - raised where the caller waits
+            self._failure = error
+        finally:
+            self._started.set()
+
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
@@ -143,15 +162,12 @@ class Sandbox:
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
         try:
-            site = web.TCPSite(runner, "127.0.0.1", self._port)
-            await site.start()
+            await web.TCPSite(runner, "127.0.0.1", self._port).start()
             self.base_url = f"http://127.0.0.1:{runner.addresses[0][1]}/"
-        except OSError as error:
-            self._failure = error
-            self._stop.set()
-        self._started.set()
-        await self._stop.wait()
-        await runner.cleanup()
+            self._started.set()
+            await self._stop.wait()
+        finally:
+            await runner.cleanup()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         now = time.monotonic()
@@ -173,24 +189,21 @@ class Sandbox:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
         return self._by_key.get(key.strip()) if scheme.lower() == "bearer" else None
 
-    def _remember(
-        self, request: web.Request, account: SandboxAccount | None, answer: Answer, now: float
-    ) -> None:
+    def _remember(self, request: web.Request, account: SandboxAccount | None, answer: Answer, now: float) -> None:
         headers = {name: value for name, value in request.headers.items() if name.lower() != "authorization"}
-        self.requests.append(
-            SeenRequest(
-                account=None if account is None else account.name,
-                method=request.method,
-                path=request.path_qs,
-                headers=headers,
-                at=now,
-                answer=None if answer.failure else answer.status,
-            )
+        seen = SeenRequest(
+            account=None if account is None else account.name,
+            method=request.method,
+            path=request.path_qs,
+            headers=headers,
+            at=now,
+            answer=None if answer.failure else answer.status,
         )
+        with self._seen:
+            self.requests.append(seen)
+            self._seen.notify_all()
 
-    async def _write_half(
-        self, request: web.Request, answer: Answer, headers: Mapping[str, str], body: bytes
-    ) -> None:
+    async def _write_half(self, request: web.Request, answer: Answer, headers: Mapping[str, str], body: bytes) -> None:
         response = web.StreamResponse(status=answer.status, headers=headers)
         response.content_length = len(body)
         await response.prepare(request)

@@ -1,0 +1,241 @@
+"""The command line, as a process of its own."""
+
+import csv
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import define
+
+from audiences_async.cli import app as cli
+from audiences_async.cli import main
+from audiences_async.cli.exits import exit_code
+from audiences_async.errors import ClientClosedError, DeadlineExceededError, InvalidResponseError, status_error
+from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox
+
+COMMAND = [sys.executable, "-m", "audiences_async.cli"]
+KEY = "s3cr3t-k3y"
+
+
+@define
+class Done:
+    """What a command came to."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def environment(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:
+    """An environment that leads to the sandbox, with a key."""
+    sandbox.add_account(api_key=KEY)
+    monkeypatch.setenv("AUDIENCES_API_KEY", KEY)
+    monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
+    return os.environ
+
+
+@pytest.fixture
+def run(
+    environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    """Runs the command line in this process, which is a lot faster, with changes to the environment."""
+
+    def command(*arguments: str, **changes: str) -> Done:
+        with monkeypatch.context() as patch:
+            for name, value in changes.items():
+                patch.setenv(name, value)
+            try:
+                code = cli.run(list(arguments))
+            except SystemExit as left:
+                code = left.code if isinstance(left.code, int) else 1
+        out, err = capsys.readouterr()
+        return Done(code, out, err)
+
+    return command
+
+
+def test_list_gives_ndjson_when_piped(run: Callable[..., Done]) -> None:
+    """Piped, the list is one record a line, as the service sent it, and nothing is on stderr."""
+    done = run("list")
+    assert [json.loads(line) for line in done.stdout.splitlines()] == list(EXAMPLE_AUDIENCES)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_list_as_json(run: Callable[..., Done]) -> None:
+    """JSON is one array."""
+    assert json.loads(run("list", "--output", "json").stdout) == list(EXAMPLE_AUDIENCES)
+
+
+def test_list_as_csv_loses_nothing(run: Callable[..., Done], sandbox: Sandbox) -> None:
+    """CSV has the documented fields, and all others as JSON in the last column."""
+    odd = {"type": "New", "id": "9", "note": "a,b\n"}
+    sandbox.script("default", Answer(body={"status": "200", "data": [*EXAMPLE_AUDIENCES, odd]}))
+    rows = list(csv.DictReader(io.StringIO(run("list", "--output", "csv").stdout)))
+    assert rows[0] == {**{k: str(v) for k, v in EXAMPLE_AUDIENCES[0].items()}, "extra": ""}
+    assert rows[1]["user_count"] == ""
+    assert (rows[2]["type"], json.loads(rows[2]["extra"])) == ("New", {"note": "a,b\n"})
+
+
+def test_list_as_table_escapes_what_a_terminal_would_act_on(run: Callable[..., Done], sandbox: Sandbox) -> None:
+    """The table shows names as they are, markup and control characters included, without obeying them."""
+    row = {**EXAMPLE_AUDIENCES[1], "name": "[red]\x1b[2J"}
+    sandbox.script("default", Answer(body={"status": "200", "data": [EXAMPLE_AUDIENCES[0], row, {"type": "New"}]}))
+    shown = run("list", "--output", "table").stdout
+    assert r"[red]\x1b[2J" in shown
+    assert "2025-11-01 08:30" in shown
+    assert "\x1b" not in shown
+
+
+def test_list_gives_a_table_on_a_terminal(environment: Mapping[str, str]) -> None:
+    """On a terminal the list is a table."""
+    parent, child = pty.openpty()
+    done = subprocess.run([*COMMAND, "list"], env=environment, stdout=child, timeout=50, check=False)
+    os.close(child)
+    shown = os.read(parent, 10_000).decode()
+    os.close(parent)
+    assert done.returncode == 0
+    assert "NE_USA-above50" in shown
+    assert "created" in shown
+
+
+def test_the_key_can_come_from_a_file(run: Callable[..., Done], tmp_path: Path) -> None:
+    """A key file may end in a line break; one that cannot be read is a usage error."""
+    file = tmp_path / "key"
+    file.write_text(f"{KEY}\n")
+    assert run("list", "--api-key-file", str(file), AUDIENCES_API_KEY="").returncode == 0
+    done = run("list", "--api-key-file", str(tmp_path / "none"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "cannot read" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "answer", "code", "told"),
+    [
+        (["list"], {"AUDIENCES_API_KEY": ""}, None, 4, "no API key"),
+        (["list"], {"AUDIENCES_API_KEY": "wrong"}, None, 4, "HTTP 401"),
+        (["list"], {}, Answer(403), 4, "HTTP 403"),
+        (["list"], {}, Answer(400), 1, "HTTP 400"),
+        (["list"], {}, Answer(404), 1, "HTTP 404"),
+        (["list"], {}, Answer(200, "<html>"), 1, "cannot be read"),
+        (["list"], {}, Answer(429, retry_after=99), 5, "retry after 99 s"),
+        (["list", "--max-attempts", "1"], {}, Answer(500), 5, "HTTP 500"),
+        (["list", "--timeout", "0.2"], {}, Answer(delay=9), 5, "timeout=0.2 s"),
+        (["list", "--max-attempts", "1"], {"AUDIENCES_BASE_URL": "http://127.0.0.1:1/"}, None, 5, "cannot connect"),
+        (["list", "--base-url", "http://example.com"], {}, None, 2, "allow_http"),
+        (["list", "--max-attempts", "0"], {}, None, 2, "max_attempts"),
+        (["list", "--timeout=-1"], {}, None, 2, "timeout"),
+        (["list", "--output", "xml"], {}, None, 2, "output"),
+        (["lost"], {}, None, 2, "lost"),
+        (["list", "--api-key", KEY], {}, None, 2, "Unknown option"),
+        (["sandbox", "--port", "99999"], {}, None, 1, "99999"),
+    ],
+)
+def test_exit_codes(
+    run: Callable[..., Done],
+    sandbox: Sandbox,
+    arguments: list[str],
+    changes: dict[str, str],
+    answer: Any,
+    code: int,
+    told: str,
+) -> None:
+    """Each kind of failure has its exit code, and is told on stderr without a traceback."""
+    if answer is not None:
+        sandbox.script("default", answer)
+    done = run(*arguments, **changes)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_error_is_one_line_and_a_hint(run: Callable[..., Done]) -> None:
+    """An error says what, and what to do; the traceback comes with --debug only, and never with the key."""
+    done = run("list", AUDIENCES_API_KEY="wrong-key")
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("error: account 'default': HTTP 401 Unauthorized")
+    assert hint == "hint: check the account's API key in the management console"
+    debugged = run("list", "--debug", AUDIENCES_API_KEY="wrong-key").stderr
+    assert "Traceback" in debugged
+    assert "wrong-key" not in debugged
+
+
+def test_the_demo_absorbs_and_says_so() -> None:
+    """The demo ends with exit code 0, having absorbed a 429, a 500 and a reset; a seed shows the same twice."""
+    command = [*COMMAND, "demo", "--seed", "7"]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    (shown, said), (again, said_again) = (process.communicate(timeout=50) for process in started)
+    assert [process.returncode for process in started] == [0, 0]
+    assert (shown, said) == (again, said_again)
+    flat = " ".join(shown.split())
+    for absorbed in ("HTTP 429 Too Many Requests", "HTTP 500 Internal Server Error", "connection reset"):
+        assert absorbed in flat
+    for name in ("north", "east", "south", "NE_USA-above50"):
+        assert name in shown
+
+
+def test_the_sandbox_serves_until_interrupted(run: Callable[..., Done]) -> None:
+    """The sandbox prints what a client needs, serves, and ends with Ctrl-C."""
+    arguments = [*COMMAND, "sandbox", "--account", "north", "--account", "south", "--audiences", "3"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline().strip().split("=", 1) for _ in range(3)]
+        assert [name for name, _ in lines] == ["AUDIENCES_BASE_URL", "AUDIENCES_API_KEY", "AUDIENCES_API_KEY"]
+        done = run("list", AUDIENCES_BASE_URL=lines[0][1], AUDIENCES_API_KEY=lines[2][1])
+        assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == ["south-0", "south-1", "south-2"]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0
+
+
+def test_ctrl_c_ends_a_list_with_130(environment: Mapping[str, str], sandbox: Sandbox) -> None:
+    """An interrupted list exits with 130 and no traceback."""
+    sandbox.script("default", Answer(delay=30))
+    with subprocess.Popen([*COMMAND, "list"], env=environment, stderr=subprocess.PIPE, text=True) as process:
+        sandbox.wait_for_requests(1)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=20) == 130
+
+
+def test_a_reader_that_goes_away_is_no_traceback(environment: Mapping[str, str]) -> None:
+    """A closed pipe ends the command quietly."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [*COMMAND, "list"], env=environment, stdout=writer, stderr=subprocess.PIPE, timeout=50, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_version_and_help(run: Callable[..., Done]) -> None:
+    """Version and help go to stdout."""
+    assert run("--version").stdout == "0.1.0\n"
+    assert "sandbox" in run("--help").stdout
+
+
+def test_without_the_extra_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without cyclopts or rich the command says which extra is missing."""
+    monkeypatch.setitem(sys.modules, "cyclopts", None)
+    monkeypatch.delitem(sys.modules, "audiences_async.cli.app", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert "audiences_async[cli]" in capsys.readouterr().err
+
+
+def test_the_rest_of_the_exit_codes() -> None:
+    """Errors that no command above met have their codes too."""
+    met = [DeadlineExceededError("x"), InvalidResponseError("x"), ClientClosedError("x"), status_error(302, "")]
+    assert [exit_code(error) for error in met] == [5, 1, 1, 1]

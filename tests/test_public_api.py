@@ -1,0 +1,75 @@
+"""What is promised: names, signature, types, version, and what an import brings along."""
+
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import mypy.api
+import pytest
+
+import audiences_async
+from audiences_async import AudiencesClient
+
+ROOT = Path(audiences_async.__file__).parent
+NAMES = """
+    AudiencesClient Account RetryPolicy
+    AudiencesResponse Audience StaticAudience DynamicAudience UnknownAudience
+    Attempt Event
+    AudiencesError ConfigurationError ClientClosedError DeadlineExceededError
+    TransportError ConnectionFailedError AttemptTimeoutError
+    InvalidResponseError ResponseTooLargeError
+    StatusError BadRequestError UnauthorizedError ForbiddenError NotFoundError
+    TooManyRequestsError ServerError
+"""
+
+
+def test_the_public_names() -> None:
+    """The root has the promised names, and no others."""
+    assert set(audiences_async.__all__) == {*NAMES.split(), "__version__"}
+    assert all(hasattr(audiences_async, name) for name in audiences_async.__all__)
+
+
+def test_the_clients_signature() -> None:
+    """Settings are keyword-only, with the promised defaults."""
+    parameters = list(inspect.signature(AudiencesClient).parameters.values())
+    assert (parameters[0].name, parameters[0].default) == ("api_key", None)
+    assert all(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in parameters[1:])
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    assert (defaults["timeout"], defaults["attempt_timeout"], defaults["max_body_bytes"]) == (60.0, 15.0, 64 * 2**20)
+
+
+def test_the_package_is_typed() -> None:
+    """The marker for type checkers is shipped, and so is the contract."""
+    assert (ROOT / "py.typed").exists()
+    assert (ROOT / "sandbox" / "openapi.json").exists()
+
+
+def test_right_calls_pass_and_wrong_calls_are_refused(tmp_path: Path) -> None:
+    """Mypy accepts the right calls of typing_api.py and refuses each wrong one."""
+    file = Path(__file__).with_name("typing_api.py")
+    out, err, code = mypy.api.run(["--strict", "--warn-unused-ignores", f"--cache-dir={tmp_path}", str(file)])
+    assert (code, err) == (0, ""), out
+
+
+def test_the_version_is_stated_once() -> None:
+    """The installed metadata and the package agree."""
+    assert importlib.metadata.version("audiences_async") == audiences_async.__version__
+
+
+@pytest.mark.parametrize("optional", ["cyclopts", "rich", "pytest", "audiences_async.sandbox"])
+def test_an_import_brings_nothing_optional(optional: str) -> None:
+    """Importing the package loads no extra, no test tool and no server."""
+    code = f"import sys, audiences_async; sys.exit({optional!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_imports_go_one_way() -> None:
+    """Only the transport and the sandbox import aiohttp at run time; nothing below the root imports the root."""
+    for file in ROOT.glob("*.py"):
+        source = file.read_text()
+        if file.name not in {"transport.py", "client.py"}:
+            assert "import aiohttp" not in source
+            assert "from aiohttp" not in source
+        assert "from audiences_async import (" not in source

@@ -1,0 +1,88 @@
+"""README: its programs run, its tables are true, and its commands are the ones that CI runs."""
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import attrs
+import pytest
+
+import audiences_async
+from audiences_async import AudiencesClient, RetryPolicy
+from audiences_async.errors import AudiencesError
+from audiences_async.sandbox import Sandbox
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TABLE_ROW = re.compile(r"^\| `(\w+)` \| ([^|]+) \|", re.MULTILINE)
+
+
+def section(title: str) -> str:
+    return README.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def run(program: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    file = tmp_path / "program.py"
+    file.write_text(program)
+    return subprocess.run(
+        [sys.executable, "-W", "error", file], capture_output=True, text=True, timeout=50, check=False
+    )
+
+
+def test_the_first_program_runs_as_printed(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Pasted into a file, the first program lists the audiences of AUDIENCES_BASE_URL."""
+    monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
+    monkeypatch.setenv("AUDIENCES_API_KEY", str(sandbox.add_account().api_key))
+    done = run(PROGRAMS[0], tmp_path)
+    assert done.stderr == ""
+    assert done.stdout == "31234 Static NE_USA-above50\n45412 Dynamic VIP\n"
+
+
+def test_the_program_for_many_accounts_runs_as_printed(tmp_path: Path) -> None:
+    """The second program tells two answers and one error."""
+    done = run(PROGRAMS[1], tmp_path)
+    north, east, south = done.stdout.splitlines()
+    assert (north, east, done.stderr) == ("north 2", "east 2", "")
+    assert south.startswith("account 'south': HTTP 401 Unauthorized")
+
+
+def test_the_test_runs_as_printed(pytester: pytest.Pytester) -> None:
+    """README's example of a user's test passes."""
+    pytester.makepyfile(PROGRAMS[2])
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--asyncio-mode=auto")
+    result.assert_outcomes(passed=1)
+
+
+def test_every_program_is_run() -> None:
+    """No program in README is left out above."""
+    assert len(PROGRAMS) == 3
+
+
+def test_the_defaults_are_true() -> None:
+    """The tables of settings name every argument, with its real default."""
+    shown = dict(TABLE_ROW.findall(section("Settings")))
+    parameters = inspect.signature(AudiencesClient).parameters
+    policy = {field.name: field.default for field in attrs.fields(RetryPolicy)}
+    assert set(shown) == set(parameters) - {"allow_http", "clock"} | {"RetryPolicy"} | set(policy)
+    for name in ("timeout", "attempt_timeout", "max_body_bytes"):
+        assert float(shown[name]) == parameters[name].default
+    for name in ("max_attempts", "base_delay", "max_delay", "throttle_base_delay"):
+        assert float(shown[name]) == policy[name]
+    assert {int(status) for status in shown["statuses"].split(",")} == policy["statuses"]
+
+
+def test_the_table_of_replies_names_real_errors() -> None:
+    """Each error that README names exists, and none that a reply can come to is left out."""
+    named = set(re.findall(r"`(\w+Error)`", section("What each reply comes to")))
+    assert all(issubclass(getattr(audiences_async, name), AudiencesError) for name in named)
+    every = {name for name in audiences_async.__all__ if name.endswith("Error")}
+    assert every - named == {"ConfigurationError", "ClientClosedError", "TransportError"}
+
+
+def test_the_table_of_fields_is_true() -> None:
+    """README names the fields of each model, in order."""
+    for name, fields in TABLE_ROW.findall(section("What you get")):
+        real = [field.name for field in attrs.fields(getattr(audiences_async, name))]
+        assert re.findall(r"`(\w+)`", fields) == real

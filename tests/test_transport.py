@@ -1,0 +1,439 @@
+"""One attempt on real sockets: bodies, encodings, caps, broken connections, TLS, cookies and proxies."""
+
+import asyncio
+import gzip
+import json
+import ssl as tls
+import zlib
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import aiohttp
+import pytest
+import trustme
+from aiohttp import web
+from conftest import EMPTY_ANSWER, RawConnection, RawServer
+
+from audiences_async import (
+    Account,
+    AudiencesClient,
+    AudiencesError,
+    ConnectionFailedError,
+    Event,
+    InvalidResponseError,
+    ResponseTooLargeError,
+    RetryPolicy,
+    ServerError,
+    StatusError,
+    UnauthorizedError,
+)
+from audiences_async.events import AttemptFinished
+from audiences_async.sandbox import Answer, Sandbox, many_audiences
+
+StartRaw: TypeAlias = Callable[[Callable[[RawConnection], Awaitable[None]]], Awaitable[RawServer]]
+ONCE = RetryPolicy(max_attempts=1)
+THRICE = RetryPolicy(max_attempts=3, base_delay=0, throttle_base_delay=0)
+LONG_ANSWER = json.dumps({"status": "200", "data": list(many_audiences("a", 5000))}).encode()
+
+
+def deflate(data: bytes, wbits: int) -> bytes:
+    compressor = zlib.compressobj(wbits=wbits)
+    return compressor.compress(data) + compressor.flush()
+
+
+async def error_of(client: AudiencesClient) -> AudiencesError:
+    with pytest.raises(AudiencesError) as caught:
+        await client.get_audiences()
+    return caught.value
+
+
+# --- encodings
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [
+        ("identity", LONG_ANSWER),
+        ("", LONG_ANSWER),
+        ("gzip", gzip.compress(LONG_ANSWER)),
+        ("X-GZip", gzip.compress(LONG_ANSWER)),
+        ("gzip", gzip.compress(LONG_ANSWER[:1000]) + gzip.compress(LONG_ANSWER[1000:])),
+        ("deflate", deflate(LONG_ANSWER, zlib.MAX_WBITS)),
+        ("deflate", deflate(LONG_ANSWER, -zlib.MAX_WBITS)),
+    ],
+)
+async def test_every_encoding_asked_for_is_read(sandbox: Sandbox, north: Account, encoding: str, body: bytes) -> None:
+    """Plain, gzip (of several members too) and both forms of deflate give the same answer."""
+    sandbox.script("north", Answer(200, body, headers={"Content-Encoding": encoding}))
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        response = await client.get_audiences(north)
+    assert [audience.id for audience in response] == [f"a-{n}" for n in range(5000)]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [
+        ("gzip", gzip.compress(LONG_ANSWER)[:-20]),
+        ("gzip", LONG_ANSWER),
+        ("gzip", gzip.compress(LONG_ANSWER) + b"garbage"),
+        ("deflate", deflate(LONG_ANSWER, zlib.MAX_WBITS)[:-1]),
+        ("br", LONG_ANSWER),
+        ("gzip, gzip", LONG_ANSWER),
+    ],
+)
+async def test_a_cut_or_corrupt_encoding_is_no_answer(
+    sandbox: Sandbox, north: Account, encoding: str, body: bytes
+) -> None:
+    """An encoding that is cut, mislabelled or not asked for is a failed connection, and tried again."""
+    sandbox.script("north", *[Answer(200, body, headers={"Content-Encoding": encoding})] * 2)
+    async with AudiencesClient(str(north.api_key), base_url=sandbox.base_url, retry=THRICE) as client:
+        assert len(await client.get_audiences()) == 2
+    sandbox.script("north", Answer(200, body, headers={"Content-Encoding": encoding}))
+    async with AudiencesClient(str(north.api_key), base_url=sandbox.base_url, retry=ONCE) as client:
+        error = await error_of(client)
+    assert isinstance(error, ConnectionFailedError)
+    assert "the body is cut short or corrupt" in str(error)
+
+
+async def test_the_content_type_does_not_matter(sandbox: Sandbox, north: Account) -> None:
+    """A 200 is read as UTF-8 JSON whatever its content type says."""
+    sandbox.script("north", Answer(200, EMPTY_ANSWER, headers={"Content-Type": "text/html; charset=utf-16"}))
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        assert len(await client.get_audiences(north)) == 0
+
+
+# --- caps
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip", "deflate"])
+async def test_a_body_above_the_cap_is_refused(sandbox: Sandbox, north: Account, encoding: str) -> None:
+    """A 200 above max_body_bytes after inflating is refused, not retried, and its connection dropped."""
+    packed = {"identity": LONG_ANSWER, "gzip": gzip.compress(LONG_ANSWER), "deflate": zlib.compress(LONG_ANSWER)}
+    sandbox.script("north", Answer(200, packed[encoding], headers={"Content-Encoding": encoding}))
+    cap = len(LONG_ANSWER) - 1
+    async with AudiencesClient(str(north.api_key), base_url=sandbox.base_url, max_body_bytes=cap) as client:
+        error = await error_of(client)
+    assert isinstance(error, ResponseTooLargeError)
+    assert f"max_body_bytes={cap}" in str(error)
+    assert (error.stop_reason, len(error.attempts)) == ("final", 1)
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+async def test_a_body_at_the_cap_is_read(sandbox: Sandbox, north: Account, encoding: str) -> None:
+    """A 200 of exactly max_body_bytes is read."""
+    body = gzip.compress(LONG_ANSWER) if encoding == "gzip" else LONG_ANSWER
+    sandbox.script("north", Answer(200, body, headers={"Content-Encoding": encoding}))
+    async with AudiencesClient(base_url=sandbox.base_url, max_body_bytes=len(LONG_ANSWER)) as client:
+        assert len(await client.get_audiences(north)) == 5000
+
+
+async def test_a_chunked_body_above_the_cap_is_dropped_at_the_cap(raw: StartRaw) -> None:
+    """A body without an announced length is read up to the cap and no further."""
+    gone = asyncio.Event()
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        await connection.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        try:
+            for _ in range(10_000):
+                await connection.send(b"1000\r\n" + b" " * 4096 + b"\r\n")
+        finally:
+            gone.set()
+
+    server = await raw(serve)
+    async with AudiencesClient("key", base_url=server.base_url, max_body_bytes=100_000) as client:
+        error = await error_of(client)
+        await gone.wait()
+    assert isinstance(error, ResponseTooLargeError)
+    assert len(error.body) == 64 * 1024
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+async def test_of_an_error_body_only_the_start_is_read(sandbox: Sandbox, north: Account, encoding: str) -> None:
+    """Of an error's body at most 64 KiB are kept, and the status decides."""
+    body = b"x" * 10**6
+    packed = gzip.compress(body) if encoding == "gzip" else body
+    sandbox.script("north", Answer(404, packed, headers={"Content-Encoding": encoding}))
+    async with AudiencesClient(str(north.api_key), base_url=sandbox.base_url) as client:
+        error = await error_of(client)
+    assert isinstance(error, StatusError)
+    assert (error.status, len(error.body)) == (404, 64 * 1024 if encoding == "gzip" else 0)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(401, failure="cut-body"),
+        Answer(401, failure="reset-in-body"),
+        Answer(401, "x", headers={"Content-Encoding": "gzip"}),
+    ],
+)
+async def test_an_error_with_a_broken_body_is_still_that_error(
+    sandbox: Sandbox, north: Account, answer: Answer
+) -> None:
+    """The status decides, however much of the body can be read."""
+    sandbox.script("north", answer)
+    async with AudiencesClient(str(north.api_key), base_url=sandbox.base_url) as client:
+        assert isinstance(await error_of(client), UnauthorizedError)
+
+
+async def test_an_error_with_a_body_that_hangs_is_still_that_error(raw: StartRaw) -> None:
+    """An error whose body never ends is that error when the attempt's time is up."""
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        await connection.send(b"HTTP/1.1 401 No\r\nContent-Length: 9\r\n\r\nhalf")
+        await connection.reader.read()
+
+    server = await raw(serve)
+    async with AudiencesClient("key", base_url=server.base_url, attempt_timeout=0.1) as client:
+        error = await error_of(client)
+    assert isinstance(error, UnauthorizedError)
+    assert error.body == b"half"
+
+
+# --- connections
+
+
+@pytest.mark.parametrize("lost", [b"", b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"])
+async def test_requests_on_the_wire_never_exceed_max_attempts(raw: StartRaw, lost: bytes) -> None:
+    """A peer that goes away on fresh and on pooled connections sees max_attempts requests, aiohttp's own included."""
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        if connection.server.requests == 1:
+            await connection.answer()
+            await connection.request()
+        await connection.send(lost)
+
+    server = await raw(serve)
+    async with AudiencesClient("key", base_url=server.base_url, retry=THRICE) as client:
+        await client.get_audiences()
+        error = await error_of(client)
+    assert isinstance(error, ConnectionFailedError)
+    assert (server.requests, len(error.attempts)) == (1 + 3, 3)
+
+
+async def test_a_given_sessions_resends_count_too(raw: StartRaw) -> None:
+    """The same on a session of the caller's, whose own middlewares still run."""
+    passed: list[str] = []
+
+    async def middleware(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+        passed.append(request.method)
+        return await send(request)
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        if connection.server.requests == 1:
+            await connection.answer()
+            await connection.request()
+
+    server = await raw(serve)
+    async with aiohttp.ClientSession(middlewares=[middleware]) as session:
+        client = AudiencesClient("key", base_url=server.base_url, retry=THRICE, session=session)
+        await client.get_audiences()
+        assert isinstance(await error_of(client), ConnectionFailedError)
+    assert server.requests == len(passed) == 1 + 3
+
+
+async def test_a_stale_connection_is_replaced_at_once(raw: StartRaw) -> None:
+    """A pooled connection that the peer has closed costs an attempt, and no wait."""
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        await connection.answer()
+        if connection.server.connections == 1:
+            await connection.request()  # seen, and never answered
+
+    server = await raw(serve)
+    events: list[Event] = []
+    async with AudiencesClient("key", base_url=server.base_url, on_event=events.append) as client:
+        await client.get_audiences()
+        await client.get_audiences()
+    made = [event.attempt for event in events if isinstance(event, AttemptFinished)]
+    assert [(attempt.wait, attempt.reason) for attempt in made] == [
+        (0.0, "success"),
+        (0.0, "stale-connection"),
+        (0.0, "success"),
+    ]
+
+
+async def test_connections_are_reused_after_errors(sandbox: Sandbox, north: Account, raw: StartRaw) -> None:
+    """A small error body is read to its end, so its connection serves the next attempt."""
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        await connection.answer(b"<html>", head=b"HTTP/1.1 503 Busy")
+        await connection.request()
+        await connection.answer()
+
+    server = await raw(serve)
+    async with AudiencesClient("key", base_url=server.base_url, retry=THRICE) as client:
+        await client.get_audiences()
+    assert (server.connections, server.requests) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"\x00\x00\x00\r\n\r\n",
+        b"HTTP/9.9 OK\r\n\r\n",
+        b"SSH-2.0-OpenSSH\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nBad\x00: 1\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: nine\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X: " + b"x" * 20_000 + b"\r\n\r\n",
+    ],
+)
+async def test_a_malformed_head_is_no_answer(raw: StartRaw, head: bytes) -> None:
+    """What is not HTTP is a failed connection: tried again, and never taken for a status."""
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        await connection.send(head)
+
+    server = await raw(serve)
+    async with AudiencesClient("key", base_url=server.base_url, retry=THRICE) as client:
+        error = await error_of(client)
+    assert isinstance(error, ConnectionFailedError)
+    assert [attempt.status for attempt in error.attempts] == [None] * 3
+    assert server.requests == 3
+
+
+async def test_an_echoed_key_in_a_malformed_head_is_masked(raw: StartRaw) -> None:
+    """Where the garbage holds the key, the error does not."""
+
+    async def serve(connection: RawConnection) -> None:
+        head = await connection.request()
+        await connection.send(b"WHAT " + head.replace(b"\r\n", b" ") + b"\r\n\r\n")
+
+    server = await raw(serve)
+    async with AudiencesClient("s3cr3t", base_url=server.base_url, retry=ONCE) as client:
+        error = await error_of(client)
+    assert "s3cr3t" not in str(error) + repr(vars(error))
+
+
+async def test_information_before_the_reply_is_passed_over(raw: StartRaw) -> None:
+    """1xx replies before the real one do not matter."""
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        await connection.send(b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n")
+        await connection.answer()
+
+    server = await raw(serve)
+    async with AudiencesClient("key", base_url=server.base_url) as client:
+        assert len(await client.get_audiences()) == 0
+
+
+async def test_a_refused_connection_says_where_it_went() -> None:
+    """Nobody listening is a failed connection that names host and port."""
+    async with AudiencesClient("key", base_url="http://127.0.0.1:1/", retry=ONCE) as client:
+        error = await error_of(client)
+    assert isinstance(error, ConnectionFailedError)
+    assert "cannot connect to 127.0.0.1:1" in str(error)
+    assert (error.transient, error.stale_connection) == (True, False)
+
+
+async def test_an_unreadable_200_is_not_retried(sandbox: Sandbox, north: Account) -> None:
+    """A 200 that cannot be read is raised at once, with its problems and the attempt's record."""
+    sandbox.script("north", Answer(200, "<html>"))
+    async with AudiencesClient(str(north.api_key), base_url=sandbox.base_url) as client:
+        error = await error_of(client)
+    assert isinstance(error, InvalidResponseError)
+    assert (error.stop_reason, len(error.attempts), error.body) == ("final", 1, b"<html>")
+
+
+# --- the key goes to one origin
+
+
+async def test_cookies_are_not_carried_from_account_to_account(sandbox: Sandbox, north: Account) -> None:
+    """A cookie set for one account is not sent with another's key, nor with its own."""
+    south = sandbox.add_account("south")
+    sandbox.script("north", Answer(headers={"Set-Cookie": "session=north; Path=/"}))
+    base_url = sandbox.base_url.replace("127.0.0.1", "localhost")  # a jar ignores bare addresses
+    async with AudiencesClient(base_url=base_url) as client:
+        for account in (north, south, north):
+            await client.get_audiences(account)
+    assert len(sandbox.requests) == 3
+    assert not any("Cookie" in request.headers for request in sandbox.requests)
+
+
+async def test_the_environment_brings_no_proxy_and_no_netrc(
+    sandbox: Sandbox, north: Account, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Proxy variables and .netrc do not change where the key goes, or which."""
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login somebody password else\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1/")
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        assert len(await client.get_audiences(north)) == 2
+
+
+async def test_an_explicit_proxy_is_used(raw: StartRaw) -> None:
+    """A proxy given by argument gets the request, with the whole URL."""
+    heads: list[bytes] = []
+
+    async def serve(connection: RawConnection) -> None:
+        heads.append(await connection.request())
+        await connection.answer()
+
+    proxy = await raw(serve)
+    async with AudiencesClient("key", base_url="http://localhost:1/", proxy=proxy.base_url) as client:
+        assert len(await client.get_audiences()) == 0
+    assert heads[0].startswith(b"GET http://localhost:1/audiences HTTP/1.1\r\n")
+
+
+@pytest.fixture
+async def https(unused_tcp_port: int) -> Any:
+    """A server with a certificate of a CA that nobody knows: its URL, the CA and a count of requests."""
+    ca = trustme.CA()
+    context = tls.create_default_context(tls.Purpose.CLIENT_AUTH)
+    ca.issue_cert("localhost").configure_cert(context)
+    seen: list[str] = []
+
+    async def handle(request: web.Request) -> web.Response:
+        seen.append(request.path)
+        return web.Response(body=EMPTY_ANSWER)
+
+    app = web.Application()
+    app.router.add_get("/audiences", handle)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "localhost", unused_tcp_port, ssl_context=context).start()
+    yield f"https://localhost:{unused_tcp_port}/", ca, seen
+    await runner.cleanup()
+
+
+async def test_an_untrusted_certificate_is_final(https: Any) -> None:
+    """A certificate that is not trusted ends the call at once, before the key is sent."""
+    base_url, _, seen = https
+    async with AudiencesClient("key", base_url=base_url, retry=THRICE) as client:
+        error = await error_of(client)
+    assert isinstance(error, ConnectionFailedError)
+    assert "certificate is not trusted" in str(error)
+    assert (error.transient, error.stop_reason, len(error.attempts), seen) == (False, "final", 1, [])
+
+
+async def test_a_ca_of_ones_own(https: Any) -> None:
+    """A context that knows the CA opens the way; another host name on the certificate does not."""
+    base_url, ca, seen = https
+    context = tls.create_default_context()
+    ca.configure_trust(context)
+    async with AudiencesClient("key", base_url=base_url, ssl=context) as client:
+        assert len(await client.get_audiences()) == 0
+    async with AudiencesClient("key", base_url=base_url.replace("localhost", "127.0.0.1"), ssl=context) as client:
+        error = await error_of(client)
+    assert isinstance(error, ConnectionFailedError)
+    assert len(seen) == 1
+
+
+async def test_a_server_error_that_lasts(sandbox: Sandbox, north: Account) -> None:
+    """The last error of a lasting failure keeps headers and body."""
+    sandbox.script("north", *[Answer(503, "<html>busy</html>", headers={"X-Served-By": "proxy-7"})] * 3)
+    async with AudiencesClient(str(north.api_key), base_url=sandbox.base_url, retry=THRICE) as client:
+        error = await error_of(client)
+    assert isinstance(error, ServerError)
+    assert (error.headers["x-served-by"], error.body) == ("proxy-7", b"<html>busy</html>")

@@ -1,0 +1,71 @@
+"""Checked by mypy, never run: right calls pass, and each wrong call is refused (an ignore that is not needed fails)."""
+
+import ssl
+from collections.abc import Mapping
+from datetime import datetime
+from typing import assert_type
+
+from audiences_async import (
+    Account,
+    Attempt,
+    Audience,
+    AudiencesClient,
+    AudiencesError,
+    AudiencesResponse,
+    DynamicAudience,
+    Event,
+    RetryPolicy,
+    StaticAudience,
+    StatusError,
+    UnknownAudience,
+)
+
+
+async def key() -> str:
+    return "key"
+
+
+def hook(event: Event) -> None: ...
+
+
+async def right() -> None:
+    async with AudiencesClient("key", retry=RetryPolicy(max_attempts=3), on_event=hook) as client:
+        assert_type(client, AudiencesClient)
+        response = await client.get_audiences()
+        assert_type(response, AudiencesResponse)
+        assert_type(response.data, tuple[Audience, ...])
+        assert_type(response.response_time, datetime | None)
+        for audience in response:
+            assert_type(audience, StaticAudience | DynamicAudience | UnknownAudience)
+            match audience:
+                case StaticAudience():
+                    assert_type(audience.user_count, int)
+                case DynamicAudience():
+                    assert_type(audience.created_time, datetime)
+                case UnknownAudience():
+                    assert_type(audience.id, str | None)
+        await client.get_audiences(Account("north", "key"), timeout=3)
+        await client.get_audiences(Account("north", key))
+        await client.get_audiences(Account("north", lambda: "key"))
+    AudiencesClient(ssl=ssl.create_default_context(), session=None, proxy="http://proxy")
+
+
+def errors(error: AudiencesError, status: StatusError) -> None:
+    assert_type(error.attempts, tuple[Attempt, ...])
+    assert_type(error.retry_after, float | None)
+    assert_type(status.headers, Mapping[str, str])
+
+
+async def wrong(client: AudiencesClient, audience: Audience, account: Account) -> None:
+    AudiencesClient(5)  # type: ignore[arg-type]
+    AudiencesClient("key", "https://api.commbox.io/")  # type: ignore[call-arg]
+    AudiencesClient(ssl=False)  # type: ignore[arg-type]
+    AudiencesClient(retries=3)  # type: ignore[call-arg]
+    RetryPolicy(max_attempts="3")  # type: ignore[arg-type]
+    Account("north")  # type: ignore[call-arg]
+    Account("north", lambda: 5)  # type: ignore[arg-type, return-value]
+    await client.get_audiences("north")  # type: ignore[arg-type]
+    await client.get_audiences(account, 3)  # type: ignore[call-arg]
+    audience.user_count  # type: ignore[union-attr]
+    account.name = "south"  # type: ignore[misc]
+    client.get_audiences().data  # type: ignore[attr-defined]
