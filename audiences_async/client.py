@@ -3,6 +3,7 @@
 import asyncio
 import os
 import ssl as tls
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 from weakref import WeakValueDictionary
@@ -202,7 +203,7 @@ class AudiencesClient:
             return
         self._idle = self._idle or asyncio.Event()
         for scope in self._scopes:
-            if not scope.expired():
+            with suppress(RuntimeError):  # expired already, and on its way out
                 scope.reschedule(0.0)
         await self._idle.wait()
 

@@ -127,7 +127,7 @@ class Transport:
             slots = _limit_of(settings.session.connector)
             # Middlewares of a request replace those of the session, and aiohttp does not tell the latter in public.
             self._outer_middlewares = tuple(getattr(settings.session, "_middlewares", ()))
-        self.slots = asyncio.Semaphore(slots)
+        self.slots: asyncio.Semaphore = asyncio.Semaphore(slots)
         """Taken for each attempt, before its clock starts."""
 
     async def close(self) -> None:

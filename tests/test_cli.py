@@ -168,13 +168,14 @@ def test_an_error_is_one_line_and_a_hint(run: Callable[..., Done]) -> None:
     assert "wrong-key" not in debugged
 
 
-def test_the_demo_absorbs_and_says_so() -> None:
+def test_the_demo_absorbs_and_says_so(run: Callable[..., Done]) -> None:
     """The demo ends with exit code 0, having absorbed a 429, a 500 and a reset; a seed shows the same twice."""
     command = [*COMMAND, "demo", "--seed", "7"]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    (shown, said), (again, said_again) = (process.communicate(timeout=50) for process in started)
-    assert [process.returncode for process in started] == [0, 0]
-    assert (shown, said) == (again, said_again)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        here = run(*command[-3:])
+        shown, said = process.communicate(timeout=50)
+    assert (process.returncode, here.returncode) == (0, 0)
+    assert (shown, said) == (here.stdout, here.stderr)
     flat = " ".join(shown.split())
     for absorbed in ("HTTP 429 Too Many Requests", "HTTP 500 Internal Server Error", "connection reset"):
         assert absorbed in flat
@@ -233,6 +234,15 @@ def test_without_the_extra_the_command_says_what_to_install(
         main()
     assert caught.value.code == 2
     assert "audiences_async[cli]" in capsys.readouterr().err
+
+
+def test_a_broken_installation_is_not_taken_for_a_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another module is missing, that is what is raised."""
+    monkeypatch.setitem(sys.modules, "tenacity", None)
+    for name in [name for name in sys.modules if name.startswith("audiences_async")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ModuleNotFoundError, match="tenacity"):
+        main()
 
 
 def test_the_rest_of_the_exit_codes() -> None:

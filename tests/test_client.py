@@ -5,6 +5,7 @@ import json
 import math
 import ssl as tls
 import traceback
+import warnings
 from typing import Any
 
 import aiohttp
@@ -494,6 +495,11 @@ async def test_a_session_that_would_send_other_credentials_is_refused() -> None:
             AudiencesClient(KEY, session=session)
     with pytest.raises(ClientClosedError, match="session"):
         AudiencesClient(KEY, session=session)
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+        session = aiohttp.ClientSession(auth=aiohttp.BasicAuth("somebody"))
+    with pytest.raises(ConfigurationError, match="auth of its own"):
+        AudiencesClient(KEY, session=session)
+    await session.close()
 
 
 @pytest.mark.parametrize(

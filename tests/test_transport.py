@@ -237,6 +237,20 @@ async def test_a_given_sessions_resends_count_too(raw: StartRaw) -> None:
     assert server.requests == len(passed) == 1 + 3
 
 
+async def test_whatever_a_middleware_raises_is_a_failed_exchange(sandbox: Sandbox, north: Account) -> None:
+    """An exception from code of the session's owner is one of our errors, and leaves no frames with headers behind."""
+
+    async def middleware(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+        raise LookupError(request.headers["Authorization"])
+
+    async with aiohttp.ClientSession(middlewares=[middleware]) as session:
+        client = AudiencesClient(str(north.api_key), base_url=sandbox.base_url, session=session, retry=ONCE)
+        error = await error_of(client)
+    assert isinstance(error, ConnectionFailedError)
+    assert error.message == "the exchange failed: LookupError: Bearer ***"
+    assert error.__context__ is None
+
+
 async def test_a_stale_connection_is_replaced_at_once(raw: StartRaw) -> None:
     """A pooled connection that the peer has closed costs an attempt, and no wait."""
 

@@ -3,11 +3,11 @@
 import asyncio
 import os
 import random
+import signal
 import sys
-import threading
 import traceback
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, NoReturn
 
 from cyclopts import App, Parameter
 from rich.console import Console
@@ -141,12 +141,16 @@ def sandbox(
                 )
                 print(f"AUDIENCES_API_KEY={opened.api_key}", flush=True)
             _say("serving until interrupted (Ctrl-C) …")
-            threading.Event().wait()
+            _wait_forever()
     except KeyboardInterrupt:
         return DONE  # how a server ends
     except (OSError, OverflowError) as error:
         return _complain(f"cannot listen on port {port}: {error}", "give another --port", FAILED)
-    raise AssertionError
+
+
+def _wait_forever() -> NoReturn:
+    while True:
+        signal.pause()
 
 
 async def _fetch(key: str | None, base_url: str | None, timeout: float, max_attempts: int) -> AudiencesResponse:

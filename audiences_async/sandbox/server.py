@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from http import HTTPStatus
 from types import TracebackType
@@ -55,7 +56,7 @@ class Sandbox:
 
     def __init__(self, *, seed: int = 0, port: int = 0) -> None:
         self.requests: list[SeenRequest] = []
-        self.base_url = ""
+        self.base_url: str = ""
         self._seed = seed
         self._port = port
         self._accounts: dict[str, SandboxAccount] = {}
@@ -170,20 +171,19 @@ class Sandbox:
             await runner.cleanup()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
-        now = time.monotonic()
+        now, transport = time.monotonic(), request.transport
+        assert transport is not None
         account = self._account_of(request)
         answer = _routing_error(request) or (Answer(401) if account is None else account.answer(now))
         self._remember(request, account, answer, now)
         if answer.delay:
             await asyncio.sleep(answer.delay)
         body = _body(answer, account)
-        headers = _headers(answer)
-        match answer.failure:
-            case "reset":
-                _reset(request)
-            case "reset-in-body" | "cut-body":
-                await self._write_half(request, answer, headers, body)
-        return web.Response(status=answer.status, body=body, headers=headers)
+        if answer.failure == "reset":
+            _reset(transport)
+        elif answer.failure is not None:
+            await _write_half(request, transport, answer, body)
+        return web.Response(status=answer.status, body=body, headers=_headers(answer))
 
     def _account_of(self, request: web.Request) -> SandboxAccount | None:
         scheme, _, key = request.headers.get("Authorization", "").partition(" ")
@@ -202,18 +202,6 @@ class Sandbox:
         with self._seen:
             self.requests.append(seen)
             self._seen.notify_all()
-
-    async def _write_half(self, request: web.Request, answer: Answer, headers: Mapping[str, str], body: bytes) -> None:
-        response = web.StreamResponse(status=answer.status, headers=headers)
-        response.content_length = len(body)
-        await response.prepare(request)
-        await response.write(body[: len(body) // 2])
-        if answer.failure == "reset-in-body":
-            # The peer reads the half first: a reset throws away what still waits to be read.
-            await asyncio.sleep(0.01)
-            _reset(request)
-        elif request.transport is not None:
-            request.transport.close()
 
 
 def _routing_error(request: web.Request) -> Answer | None:
@@ -245,8 +233,20 @@ def _envelope(status: int, account: SandboxAccount | None) -> dict[str, Any]:
     return {**said, "data": list(account.audiences)} if status == 200 and account is not None else said
 
 
-def _reset(request: web.Request) -> None:
-    if request.transport is None:
-        return
-    request.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-    request.transport.abort()
+async def _write_half(request: web.Request, transport: asyncio.BaseTransport, answer: Answer, body: bytes) -> None:
+    response = web.StreamResponse(status=answer.status, headers=_headers(answer))
+    response.content_length = len(body)
+    await response.prepare(request)
+    await response.write(body[: len(body) // 2])
+    if answer.failure == "reset-in-body":
+        # The peer reads the half first: a reset throws away what still waits to be read.
+        await asyncio.sleep(0.01)
+        _reset(transport)
+    else:
+        transport.close()
+
+
+def _reset(transport: asyncio.BaseTransport) -> None:
+    with suppress(OSError):  # the peer may have gone first
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+    transport.close()
