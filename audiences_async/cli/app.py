@@ -46,7 +46,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 @app.command
-def demo(*, seed: int | None = None) -> int:
+def demo(*, seed: int | None = None) -> None:
     """Fetch three accounts from a sandbox that throttles, fails and hangs up; show what came and what it took.
 
     Parameters
@@ -57,7 +57,6 @@ def demo(*, seed: int | None = None) -> int:
     chosen = random.SystemRandom().randrange(10_000) if seed is None else seed
     _say(f"a sandbox with faults, and a limit of 1 request/s for each account (--seed {chosen}) …")
     demonstration.run(chosen, Console())
-    return DONE
 
 
 @app.command(name="list")

@@ -31,16 +31,20 @@ _chance: ContextVar[random.Random] = ContextVar("_chance")
 
 def run(seed: int, console: Console) -> None:
     """Fetch three accounts from a misbehaving sandbox; show what came, and what it took."""
-    attempts: dict[str, list[Attempt]] = {name: [] for name in _FIRST_FAULT}
+    with Sandbox(seed=seed) as sandbox:
+        accounts = [_open(sandbox, name, _source(seed, name)) for name in _FIRST_FAULT]
+        asyncio.run(_fetch_and_show(sandbox.base_url, accounts, seed, console))
+
+
+async def _fetch_and_show(base_url: str, accounts: Sequence[Account], seed: int, console: Console) -> None:
+    attempts: dict[str, list[Attempt]] = {account.name: [] for account in accounts}
 
     def remember(event: Event) -> None:
         if isinstance(event, AttemptFinished):
             attempts[event.account].append(event.attempt)
 
-    with Sandbox(seed=seed) as sandbox:
-        accounts = [_open(sandbox, name, _source(seed, name)) for name in _FIRST_FAULT]
-        responses = asyncio.run(_fetch(sandbox.base_url, accounts, seed, remember))
-    console.print(table(*zip(_FIRST_FAULT, responses, strict=True)))
+    responses = await _fetch(base_url, accounts, seed, remember)
+    console.print(table(*zip(attempts, responses, strict=True)))
     console.print(_summary(attempts))
     console.print(_absorbed(attempts, responses))
 
