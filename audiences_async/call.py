@@ -1,6 +1,7 @@
 """One call: attempt, decide, wait, again. All that a call remembers is here, and ends with it."""
 
-from typing import Literal, TypeAlias
+import asyncio
+from typing import Final, Literal, TypeAlias
 
 from attrs import frozen
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result
@@ -13,6 +14,8 @@ from audiences_async.models import AudiencesResponse
 from audiences_async.retrying import RetryPolicy, wait_full_jitter
 from audiences_async.transport import Transport
 from audiences_async.wire import Reply, Result, read
+
+_LARGE_BODY: Final = 256 * 1024  # bytes; decoding more than that would hold the event loop too long
 
 _Step: TypeAlias = Literal["fresh-key", "stale-connection", "retry-after", "backoff"]
 
@@ -95,10 +98,16 @@ class Call:
         async with self._transport.slots:
             self._sent_at = self._settings.clock.monotonic()
             reply = await self._transport.attempt(key)
-        result = read(reply, key, now=self._settings.clock.wall()) if isinstance(reply, Reply) else reply
+        result = await self._read(reply, key) if isinstance(reply, Reply) else reply
         self._attempt_elapsed = self._settings.clock.monotonic() - self._sent_at
         self._sent_at = None
         return result
+
+    async def _read(self, reply: Reply, key: ApiKey) -> Result:
+        now = self._settings.clock.wall()
+        if len(reply.body) > _LARGE_BODY:
+            return await asyncio.to_thread(read, reply, key, now=now)
+        return read(reply, key, now=now)
 
     async def _current_key(self) -> ApiKey:
         if self._key is not None and self._key is not self._refused_key:

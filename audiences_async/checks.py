@@ -1,16 +1,17 @@
 """Checks of arguments: a clear `ConfigurationError` before anything is sent."""
 
-import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 from audiences_async.errors import ConfigurationError
+
+_LONGEST: Final = 1e9  # seconds, or 31 years: no event loop can wait longer, and a comparison refuses nan and inf
 
 
 def seconds(name: str, value: Any, *, zero: bool = False) -> float:
     """A finite number of seconds above zero, or from zero up where *zero* says so."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+    if not number or not -_LONGEST < value < _LONGEST or value < 0 or (value == 0 and not zero):
         bound = "of 0 or more" if zero else "above 0"
         raise ConfigurationError(f"{name} must be a finite number of seconds {bound}, got {value!r}")
     return float(value)
@@ -25,14 +26,11 @@ def count(name: str, value: Any) -> int:
 
 def statuses(name: str, values: Iterable[Any]) -> frozenset[int]:
     """A set of HTTP statuses that can stand for a failure."""
-    try:
-        given = frozenset(values)
-    except TypeError:
-        given = frozenset({values})
+    given = list(values) if isinstance(values, Iterable) else [values]
     for value in given:
         if not isinstance(value, int) or not 300 <= value <= 599:
             raise ConfigurationError(f"{name} must hold HTTP statuses from 300 to 599, got {value!r}")
-    return given
+    return frozenset(given)
 
 
 def instance(name: str, value: Any, *kinds: type) -> None:

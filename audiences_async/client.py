@@ -5,7 +5,7 @@ import os
 import ssl as tls
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 from weakref import WeakValueDictionary
 
 from audiences_async import checks
@@ -20,8 +20,8 @@ from audiences_async.transport import (
     DEFAULT_MAX_CONNECTIONS,
     Transport,
     TransportSettings,
+    check_cookies,
     check_session,
-    keeps_cookies,
 )
 from audiences_async.wire import PRODUCTION, endpoint, proxy_url
 
@@ -104,11 +104,10 @@ class AudiencesClient:
             proxy=None if proxy is None else proxy_url(proxy),
             session=session,
         )
-        self._sole_account: Account | None = None
-        self._key_sources: WeakValueDictionary[int, KeySource] = WeakValueDictionary()
+        self._key_sources: WeakValueDictionary[tuple[str, int], KeySource] = WeakValueDictionary()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._transport: Transport | None = None
-        self._scopes: set[asyncio.Timeout] = set()
+        self._scopes: dict[asyncio.Timeout, asyncio.Task[Any] | None] = {}
         self._idle: asyncio.Event | None = None
         self._closed = False
 
@@ -157,10 +156,11 @@ class AudiencesClient:
 
         May be called again, and at the same time.
         """
-        self._closed = True
         if self._transport is None:
+            self._closed = True
             return
         self._check_loop()
+        self._closed = True
         try:
             await self._end_calls()
         finally:
@@ -185,21 +185,24 @@ class AudiencesClient:
         scope = asyncio.timeout(limit)
         try:
             async with scope:
-                self._scopes.add(scope)
-                return await call.run()
-        except ConfigurationError as error:
+                self._scopes[scope] = asyncio.current_task()
+                result = await call.run()
+            # Decoding, or a key function that held on, may have taken longer than the call had.
+            return call.cut_off(_too_late(limit), "deadline") if _is_over(scope) else result
+        except (ConfigurationError, ClientClosedError) as error:
             return call.cut_off(error, "final")
         except TimeoutError:
             if self._closed:
                 return call.cut_off(ClientClosedError("the client was closed while the call ran"), "final")
-            return call.cut_off(DeadlineExceededError(f"no answer within timeout={limit:g} s"), "deadline")
+            return call.cut_off(_too_late(limit), "deadline")
         finally:
-            self._scopes.discard(scope)
+            self._scopes.pop(scope, None)
             if self._idle is not None and not self._scopes:
                 self._idle.set()
 
     async def _end_calls(self) -> None:
-        if not self._scopes:
+        # A key function may close the client that asks it: its own call cannot be waited for.
+        if not self._scopes or asyncio.current_task() in self._scopes.values():
             return
         self._idle = self._idle or asyncio.Event()
         for scope in self._scopes:
@@ -213,28 +216,25 @@ class AudiencesClient:
         if account is None:
             raise ConfigurationError("no account: give get_audiences() one, or the client an api_key")
         checks.instance("account", account, Account)
-        session = self._transport_settings.session
-        if session is not None:
-            self._check_session(session, account)
+        if self._transport_settings.session is not None:
+            check_cookies(self._transport_settings.session, account)
         return account
-
-    def _check_session(self, session: "aiohttp.ClientSession", account: Account) -> None:
-        check_session(session)
-        if not keeps_cookies(session):
-            return
-        self._sole_account = self._sole_account or account
-        if account != self._sole_account:
-            raise ConfigurationError(
-                "session keeps cookies, so it serves one account only; give it aiohttp.DummyCookieJar()",
-                account=account.name,
-            )
 
     def _credential(self, account: Account) -> ApiKey | KeySource:
         credential = account.credential
         if isinstance(credential, ApiKey):
             return credential
         # Lives as long as a call holds it, so that calls at the same time share one key and one refresh.
-        return self._key_sources.setdefault(id(credential), KeySource(credential))
+        return self._key_sources.setdefault((account.name, id(credential)), KeySource(credential))
+
+
+def _too_late(limit: float) -> DeadlineExceededError:
+    return DeadlineExceededError(f"no answer within timeout={limit:g} s")
+
+
+def _is_over(scope: asyncio.Timeout) -> bool:
+    end = scope.when()
+    return end is not None and end <= asyncio.get_running_loop().time()
 
 
 def _default_account(key: ApiKey | None) -> Account | None:
@@ -260,5 +260,5 @@ def _check_pool(
     if max_connections is not None:
         checks.count("max_connections", max_connections)
     checks.instance("ssl", ssl, tls.SSLContext, type(None))
-    if ssl is not None and ssl.verify_mode is not tls.CERT_REQUIRED:
-        raise ConfigurationError("ssl does not verify certificates; load your CA into it instead")
+    if ssl is not None and not (ssl.verify_mode is tls.CERT_REQUIRED and ssl.check_hostname):
+        raise ConfigurationError("ssl does not verify certificates and host names; load your CA into it instead")

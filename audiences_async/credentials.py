@@ -3,10 +3,12 @@
 import asyncio
 import html
 import inspect
+import json
 import re
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from typing import Final, TypeAlias
+from urllib.parse import quote, quote_plus
 
 from audiences_async.errors import ConfigurationError
 
@@ -15,6 +17,11 @@ KeyProvider: TypeAlias = Callable[[], str | Awaitable[str]]
 
 MASK: Final = "***"
 
+# What .NET's encoders escape beyond what JSON and HTML need; the service is a .NET one.
+_DOTNET_JSON: Final = "\"&'+<>`"
+_DOTNET_HTML: Final = "+`"
+_TELLING: Final = 4  # characters of a key that may stand at a cut without telling anything
+
 
 class ApiKey:
     """An API key that does not print; `reveal` is the only way to its text.
@@ -22,10 +29,12 @@ class ApiKey:
     Not a ``str``: slices and joins of one would be plain text again.
     """
 
-    __slots__ = ("_text",)
+    __slots__ = ("_text", "before")
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, before: "ApiKey | None" = None) -> None:
         self._text = text
+        self.before = before
+        """The key that this one took the place of; a late reply may still echo it."""
 
     def __repr__(self) -> str:
         return f"ApiKey('{MASK}')"
@@ -42,11 +51,25 @@ class ApiKey:
 
     def redact(self, text: str) -> str:
         """The same text with every occurrence of the key masked, however a server may have escaped it."""
-        return _spellings(self).sub(MASK, text)
+        redacted = _finder(self._text).sub(MASK, text)
+        return redacted if self.before is None else self.before.redact(redacted)
 
-    def redact_bytes(self, body: bytes) -> bytes:
-        """As `redact`, for a body of any encoding."""
-        return self.redact(body.decode(errors="surrogateescape")).encode(errors="surrogateescape")
+    def redact_start(self, body: bytes, limit: int) -> bytes:
+        """The first *limit* bytes of a body, as `redact`; a key that the cut would leave a part of is masked too."""
+        start = body[:limit]
+        for encoding in ("utf-16-le", "utf-16-be"):
+            start = start.replace(self._text.encode(encoding), MASK.encode(encoding))
+        text = self.redact(start.decode(errors="surrogateescape"))
+        if len(body) >= limit:
+            text = self._without_cut_key(text)
+        return text.encode(errors="surrogateescape")
+
+    def _without_cut_key(self, text: str) -> str:
+        for spelling in _spellings(self._text):
+            for length in range(min(len(spelling) - 1, len(text)), _TELLING - 1, -1):
+                if text.endswith(spelling[:length]):
+                    return text[:-length] + MASK
+        return text
 
     def validate(self, *, account: str | None) -> None:
         """Refuse what cannot be a bearer token.
@@ -74,16 +97,31 @@ class ApiKey:
 
 
 @lru_cache(maxsize=64)
-def _spellings(key: ApiKey) -> re.Pattern[str]:
-    r"""Finds the key as it is and as JSON, a URL or HTML would spell it: .NET writes ``+`` as ``\u002B``."""
-    return re.compile("".join(_spellings_of(character) for character in key.reveal()), re.IGNORECASE)
+def _spellings(text: str) -> tuple[str, ...]:
+    """The key as it is, and as servers escape it in JSON, URLs and HTML; longest first."""
+    plain_json = json.dumps(text)[1:-1]
+    spelled = {
+        text,
+        plain_json,
+        plain_json.replace("/", r"\/"),
+        _escaped(text, _DOTNET_JSON, r"\u{:04X}"),
+        quote(text, safe=""),
+        quote(text),
+        quote_plus(text),
+        html.escape(text),
+        _escaped(html.escape(text), _DOTNET_HTML, "&#x{:X};"),
+        str(text.encode())[2:-1],
+    }
+    return tuple(sorted(spelled, key=len, reverse=True))
 
 
-def _spellings_of(character: str) -> str:
-    code = ord(character)
-    url = "".join(f"%{byte:02x}" for byte in character.encode())
-    named = re.escape(html.escape(character))
-    return rf"(?:\\?{re.escape(character)}|\\u{code:04x}|{url}|&\#0*{code};|&\#x0*{code:x};|{named})"
+@lru_cache(maxsize=64)
+def _finder(text: str) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, _spellings(text))), re.IGNORECASE)
+
+
+def _escaped(text: str, characters: str, form: str) -> str:
+    return "".join(form.format(ord(c)) if c in characters or c > "\x7f" else c for c in text)
 
 
 class KeySource:
@@ -104,14 +142,14 @@ class KeySource:
         """
         async with self._lock:
             if self._key is None or self._key is refused:
-                self._key = await _ask(self._provider, account)
+                self._key = await _ask(self._provider, account, refused)
             return self._key
 
 
-async def _ask(provider: KeyProvider, account: str) -> ApiKey:
+async def _ask(provider: KeyProvider, account: str, before: ApiKey | None) -> ApiKey:
     try:
         answer = provider()
-        key = ApiKey(await answer if inspect.isawaitable(answer) else answer)
+        key = ApiKey(await answer if inspect.isawaitable(answer) else answer, before=before)
     except Exception as error:
         message = f"the function for the API key raised {type(error).__name__}"
         raise ConfigurationError(message, account=account) from error

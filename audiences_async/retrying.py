@@ -39,9 +39,9 @@ class RetryPolicy:
 
     Attributes:
         max_attempts: Requests on the wire for one call, the first included; 1 means no retry.
-        base_delay: Seconds; the longest first wait. 0 means no waits.
+        base_delay: Seconds; the longest first wait. 0 means none, but after a 429.
         max_delay: Seconds; the longest drawn wait.
-        throttle_base_delay: Seconds; takes the place of ``base_delay`` after a 429.
+        throttle_base_delay: Seconds; takes the place of ``base_delay`` after a 429. 0 means no wait of our own.
         statuses: The statuses to retry; an attempt without an answer is always retried.
 
     Raises:

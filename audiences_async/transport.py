@@ -1,10 +1,11 @@
 """The aiohttp session, and one attempt on it: send, headers, whole body, and every failure as one of our errors."""
 
 import asyncio
+import re
 import ssl as tls
 import zlib
 from typing import Final
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import aiohttp
 from aiohttp import hdrs
@@ -21,11 +22,13 @@ from audiences_async.errors import (
     TransportError,
     printable,
 )
+from audiences_async.models import Account
 from audiences_async.wire import MAX_ERROR_BODY, Reply, request_headers
 
 # Our own deadlines rule: aiohttp's round up to whole seconds above 5 s, and count the wait for a connection.
 _NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
 DEFAULT_MAX_CONNECTIONS: Final = 100
+_ERROR_BODY_TIMEOUT: Final = 1.0  # s; the status has decided already
 _INFLATED_PIECE: Final = 256 * 1024
 _ENCODINGS: Final = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
@@ -70,9 +73,21 @@ def check_session(session: aiohttp.ClientSession) -> None:
         raise ConfigurationError("session has an auth of its own, which would fight the API key; give one without")
 
 
-def keeps_cookies(session: aiohttp.ClientSession) -> bool:
-    """Whether one account's cookies would be sent with another account's key."""
-    return not isinstance(session.cookie_jar, aiohttp.DummyCookieJar)
+# Of the session and not of a client: two clients may share one.
+_sole_accounts: WeakKeyDictionary[aiohttp.ClientSession, Account] = WeakKeyDictionary()
+
+
+def check_cookies(session: aiohttp.ClientSession, account: Account) -> None:
+    """Refuse a second account on a session that would send it the first one's cookies.
+
+    Raises:
+        ConfigurationError: The session keeps cookies, and has served another account.
+    """
+    if isinstance(session.cookie_jar, aiohttp.DummyCookieJar):
+        return
+    if _sole_accounts.setdefault(session, account) != account:
+        message = "session keeps cookies, so it serves one account only; give it aiohttp.DummyCookieJar()"
+        raise ConfigurationError(message, account=account.name)
 
 
 class _Connector(aiohttp.TCPConnector):
@@ -91,6 +106,10 @@ class _Connector(aiohttp.TCPConnector):
         timeout: aiohttp.ClientTimeout,
     ) -> aiohttp.connector.Connection:
         connection = await super().connect(req, traces, timeout)
+        while connection.protocol is not None and connection.protocol.should_close:
+            # Data came while it was idle: aiohttp would give it out as the answer to this request.
+            connection.close()
+            connection = await super().connect(req, traces, timeout)
         if connection.protocol in self._used:
             self.reused.add(req)
         else:
@@ -124,6 +143,9 @@ class Transport:
             self._outer_middlewares: tuple[aiohttp.ClientMiddlewareType, ...] = ()
         else:
             self._session = settings.session
+            # aiohttp does not tell the loop of a session in public.
+            if getattr(self._session, "_loop", None) not in {None, asyncio.get_running_loop()}:
+                raise ClientClosedError("the session given to the client belongs to another event loop")
             slots = _limit_of(settings.session.connector)
             # Middlewares of a request replace those of the session, and aiohttp does not tell the latter in public.
             self._outer_middlewares = tuple(getattr(settings.session, "_middlewares", ()))
@@ -140,10 +162,12 @@ class Transport:
 
         Whatever goes wrong is a value, with none of aiohttp's frames on it: their locals hold the key.
         """
-        exchange = _Exchange(self._settings)
+        if self._session.closed:
+            raise ClientClosedError("the session given to the client was closed")
+        exchange = _Exchange(self._settings, self._connector)
         try:
             async with asyncio.timeout(self._settings.attempt_timeout) as scope:
-                return await exchange.run(self._session, key, (*self._outer_middlewares, self._send_once))
+                return await exchange.run(self._session, key, self._outer_middlewares)
         except asyncio.CancelledError as cancelled:
             cancelled.__context__ = None
             raise cancelled.with_traceback(None) from None
@@ -157,24 +181,14 @@ class Transport:
         finally:
             exchange.close()
 
-    async def _send_once(
-        self, request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType
-    ) -> aiohttp.ClientResponse:
-        """Innermost middleware: a GET that aiohttp would silently send again is an attempt of ours instead."""
-        try:
-            return await send(request)
-        except aiohttp.ClientConnectorError:
-            raise  # never sent, and never sent again by aiohttp
-        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
-            reused = self._connector is not None and request in self._connector.reused
-            raise _DisconnectedError(error, reused=reused) from None
-
 
 class _Exchange:
     """One request and what has been read of its reply."""
 
-    def __init__(self, settings: TransportSettings) -> None:
+    def __init__(self, settings: TransportSettings, connector: _Connector | None) -> None:
         self._settings = settings
+        self._connector = connector
+        self._sent = False
         self._response: aiohttp.ClientResponse | None = None
         self._body = bytearray()
 
@@ -208,13 +222,29 @@ class _Exchange:
             raise_for_status=False,
             auto_decompress=False,
             timeout=_NO_TIMEOUT,
-            middlewares=middlewares,
+            middlewares=(*middlewares, self._send_once),
         )
         if response.status != 200:
-            await self._read(MAX_ERROR_BODY)
+            async with asyncio.timeout(_ERROR_BODY_TIMEOUT):
+                await self._read(MAX_ERROR_BODY)
             return self.reply()
         cap = self._settings.max_body_bytes
         return self.reply(exceeded=None if await self._read(cap) else cap)
+
+    async def _send_once(
+        self, request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType
+    ) -> aiohttp.ClientResponse:
+        """Innermost middleware: what aiohttp, or a middleware, would send again is an attempt of ours instead."""
+        if self._sent:
+            raise aiohttp.ClientError("a middleware sent the request twice")
+        self._sent = True
+        try:
+            return await send(request)
+        except aiohttp.ClientConnectorError:
+            raise  # never sent, and never sent again by aiohttp
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+            reused = self._connector is not None and request in self._connector.reused
+            raise _DisconnectedError(error, reused=reused) from None
 
     async def _read(self, cap: int) -> bool:
         """Read the body, inflated; ``False`` where it is above the cap, of which no more is kept."""
@@ -229,7 +259,7 @@ class _Exchange:
     async def _read_plain(self, cap: int) -> bool:
         assert self._response is not None
         if (self._response.content_length or 0) > cap:
-            return False
+            cap = min(cap, MAX_ERROR_BODY)  # the start will do
         async for chunk in self._response.content.iter_any():
             self._body += chunk
             if len(self._body) > cap:
@@ -272,7 +302,7 @@ class _Inflater:
             self._waiting = self._zlib.unconsumed_tail
             if self._zlib.eof:
                 # What follows may be another member: RFC 1952, section 2.2.
-                self._waiting, self._zlib = self._zlib.unused_data, None
+                self._waiting, self._zlib = self._zlib.unused_data.lstrip(b"\0"), None
             if piece:
                 return piece
         return b""
@@ -301,7 +331,7 @@ def _failure(error: Exception, key: ApiKey) -> ConnectionFailedError:
             return ConnectionFailedError(reason, stale_connection=error.reused)
         case aiohttp.ClientResponseError():
             # `status` is aiohttp's word for what it could not parse, not the server's.
-            return ConnectionFailedError(f"the reply is not HTTP: {printable(key.redact(error.message))}")
+            return ConnectionFailedError(f"the reply is not HTTP: {_unquoted(error.message, key)}")
         case zlib.error() | aiohttp.ClientPayloadError():
             return ConnectionFailedError(f"the body is cut short or corrupt: {_said(error, key)}")
         case _:
@@ -309,8 +339,13 @@ def _failure(error: Exception, key: ApiKey) -> ConnectionFailedError:
 
 
 def _said(error: Exception, key: ApiKey) -> str:
-    text = printable(key.redact(str(error)))
+    text = _unquoted(str(error), key)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _unquoted(text: str, key: ApiKey) -> str:
+    """The words of aiohttp without the bytes that it quotes: it cuts them, perhaps in the middle of an echoed key."""
+    return printable(key.redact(re.split(r"\bb['\"]", text)[0].strip(" :\n")))
 
 
 def _limit_of(connector: aiohttp.BaseConnector | None) -> int:

@@ -37,7 +37,7 @@ Result: TypeAlias = AudiencesResponse | AudiencesError
 """What an attempt came to. Errors are values here: an exception that is never raised holds no frames alive."""
 
 # RFC 9110, section 10.2.3: Retry-After = HTTP-date / delay-seconds. Fractions are not in it, and are seen.
-_DELAY_SECONDS: Final = re.compile(r"[0-9]{1,9}(?:\.[0-9]{0,9})?")
+_DELAY_SECONDS: Final = re.compile(r"[0-9]{1,20}(?:\.[0-9]{0,20})?")
 # RFC 9110, section 5.6.7: IMF-fixdate, and the two obsolete forms that must still be read.
 _HTTP_DATE: Final = re.compile(
     r"[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT"
@@ -70,10 +70,7 @@ def endpoint(base_url: str, *, allow_http: bool) -> URL:
         ConfigurationError: No absolute http(s) URL, one with credentials, query or fragment, or plain ``http://`` to
             a host that is not loopback, unless *allow_http*.
     """
-    try:
-        url = URL(base_url)
-    except (TypeError, ValueError):
-        raise ConfigurationError("base_url is not a URL") from None
+    url = _url("base_url", base_url)
     # The URL is not repeated in the message where it may hold a password.
     if url.raw_user is not None or url.raw_password is not None:
         raise ConfigurationError("base_url must not hold credentials; the API key goes to api_key")
@@ -94,12 +91,22 @@ def proxy_url(proxy: str) -> URL:
     Raises:
         ConfigurationError: No absolute http(s) URL.
     """
-    try:
-        url = URL(proxy)
-    except (TypeError, ValueError):
-        raise ConfigurationError("proxy is not a URL") from None
+    url = _url("proxy", proxy)
     if url.scheme not in {"http", "https"} or not url.host:
         raise ConfigurationError("proxy must be an absolute http:// or https:// URL")
+    return url
+
+
+def _url(name: str, given: str) -> URL:
+    try:
+        url = URL(given)
+        sound = url.host is None or not any(
+            c.isspace() or not c.isprintable() for c in given
+        )  # reading a host decodes it
+    except (TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ConfigurationError(f"{name} is not a URL") from None
     return url
 
 
@@ -136,9 +143,9 @@ def read(reply: Reply, key: ApiKey, *, now: float) -> Result:
         return _refusal(reply, key, now)
     if reply.status != 200:
         message = f"HTTP {reply.status} where 200 is documented"
-        return InvalidResponseError(message, body=key.redact_bytes(reply.body[:MAX_ERROR_BODY]))
+        return InvalidResponseError(message, body=key.redact_start(reply.body, MAX_ERROR_BODY))
     if reply.exceeded is not None:
-        body = key.redact_bytes(reply.body[:MAX_ERROR_BODY])
+        body = key.redact_start(reply.body, MAX_ERROR_BODY)
         return ResponseTooLargeError(f"the reply's body is above max_body_bytes={reply.exceeded}", body=body)
     try:
         return decode(reply.body)
@@ -146,7 +153,7 @@ def read(reply: Reply, key: ApiKey, *, now: float) -> Result:
         return _refusal(reply, key, now, status=error.status)
     except InvalidResponseError as error:
         problems = tuple(key.redact(problem) for problem in error.problems)
-        return InvalidResponseError(error.message, problems=problems, body=key.redact_bytes(error.body))
+        return InvalidResponseError(error.message, problems=problems, body=key.redact_start(reply.body, MAX_ERROR_BODY))
 
 
 def _refusal(reply: Reply, key: ApiKey, now: float, *, status: int | None = None) -> StatusError:
@@ -156,7 +163,7 @@ def _refusal(reply: Reply, key: ApiKey, now: float, *, status: int | None = None
         key.redact(description_of(envelope)),
         response_time=response_time_of(envelope),
         headers=CIMultiDict((name, key.redact(value)) for name, value in reply.headers.items()),
-        body=key.redact_bytes(reply.body[:MAX_ERROR_BODY]),
+        body=key.redact_start(reply.body, MAX_ERROR_BODY),
         retry_after=retry_after(reply.headers, now=now),
     )
 

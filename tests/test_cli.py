@@ -136,7 +136,11 @@ def test_the_key_can_come_from_a_file(run: Callable[..., Done], tmp_path: Path) 
         (["list", "--output", "xml"], {}, None, 2, "output"),
         (["lost"], {}, None, 2, "lost"),
         (["list", "--api-key", KEY], {}, None, 2, "Unknown option"),
+        (["list"], {}, Answer(408, retry_after=99), 5, "HTTP 408"),
         (["sandbox", "--port", "99999"], {}, None, 1, "99999"),
+        (["sandbox", "--rate", "0"], {}, None, 2, "rate"),
+        (["sandbox", "--fault-rate", "7"], {}, None, 2, "fault_rate"),
+        (["sandbox", "--account", ""], {}, None, 2, "name"),
     ],
 )
 def test_exit_codes(
@@ -216,6 +220,47 @@ def test_a_reader_that_goes_away_is_no_traceback(environment: Mapping[str, str])
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_one_line(environment: Mapping[str, str]) -> None:
+    """Where the list cannot be written, that is said."""
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*COMMAND, "list"], env=environment, stdout=full, stderr=subprocess.PIPE, timeout=50, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, b"error: cannot write: [Errno 28] No space left on device\n")
+
+
+def test_a_closed_stdout_is_one_line(run: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a stdout nothing is attempted."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.run(["list"]) == 1
+
+
+def test_a_table_in_a_locale_without_its_letters(environment: Mapping[str, str]) -> None:
+    """A table can be printed where its lines cannot."""
+    narrow = {**environment, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [*COMMAND, "list", "--output", "table"], env=narrow, capture_output=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"NE_USA-above50" in done.stdout
+
+
+def test_ctrl_c_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt while the command is still being imported exits with 130."""
+
+    class Interrupted:
+        def find_spec(self, name: str, path: object, target: object = None) -> None:
+            if name == "audiences_async.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "audiences_async.cli.app", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130
 
 
 def test_version_and_help(run: Callable[..., Done]) -> None:

@@ -6,6 +6,8 @@ import math
 import ssl as tls
 import traceback
 import warnings
+from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any
 
 import aiohttp
@@ -321,6 +323,54 @@ async def test_one_refresh_for_many_waiting_tasks(sandbox: Sandbox) -> None:
     assert asked == 2
 
 
+async def test_accounts_that_share_a_function_do_not_share_its_keys(sandbox: Sandbox) -> None:
+    """A function that serves several accounts, by a context variable say, is asked for each of them."""
+    tenant: ContextVar[str] = ContextVar("tenant")
+    for name in ("north", "south"):
+        sandbox.add_account(name, api_key=f"key-{name}", audiences=many_audiences(name, 1))
+
+    def provider() -> str:
+        return f"key-{tenant.get()}"
+
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+
+        async def fetch(name: str) -> str | None:
+            tenant.set(name)
+            return (await client.get_audiences(Account(name, provider))).data[0].id
+
+        tasks = [asyncio.create_task(fetch(name)) for name in ("north", "south")]
+        assert await asyncio.gather(*tasks) == ["north-0", "south-0"]
+
+
+async def test_a_key_function_that_holds_on_does_not_lift_the_bound(sandbox: Sandbox) -> None:
+    """An answer that comes too late, because a key function swallowed the cut-off, is an error all the same."""
+    sandbox.add_account("north", api_key=KEY)
+
+    async def provider() -> str:
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return KEY
+
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        with pytest.raises(DeadlineExceededError):
+            await client.get_audiences(Account("north", provider), timeout=0.05)
+
+
+async def test_a_key_function_that_closes_the_client(sandbox: Sandbox) -> None:
+    """A key function that closes the client when its time is up does not wait for itself."""
+    client = AudiencesClient(base_url=sandbox.base_url)
+
+    async def provider() -> str:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await client.aclose()
+        raise AssertionError
+
+    with pytest.raises(AudiencesError):
+        await client.get_audiences(Account("north", provider), timeout=0.05)
+
+
 async def test_a_key_function_that_fails_is_an_error_of_the_call(sandbox: Sandbox) -> None:
     """What a key function raises ends the call before anything is sent."""
 
@@ -363,6 +413,8 @@ async def test_the_key_is_nowhere_to_be_seen(sandbox: Sandbox) -> None:
         ({"timeout": -1}, "timeout must be a finite number of seconds above 0, got -1"),
         ({"timeout": 0}, "timeout"),
         ({"timeout": math.inf}, "timeout"),
+        ({"timeout": math.nan}, "timeout"),
+        ({"timeout": 10**400}, "timeout"),
         ({"timeout": None}, "timeout"),
         ({"attempt_timeout": 0}, "attempt_timeout"),
         ({"retry": 5}, "retry must be RetryPolicy, got int"),
@@ -370,6 +422,7 @@ async def test_the_key_is_nowhere_to_be_seen(sandbox: Sandbox) -> None:
         ({"max_body_bytes": 0}, "max_body_bytes"),
         ({"ssl": False}, "ssl must be SSLContext or None, got bool"),
         ({"ssl": tls._create_unverified_context()}, "verify"),
+        ({"ssl": tls.create_default_context(tls.Purpose.CLIENT_AUTH)}, "verify"),
         ({"proxy": "socks5://proxy"}, "proxy"),
         ({"session": 5}, "session must be ClientSession, got int"),
         ({"on_event": 5}, "on_event must be callable"),
@@ -486,6 +539,44 @@ async def test_a_session_with_cookies_serves_one_account(sandbox: Sandbox, north
         with pytest.raises(ConfigurationError, match="DummyCookieJar"):
             await client.get_audiences(south)
     assert len(sandbox.requests) == 2
+
+
+async def test_two_clients_on_a_session_with_cookies(sandbox: Sandbox, north: Account) -> None:
+    """The rule is the session's: a second client does not open it to a second account."""
+    south = sandbox.add_account("south")
+    async with aiohttp.ClientSession() as session:
+        await AudiencesClient(base_url=sandbox.base_url, session=session).get_audiences(north)
+        with pytest.raises(ConfigurationError, match="one account only"):
+            await AudiencesClient(base_url=sandbox.base_url, session=session).get_audiences(south)
+
+
+async def test_a_given_session_that_is_closed_meanwhile(sandbox: Sandbox, north: Account, time: SteppedTime) -> None:
+    """A session that its owner closes is a ClientClosedError, also between two attempts."""
+    sandbox.script("north", Answer(500))
+    session = aiohttp.ClientSession()
+
+    async def sleep(seconds: float) -> None:
+        await session.close()
+
+    clock = Clock(sleep=sleep)
+    client = AudiencesClient(base_url=sandbox.base_url, session=session, clock=clock)
+    with pytest.raises(ClientClosedError, match="session"):
+        await client.get_audiences(north)
+    assert len(sandbox.requests) == 1
+
+
+def test_a_given_session_of_another_loop(sandbox: Sandbox, north: Account) -> None:
+    """A session that belongs to another event loop is refused."""
+
+    async def make() -> aiohttp.ClientSession:
+        return aiohttp.ClientSession()
+
+    with asyncio.Runner() as one, asyncio.Runner() as other:
+        session = one.run(make())
+        with pytest.raises(ClientClosedError, match="another event loop"):
+            other.run(AudiencesClient(base_url=sandbox.base_url, session=session).get_audiences(north))
+        one.run(session.close())
+    assert sandbox.requests == []
 
 
 async def test_a_session_that_would_send_other_credentials_is_refused() -> None:

@@ -128,7 +128,8 @@ def test_an_error_inside_a_200_keeps_the_headers() -> None:
         r"key\u002Bwith/odd\u0026signs",
         r"key+with\/odd&signs",
         "key%2Bwith%2Fodd%26signs",
-        "key&#43;with&#x2F;odd&amp;signs",
+        "key+with/odd&amp;signs",
+        "key&#x2B;with/odd&amp;signs",
         "KEY+WITH/ODD&SIGNS",
     ],
 )
@@ -149,6 +150,20 @@ def test_an_echoed_key_in_a_problem_is_masked() -> None:
     error = reply(200, b'{"status": "key+with/odd&signs", "data": []}')
     assert isinstance(error, InvalidResponseError)
     assert error.problems == ("$.status: expected an HTTP status, got '***'",)
+
+
+@pytest.mark.parametrize("start", ["sk_live_" + "a" * 60, "\\" * 60, "<&>" * 20])
+def test_near_misses_of_the_key_take_no_time(start: str) -> None:
+    """Text full of beginnings of the key is searched in linear time."""
+    text = start * 200
+    assert ApiKey(start + "!").redact(text) == text
+
+
+def test_a_key_in_another_encoding_is_masked() -> None:
+    """A body in UTF-16 does not show the key either, and a key that was replaced is masked like its successor."""
+    key = ApiKey("new-key", before=ApiKey("old-key"))
+    assert b"n\0e\0w" not in key.redact_start("my new-key".encode("utf-16-le"), 100)
+    assert key.redact("old-key, new-key") == "***, ***"
 
 
 def test_control_characters_do_not_reach_a_terminal() -> None:
@@ -255,6 +270,8 @@ def test_endpoint(base_url: str, expected: str) -> None:
         "ftp://api.commbox.io/",
         "https://",
         "https://api.commbox.io/?a=1",
+        "https://xn--a",
+        "https://exa mple",
         "https://a/#b",
         "http://api.commbox.io/",
         "http://127.0.0.1.example.com/",

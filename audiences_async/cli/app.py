@@ -1,13 +1,14 @@
 """The commands: data on stdout, everything else on stderr; keys from the environment or a file, never from argv."""
 
 import asyncio
+import io
 import os
 import random
 import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Final, NoReturn
+from typing import Annotated, Final, NoReturn, cast
 
 from cyclopts import App, Parameter
 from rich.console import Console
@@ -34,14 +35,19 @@ _Flag = Annotated[bool, Parameter(negative="")]
 
 def run(arguments: list[str] | None = None) -> int:
     """Run one command and give its exit code; a wrong usage exits with 2 on its own."""
+    if sys.stdout is None:
+        return _complain("stdout is closed", "", FAILED)
+    # A table may be shown in a locale that lacks its letters; data is written as bytes.
+    cast("io.TextIOWrapper", sys.stdout).reconfigure(errors="replace")
     try:
         code = app(arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader has gone, as `head` does; the interpreter must not flush to it once more at exit.
+    except OSError as error:
+        # Nobody can be written to: a reader that has gone, as `head` does, or a full disk. The interpreter must not
+        # try once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+        return FAILED if isinstance(error, BrokenPipeError) else _complain(f"cannot write: {error}", "", FAILED)
     return code if isinstance(code, int) else DONE
 
 
@@ -89,14 +95,15 @@ def list_audiences(
     if api_key_file is None and not os.environ.get("AUDIENCES_API_KEY"):
         return _complain("no API key", "set AUDIENCES_API_KEY, or give --api-key-file", AUTHENTICATION)
     try:
-        key = None if api_key_file is None else api_key_file.read_text(encoding="utf-8").strip()
+        key = None if api_key_file is None else api_key_file.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeError) as error:
+        return _complain(f"cannot read {api_key_file}: {error}", "give a text file that holds the key", USAGE)
+    try:
         response = asyncio.run(_fetch(key, base_url, timeout, max_attempts))
     except AudiencesError as error:
         if debug:
             traceback.print_exc()
         return _complain(error.summary, error.hint, exit_code(error))
-    except (OSError, UnicodeError) as error:
-        return _complain(f"cannot read {api_key_file}: {error}", "give a text file that holds the key", USAGE)
     write(response, output)
     return DONE
 
@@ -133,16 +140,20 @@ def sandbox(
     """
     try:
         with Sandbox(seed=seed, port=port) as server:
-            print(f"AUDIENCES_BASE_URL={server.base_url}")
-            for name in account or ["default"]:
-                opened = server.add_account(
+            opened = [
+                server.add_account(
                     name, audiences=many_audiences(name, audiences), fault_rate=fault_rate, rate=rate, burst=burst
                 )
-                print(f"AUDIENCES_API_KEY={opened.api_key}", flush=True)
+                for name in account or ["default"]
+            ]
+            keys = "".join(f"AUDIENCES_API_KEY={one.api_key}\n" for one in opened)
+            print(f"AUDIENCES_BASE_URL={server.base_url}\n{keys}", end="", flush=True)
             _say("serving until interrupted (Ctrl-C) …")
             _wait_forever()
     except KeyboardInterrupt:
         return DONE  # how a server ends
+    except AudiencesError as error:
+        return _complain(error.summary, error.hint, exit_code(error))
     except (OSError, OverflowError) as error:
         return _complain(f"cannot listen on port {port}: {error}", "give another --port", FAILED)
 

@@ -8,6 +8,7 @@ from audiences_async.errors import (
     DeadlineExceededError,
     ForbiddenError,
     ServerError,
+    StatusError,
     TooManyRequestsError,
     TransportError,
     UnauthorizedError,
@@ -26,7 +27,13 @@ def exit_code(error: AudiencesError) -> int:
     match error:
         case UnauthorizedError() | ForbiddenError():
             return AUTHENTICATION
-        case TooManyRequestsError() | ServerError() | TransportError() | DeadlineExceededError():
+        case (
+            StatusError(status=408)
+            | TooManyRequestsError()
+            | ServerError()
+            | TransportError()
+            | DeadlineExceededError()
+        ):
             return UNAVAILABLE
         case ConfigurationError():
             return USAGE

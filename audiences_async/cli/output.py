@@ -74,8 +74,14 @@ def _csv(records: Iterable[Mapping[str, Any]]) -> bytes:
     writer.writerow([*_COLUMNS, "extra"])
     for row in records:
         extra = {name: value for name, value in row.items() if name not in _COLUMNS}
-        writer.writerow([*map(row.get, _COLUMNS), msgspec.json.encode(extra).decode() if extra else ""])
+        writer.writerow([*(_cell(row.get(name)) for name in _COLUMNS), _cell(extra or None)])
     return text.getvalue().encode()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
 _FORMATS: Final[Mapping[Format, Callable[[Iterable[Mapping[str, Any]]], bytes]]] = {

@@ -17,6 +17,8 @@ from typing import Any, Final, Self
 
 from aiohttp import web
 
+from audiences_async import checks
+from audiences_async.errors import ConfigurationError
 from audiences_async.models import Account
 from audiences_async.sandbox.accounts import EXAMPLE_AUDIENCES, SandboxAccount
 from audiences_async.sandbox.answers import Answer, SeenRequest
@@ -107,7 +109,15 @@ class Sandbox:
             burst: Requests that it grants at once after a pause.
             retry_after: Whether its 429s say when to come back. The service's documentation promises none.
             fault_rate: The share of answers that go wrong, from 0.0 to 1.0: refused, reset or cut short.
+
+        Raises:
+            ConfigurationError: A name, a key or a number that cannot be used.
         """
+        if rate is not None:
+            checks.seconds("rate", rate)
+        checks.count("burst", burst)
+        if not 0.0 <= fault_rate <= 1.0:
+            raise ConfigurationError(f"fault_rate must be from 0.0 to 1.0, got {fault_rate!r}")
         account = SandboxAccount(
             name=name,
             api_key=f"sandbox-key-{name}" if api_key is None else api_key,
@@ -119,8 +129,9 @@ class Sandbox:
             fault_rate=fault_rate,
             faults=random.Random(f"{self._seed}/{name}"),  # noqa: S311 - faults, not secrets
         )
+        opened = Account(name, account.api_key)
         self._accounts[name] = self._by_key[account.api_key] = account
-        return Account(name, account.api_key)
+        return opened
 
     def script(self, name: str, *answers: Answer) -> None:
         """Answer the account's next requests so, one after the other; then as usual again."""
