@@ -29,7 +29,8 @@ from audiences_async.models import (
     StaticAudience,
     UnknownAudience,
 )
-from audiences_async.retrying import RetryPolicy
+from audiences_async.pacing import Limiter, RateLimit
+from audiences_async.retrying import RetryBudget, RetryPolicy
 
 __all__ = [
     "Account",
@@ -48,8 +49,11 @@ __all__ = [
     "Event",
     "ForbiddenError",
     "InvalidResponseError",
+    "Limiter",
     "NotFoundError",
+    "RateLimit",
     "ResponseTooLargeError",
+    "RetryBudget",
     "RetryPolicy",
     "ServerError",
     "StaticAudience",

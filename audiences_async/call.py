@@ -1,4 +1,4 @@
-"""One call: attempt, decide, wait, again. All that a call remembers is here, and ends with it."""
+"""One call: pace, attempt, decide, wait, again. All that a call remembers is here, and ends with it."""
 
 import asyncio
 from typing import Final, Literal, TypeAlias
@@ -8,16 +8,24 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_result
 
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, KeySource
-from audiences_async.errors import AudiencesError, ConnectionFailedError, StatusError, UnauthorizedError
+from audiences_async.errors import (
+    AudiencesError,
+    ConfigurationError,
+    ConnectionFailedError,
+    StatusError,
+    TooManyRequestsError,
+    UnauthorizedError,
+)
 from audiences_async.events import Attempt, AttemptFinished, CallFinished, Event, EventHook, StopReason, emit
 from audiences_async.models import AudiencesResponse
-from audiences_async.retrying import RetryPolicy, wait_full_jitter
+from audiences_async.pacing import Lane, Limiter, Verdict
+from audiences_async.retrying import RetryPolicy, RetryTokens, wait_full_jitter
 from audiences_async.transport import Transport
-from audiences_async.wire import Reply, Result, read
+from audiences_async.wire import Reply, Result, read, used_up
 
 _LARGE_BODY: Final = 256 * 1024  # bytes; decoding more than that would hold the event loop too long
 
-_Step: TypeAlias = Literal["fresh-key", "stale-connection", "retry-after", "backoff"]
+_Step: TypeAlias = Literal["fresh-key", "stale-connection", "pace", "retry-after", "backoff"]
 
 
 @frozen
@@ -25,6 +33,8 @@ class CallSettings:
     """What all calls of one client share; see `AudiencesClient` for each."""
 
     policy: RetryPolicy
+    tokens: RetryTokens
+    limiter: Limiter | None
     clock: Clock
     on_event: EventHook | None
 
@@ -36,17 +46,26 @@ class Call:
         account: The account's name.
         credential: The key, or where fresh ones come from.
         timeout: Seconds for the whole call. Only waits are held against it here; the caller cuts off the rest.
+        lane: Where the account's turns come from.
         transport: Where attempts are made.
         settings: What all calls of the client share.
     """
 
     def __init__(
-        self, account: str, credential: ApiKey | KeySource, timeout: float, transport: Transport, settings: CallSettings
+        self,
+        account: str,
+        credential: ApiKey | KeySource,
+        timeout: float,
+        *,
+        lane: Lane,
+        transport: Transport,
+        settings: CallSettings,
     ) -> None:
         self._account = account
         self._key: ApiKey | None = credential if isinstance(credential, ApiKey) else None
         self._source: KeySource | None = None if isinstance(credential, ApiKey) else credential
         self._refused_key: ApiKey | None = None
+        self._lane = lane
         self._transport = transport
         self._settings = settings
         self._started = settings.clock.monotonic()
@@ -95,13 +114,39 @@ class Call:
 
     async def _attempt(self) -> Result:
         key = self._key = await self._current_key()
-        async with self._transport.slots:
-            self._sent_at = self._settings.clock.monotonic()
-            reply = await self._transport.attempt(key)
-        result = await self._read(reply, key) if isinstance(reply, Reply) else reply
+        result = await self._exchange(key)
+        assert self._sent_at is not None
         self._attempt_elapsed = self._settings.clock.monotonic() - self._sent_at
         self._sent_at = None
         return result
+
+    async def _exchange(self, key: ApiKey) -> Result:
+        """Wait for a turn, use it, and tell the lane what came of it."""
+        turn = await self._turn()
+        self._sent_at = self._settings.clock.monotonic()
+        verdict: Verdict = "nothing"
+        pause: float | None = None
+        try:
+            reply = await self._transport.attempt(key)
+            if not isinstance(reply, Reply):
+                return reply
+            result = await self._read(reply, key)
+            if isinstance(result, TooManyRequestsError):
+                verdict, pause = "throttled", result.retry_after
+            else:
+                verdict, pause = "answered", used_up(reply.headers, now=self._settings.clock.wall())
+            return result
+        finally:
+            self._lane.release(turn, verdict, pause=pause)
+
+    async def _turn(self) -> float:
+        if self._settings.limiter is not None:
+            try:
+                await self._settings.limiter.acquire(self._account)
+            except Exception as error:
+                message = f"rate_limit.acquire() raised {type(error).__name__}"
+                raise ConfigurationError(message, account=self._account) from error
+        return await self._lane.acquire(self._deadline)
 
     async def _read(self, reply: Reply, key: ApiKey) -> Result:
         now = self._settings.clock.wall()
@@ -129,10 +174,14 @@ class Call:
         # That the peer closed a pooled connection says nothing about the service: once, ask again at once.
         if isinstance(error, ConnectionFailedError) and error.stale_connection and not self._stale_before:
             return "stale-connection"
-        return "backoff" if error.retry_after is None else "retry-after"
+        if error.retry_after is not None:
+            return "retry-after"
+        if isinstance(error, TooManyRequestsError) and self._lane.paces_retries:
+            return "pace"
+        return "backoff"
 
     def _wait(self, state: RetryCallState) -> float:
-        if self._step(_error_of(state)) in {"fresh-key", "stale-connection"}:
+        if self._step(_error_of(state)) in {"fresh-key", "stale-connection", "pace"}:
             return 0.0
         return wait_full_jitter(self._settings.policy, self._settings.clock)(state)
 
@@ -140,12 +189,17 @@ class Call:
         if state.attempt_number >= self._settings.policy.max_attempts:
             self._stop_reason = "attempts"
             return True
-        if self._settings.clock.monotonic() + state.upcoming_sleep < self._deadline:
-            return False
-        self._stop_reason = "deadline"
-        error = _error_of(state)
-        error.retry_after = state.upcoming_sleep if error.retry_after is None else error.retry_after
-        return True
+        now = self._settings.clock.monotonic()
+        needed = max(state.upcoming_sleep, self._lane.expected(now))
+        if now + needed >= self._deadline:
+            self._stop_reason = "deadline"
+            error = _error_of(state)
+            error.retry_after = needed if error.retry_after is None else error.retry_after
+            return True
+        if not self._settings.tokens.take():
+            self._stop_reason = "budget"
+            return True
+        return False
 
     def _before_sleep(self, state: RetryCallState) -> None:
         error = _error_of(state)
@@ -157,6 +211,7 @@ class Call:
 
     def _finish(self, result: Result) -> Result:
         if isinstance(result, AudiencesResponse):
+            self._settings.tokens.give_back()
             if self._settings.on_event is not None:
                 self._record(self._attempt_record(result, 0.0, "success"))
                 self._tell_finished(None)

@@ -3,18 +3,25 @@
 from collections.abc import Iterable
 from typing import Any, Final
 
+from attrs import Attribute
+
 from audiences_async.errors import ConfigurationError
 
-_LONGEST: Final = 1e9  # seconds, or 31 years: no event loop can wait longer, and a comparison refuses nan and inf
+_LARGEST: Final = 1e9  # 31 years of seconds; a comparison refuses nan, inf and integers beyond floats
+
+
+def number(name: str, value: Any, *, zero: bool = False, unit: str = "") -> float:
+    """A finite number above zero, or from zero up where *zero* says so."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not -_LARGEST < value < _LARGEST or value < 0 or (value == 0 and not zero):
+        bound = "of 0 or more" if zero else "above 0"
+        raise ConfigurationError(f"{name} must be a finite number {unit}{bound}, got {value!r}")
+    return float(value)
 
 
 def seconds(name: str, value: Any, *, zero: bool = False) -> float:
-    """A finite number of seconds above zero, or from zero up where *zero* says so."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not -_LONGEST < value < _LONGEST or value < 0 or (value == 0 and not zero):
-        bound = "of 0 or more" if zero else "above 0"
-        raise ConfigurationError(f"{name} must be a finite number of seconds {bound}, got {value!r}")
-    return float(value)
+    """As `number`, of seconds."""
+    return number(name, value, zero=zero, unit="of seconds ")
 
 
 def count(name: str, value: Any) -> int:
@@ -22,6 +29,21 @@ def count(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigurationError(f"{name} must be a whole number of 1 or more, got {value!r}")
     return value
+
+
+def is_count(_: object, attribute: "Attribute[int]", value: int) -> None:
+    """As `count`, for a field of an attrs class."""
+    count(attribute.name, value)
+
+
+def is_positive(_: object, attribute: "Attribute[float]", value: float) -> None:
+    """As `number`, for a field of an attrs class."""
+    number(attribute.name, value)
+
+
+def is_not_negative(_: object, attribute: "Attribute[float]", value: float) -> None:
+    """As `number`, for a field of an attrs class that may be zero."""
+    number(attribute.name, value, zero=True)
 
 
 def statuses(name: str, values: Iterable[Any]) -> frozenset[int]:

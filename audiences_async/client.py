@@ -8,6 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 from weakref import WeakValueDictionary
 
+from attrs import frozen
+
 from audiences_async import checks
 from audiences_async.call import Call, CallSettings
 from audiences_async.clock import Clock
@@ -15,7 +17,8 @@ from audiences_async.credentials import ApiKey, KeySource
 from audiences_async.errors import AudiencesError, ClientClosedError, ConfigurationError, DeadlineExceededError
 from audiences_async.events import EventHook
 from audiences_async.models import Account, AudiencesResponse
-from audiences_async.retrying import RetryPolicy
+from audiences_async.pacing import AccountPace, Limiter, Pacer, RateLimit
+from audiences_async.retrying import RetryBudget, RetryPolicy, RetryTokens
 from audiences_async.transport import (
     DEFAULT_MAX_CONNECTIONS,
     Transport,
@@ -30,6 +33,19 @@ if TYPE_CHECKING:
 
 DEFAULT_ACCOUNT: Final = "default"
 """The name of the account whose key the client itself was given."""
+
+
+@frozen
+class ClientSnapshot:
+    """What a client does right now.
+
+    Attributes:
+        accounts: The accounts in use, and how each is paced.
+        budget_left: Tokens left of the `RetryBudget`; ``inf`` where there is none.
+    """
+
+    accounts: tuple[AccountPace, ...]
+    budget_left: float
 
 
 class AudiencesClient:
@@ -50,6 +66,9 @@ class AudiencesClient:
         timeout: Seconds for a whole call: queueing, every attempt and every wait. Above 0.
         attempt_timeout: Seconds for one attempt: sending, headers and the whole body. Above 0.
         retry: What is retried, how often and after how long.
+        budget: How many retries all calls of this client may make together; ``None`` means no such bound.
+        rate_limit: The rate of each account where it is known, or a `Limiter` that knows; ``None`` means that it is
+            learned from the service's 429s. A 429 pauses its account in any case.
         max_connections: Connections of the client's own session; ``None`` means 100.
         max_body_bytes: The largest body that is read, in bytes after inflating.
         ssl: The TLS context of the client's own session, for a CA or a client certificate of your own; ``None`` means
@@ -74,6 +93,8 @@ class AudiencesClient:
         timeout: float = 60.0,
         attempt_timeout: float = 15.0,
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - a frozen value
+        budget: RetryBudget | None = RetryBudget(),  # noqa: B008 - a frozen value
+        rate_limit: RateLimit | Limiter | None = None,
         max_connections: int | None = None,
         max_body_bytes: int = 64 * 2**20,
         ssl: tls.SSLContext | None = None,
@@ -91,7 +112,12 @@ class AudiencesClient:
         checks.instance("clock", clock, Clock)
         if on_event is not None and not callable(on_event):
             raise ConfigurationError(f"on_event must be callable, got {type(on_event).__name__}")
-        self._call_settings = CallSettings(retry, clock, on_event)
+        checks.instance("budget", budget, RetryBudget, type(None))
+        checks.instance("rate_limit", rate_limit, RateLimit, Limiter, type(None))
+        self._rate_limit = rate_limit
+        self._tokens = RetryTokens(budget)
+        limiter = None if isinstance(rate_limit, RateLimit) else rate_limit
+        self._call_settings = CallSettings(retry, self._tokens, limiter, clock, on_event)
         _check_pool(session, max_connections, ssl, proxy)
         if session is not None:
             check_session(session)
@@ -107,6 +133,7 @@ class AudiencesClient:
         self._key_sources: WeakValueDictionary[tuple[str, int], KeySource] = WeakValueDictionary()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._transport: Transport | None = None
+        self._pacer: Pacer | None = None
         self._scopes: dict[asyncio.Timeout, asyncio.Task[Any] | None] = {}
         self._idle: asyncio.Event | None = None
         self._closed = False
@@ -142,14 +169,26 @@ class AudiencesClient:
             DeadlineExceededError: ``timeout`` ran out while queueing or inside an attempt. Where the next *wait* does
                 not fit, the error of the last attempt is raised at once, with ``stop_reason="deadline"``.
         """
-        transport = self._open()
+        transport, pacer = self._open()
         account = self._checked(account)
         limit = self._timeout if timeout is None else checks.seconds("timeout", timeout)
-        call = Call(account.name, self._credential(account), limit, transport, self._call_settings)
+        call = Call(
+            account.name,
+            self._credential(account),
+            limit,
+            lane=pacer.lane(account),
+            transport=transport,
+            settings=self._call_settings,
+        )
         result = await self._bounded(call, limit)
         if isinstance(result, AudiencesError):
             raise result
         return result
+
+    def snapshot(self) -> ClientSnapshot:
+        """Why calls wait right now: the pace of each account in use, and what is left of the retry budget."""
+        accounts = () if self._pacer is None else tuple(self._pacer.snapshot())
+        return ClientSnapshot(accounts, self._tokens.left)
 
     async def aclose(self) -> None:
         """Close the client, and its session if that is its own. Calls still running end with `ClientClosedError`.
@@ -164,15 +203,30 @@ class AudiencesClient:
         try:
             await self._end_calls()
         finally:
+            if self._pacer is not None:
+                self._pacer.cancel()
             await self._transport.close()
 
-    def _open(self) -> Transport:
+    def _open(self) -> tuple[Transport, Pacer]:
         if self._closed:
             raise ClientClosedError("the client is closed; make a new one")
         self._check_loop()
         if self._transport is None:
             self._transport = Transport(self._transport_settings)
-        return self._transport
+        if self._pacer is None:
+            self._pacer = self._new_pacer(self._transport.slots)
+        return self._transport, self._pacer
+
+    def _new_pacer(self, slots: asyncio.Semaphore) -> Pacer:
+        settings = self._call_settings
+        return Pacer(
+            self._rate_limit,
+            slots,
+            settings.clock,
+            throttle_base_delay=settings.policy.throttle_base_delay,
+            max_delay=settings.policy.max_delay,
+            on_event=settings.on_event,
+        )
 
     def _check_loop(self) -> None:
         running = asyncio.get_running_loop()
@@ -189,8 +243,8 @@ class AudiencesClient:
                 result = await call.run()
             # Decoding, or a key function that held on, may have taken longer than the call had.
             return call.cut_off(_too_late(limit), "deadline") if _is_over(scope) else result
-        except (ConfigurationError, ClientClosedError) as error:
-            return call.cut_off(error, "final")
+        except (ConfigurationError, ClientClosedError, DeadlineExceededError) as error:
+            return call.cut_off(error, error.stop_reason)
         except TimeoutError:
             if self._closed:
                 return call.cut_off(ClientClosedError("the client was closed while the call ran"), "final")

@@ -44,7 +44,8 @@ class AudiencesError(Exception):
         retry_after: Seconds to let pass before the next call: what the service asked for, or else the wait that did
             not fit into ``timeout``; ``None`` where there is neither.
         stop_reason: Why no further attempt was made: ``"final"`` (it would not help), ``"attempts"`` (used up),
-            ``"deadline"`` (the next wait, or the attempt, did not fit into ``timeout``).
+            ``"deadline"`` (the next wait, or the attempt, did not fit into ``timeout``), ``"budget"`` (the client's
+            `RetryBudget` was used up).
     """
 
     hint: ClassVar[str] = ""
@@ -91,6 +92,8 @@ class AudiencesError(Exception):
         parts = [f"; gave up after {count} in {self.elapsed:.1f} s"]
         if self.stop_reason == "deadline":
             parts.append("out of time; a larger timeout allows more")
+        if self.stop_reason == "budget":
+            parts.append("the client's retry budget is used up")
         if self.retry_after is not None:
             parts.append(f"retry after {self.retry_after:.3g} s")
         return ", ".join(parts)
@@ -112,7 +115,10 @@ class ClientClosedError(AudiencesError, RuntimeError):
 
 
 class DeadlineExceededError(AudiencesError, TimeoutError):
-    """The whole call ran out of its ``timeout`` while it queued or while an attempt was under way."""
+    """The whole call ran out of its ``timeout`` while it queued, or while an attempt was under way.
+
+    Raised at once where the account's pace lets the call's turn come too late; ``retry_after`` then says when it would.
+    """
 
 
 class TransportError(AudiencesError):

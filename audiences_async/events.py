@@ -9,8 +9,8 @@ from typing import Final, Literal, TypeAlias
 
 from attrs import frozen
 
-StopReason: TypeAlias = Literal["final", "attempts", "deadline"]
-"""Why a call made no further attempt: trying again would not help, the attempts or the time were used up."""
+StopReason: TypeAlias = Literal["final", "attempts", "deadline", "budget"]
+"""Why a call made no further attempt: it would not help, or the attempts, the time or the retry budget were used up."""
 
 _log: Final = logging.getLogger("audiences_async")
 
@@ -26,8 +26,9 @@ class Attempt:
         error: What was wrong, in a few words; ``None`` where nothing was.
         elapsed: Seconds from sending to the last byte read.
         wait: Seconds waited before the next attempt; 0.0 where it followed at once or there was none.
-        reason: Why that wait: ``"backoff"``, ``"retry-after"``, ``"stale-connection"`` or ``"fresh-key"``; or why there
-            was no next attempt: ``"success"`` or the call's ``stop_reason``.
+        reason: Why that wait: ``"backoff"``, ``"retry-after"``, ``"pace"`` (it waits for its turn in the account's
+            pace), ``"stale-connection"`` or ``"fresh-key"``; or why there was no next attempt: ``"success"`` or the
+            call's ``stop_reason``.
     """
 
     number: int
@@ -73,6 +74,35 @@ class CallFinished(Event):
     attempts: int
     elapsed: float
     error: str | None
+
+
+@frozen
+class AccountPaused(Event):
+    """The account's requests stop for a while, because the service said that it asked too often.
+
+    Attributes:
+        seconds: How long; one request then goes ahead, and the others follow if it is answered.
+        asked: Whether the service named the time, by ``Retry-After`` or ``RateLimit`` headers.
+    """
+
+    seconds: float
+    asked: bool
+
+
+@frozen
+class AccountResumed(Event):
+    """After a pause a request was answered: the account's other requests follow."""
+
+
+@frozen
+class RateLearned(Event):
+    """A new measure of what the service grants to the account.
+
+    Attributes:
+        rate: Requests per second.
+    """
+
+    rate: float
 
 
 EventHook: TypeAlias = Callable[[Event], None]

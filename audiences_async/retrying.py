@@ -4,10 +4,11 @@ The service documents 429 and 500, and no ``Retry-After``: https://api.commbox.i
 stand before such a service add 408, 502, 503 and 504.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Final
 
-from attrs import Attribute, field, frozen
+from attrs import field, frozen
 from tenacity import RetryCallState, wait_exponential
 from tenacity.wait import wait_base
 
@@ -16,14 +17,6 @@ from audiences_async.clock import Clock
 from audiences_async.errors import AudiencesError, StatusError, TooManyRequestsError, TransportError
 
 RETRIED_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
-
-
-def _is_count(_: object, attribute: "Attribute[int]", value: int) -> None:
-    checks.count(attribute.name, value)
-
-
-def _is_delay(_: object, attribute: "Attribute[float]", value: float) -> None:
-    checks.seconds(attribute.name, value, zero=True)
 
 
 def _statuses(values: Iterable[int]) -> frozenset[int]:
@@ -48,10 +41,10 @@ class RetryPolicy:
         ConfigurationError: A number out of its range, or a status that is none.
     """
 
-    max_attempts: int = field(default=5, validator=_is_count)
-    base_delay: float = field(default=0.5, validator=_is_delay)
-    max_delay: float = field(default=20.0, validator=_is_delay)
-    throttle_base_delay: float = field(default=1.0, validator=_is_delay)
+    max_attempts: int = field(default=5, validator=checks.is_count)
+    base_delay: float = field(default=0.5, validator=checks.is_not_negative)
+    max_delay: float = field(default=20.0, validator=checks.is_not_negative)
+    throttle_base_delay: float = field(default=1.0, validator=checks.is_not_negative)
     statuses: frozenset[int] = field(default=RETRIED_STATUSES, converter=_statuses)
 
     def retries(self, error: AudiencesError) -> bool:
@@ -78,3 +71,46 @@ class wait_full_jitter(wait_base):  # noqa: N801 - tenacity's strategies are nam
         error = retry_state.outcome.result()
         longest = self._throttled if isinstance(error, TooManyRequestsError) else self._backoff
         return (error.retry_after or 0.0) + self._clock.random() * longest(retry_state)
+
+
+@frozen
+class RetryBudget:
+    """How many retries a client may make of all its calls together: none of them can storm the service.
+
+    Each planned retry takes *cost* tokens, each answer gives *refund* back. First attempts never wait for it. Where it
+    is used up, a call ends at once with the error that it has, and ``stop_reason="budget"``.
+
+    Attributes:
+        capacity: Tokens at the start, and at most.
+        cost: Tokens for a retry.
+        refund: Tokens for an answer; 0 means that none come back.
+
+    Raises:
+        ConfigurationError: A number out of its range.
+    """
+
+    capacity: float = field(default=500.0, validator=checks.is_positive)
+    cost: float = field(default=5.0, validator=checks.is_positive)
+    refund: float = field(default=1.0, validator=checks.is_not_negative)
+
+
+class RetryTokens:
+    """What is left of a client's `RetryBudget`; ``None`` means that there is no such bound."""
+
+    def __init__(self, budget: RetryBudget | None) -> None:
+        self._budget = budget
+        self.left: float = math.inf if budget is None else budget.capacity
+
+    def take(self) -> bool:
+        """Take the tokens for one retry; ``False`` where there are not enough."""
+        if self._budget is None:
+            return True
+        if self.left < self._budget.cost:
+            return False
+        self.left -= self._budget.cost
+        return True
+
+    def give_back(self) -> None:
+        """An answer came."""
+        if self._budget is not None:
+            self.left = min(self._budget.capacity, self.left + self._budget.refund)

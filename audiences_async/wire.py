@@ -38,6 +38,8 @@ Result: TypeAlias = AudiencesResponse | AudiencesError
 
 # RFC 9110, section 10.2.3: Retry-After = HTTP-date / delay-seconds. Fractions are not in it, and are seen.
 _DELAY_SECONDS: Final = re.compile(r"[0-9]{1,20}(?:\.[0-9]{0,20})?")
+_RATE_LIMIT: Final = re.compile(r";\s*r=0\s*;\s*t=([0-9]{1,5})\s*(?:[,;]|$)")
+_LONGEST_RESET: Final = 86_400.0  # seconds; a day
 # RFC 9110, section 5.6.7: IMF-fixdate, and the two obsolete forms that must still be read.
 _HTTP_DATE: Final = re.compile(
     r"[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT"
@@ -164,8 +166,13 @@ def _refusal(reply: Reply, key: ApiKey, now: float, *, status: int | None = None
         response_time=response_time_of(envelope),
         headers=CIMultiDict((name, key.redact(value)) for name, value in reply.headers.items()),
         body=key.redact_start(reply.body, MAX_ERROR_BODY),
-        retry_after=retry_after(reply.headers, now=now),
+        retry_after=_wait_asked(reply, now),
     )
+
+
+def _wait_asked(reply: Reply, now: float) -> float | None:
+    wait = retry_after(reply.headers, now=now)
+    return used_up(reply.headers, now=now) if wait is None and reply.status == 429 else wait
 
 
 def _envelope(body: bytes) -> Mapping[str, object]:
@@ -193,6 +200,35 @@ def retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
         return None
     sent = _http_date(headers.get("Date", "").strip(" \t"))
     return max(0.0, until - (now if sent is None else sent))
+
+
+def used_up(headers: Mapping[str, str], *, now: float) -> float | None:
+    """Seconds until the next request is granted, where the reply says that this was the last one; else ``None``.
+
+    Read are the forms in use: ``RateLimit: "name";r=0;t=30``, and ``RateLimit-Remaining`` with ``RateLimit-Reset``,
+    with and without ``X-``; a reset is in seconds from now or, where it is too large for that, in seconds since 1970
+    (https://datatracker.ietf.org/doc/draft-ietf-httpapi-ratelimit-headers/).
+    """
+    combined = headers.get("RateLimit")
+    if combined is not None:
+        found = _RATE_LIMIT.search(combined)
+        return None if found is None else float(found[1])
+    for prefix in ("RateLimit", "X-RateLimit"):
+        if headers.get(f"{prefix}-Remaining", "").strip() == "0":
+            return _reset(headers, prefix, now)
+    return None
+
+
+def _reset(headers: Mapping[str, str], prefix: str, now: float) -> float | None:
+    value = headers.get(f"{prefix}-Reset", "").strip()
+    if not _DELAY_SECONDS.fullmatch(value):
+        return None
+    reset = float(value)
+    if reset <= _LONGEST_RESET:
+        return reset
+    sent = _http_date(headers.get("Date", "").strip(" \t"))
+    from_now = reset - (now if sent is None else sent)
+    return from_now if 0 <= from_now <= _LONGEST_RESET else None
 
 
 def _http_date(value: str) -> float | None:

@@ -1,14 +1,13 @@
 """The commands: data on stdout, everything else on stderr; keys from the environment or a file, never from argv."""
 
 import asyncio
-import io
 import os
 import random
 import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Final, NoReturn, cast
+from typing import Annotated, Any, Final, NoReturn
 
 from cyclopts import App, Parameter
 from rich.console import Console
@@ -38,7 +37,8 @@ def run(arguments: list[str] | None = None) -> int:
     if sys.stdout is None:
         return _complain("stdout is closed", "", FAILED)
     # A table may be shown in a locale that lacks its letters; data is written as bytes.
-    cast("io.TextIOWrapper", sys.stdout).reconfigure(errors="replace")
+    stdout: Any = sys.stdout
+    stdout.reconfigure(errors="replace")
     try:
         code = app(arguments)
     except KeyboardInterrupt:

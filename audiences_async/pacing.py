@@ -1,0 +1,483 @@
+"""Per account: a known rate, a learned rate, and the pause after a 429.
+
+The service throttles with 429 and publishes neither its rate nor ``Retry-After``: https://api.commbox.io/
+(GET /audiences). So the rate is learned: a slow start finds where the 429s begin, and what was granted from one 429 to
+a later one tells what the service grants.
+"""
+
+import asyncio
+import math
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
+
+from attrs import field, frozen
+
+from audiences_async import checks
+from audiences_async.clock import Clock
+from audiences_async.errors import DeadlineExceededError
+from audiences_async.events import AccountPaused, AccountResumed, Event, EventHook, RateLearned, emit
+from audiences_async.models import Account
+
+Verdict: TypeAlias = Literal["answered", "throttled", "nothing"]
+"""What a request told about the pace: any reply but a 429, a 429, or no reply at all."""
+
+_FIRST_WINDOW: Final = 2.0
+_WINDOW_STEP: Final = 0.5  # for each answer, so half as many again in a round trip
+_FIRST_PAUSE: Final = 0.1  # of throttle_base_delay
+_ENOUGH: Final = 50  # answers after which a new measurement begins
+_MIN_GROWTH: Final = 0.001  # of the learned rate, for each answer
+_MAX_GROWTH: Final = 0.25
+_KEPT_LANES: Final = 4096
+
+
+@frozen
+class RateLimit:
+    """A rate that is known, for each account: at most ``burst + rate / per * t`` requests in any *t* seconds.
+
+    Attributes:
+        rate: Requests in *per* seconds; above 0.
+        per: Seconds; above 0.
+        burst: Requests that may go at once after a pause; 1 means evenly spaced.
+
+    Raises:
+        ConfigurationError: A number out of its range.
+    """
+
+    rate: float = field(validator=checks.is_positive)
+    per: float = field(default=1.0, validator=checks.is_positive)
+    burst: int = field(default=1, validator=checks.is_count)
+
+
+@runtime_checkable
+class Limiter(Protocol):
+    """Any object that says when an account may send, such as a limit that several processes share."""
+
+    async def acquire(self, account_name: str) -> object:
+        """Return when the account may send one request. Called before every attempt, retries included."""
+
+
+@frozen
+class AccountPace:
+    """How one account is paced right now.
+
+    Attributes:
+        account: The account's name.
+        rate: Requests per second, known or learned; ``None`` where none is known yet.
+        paused_for: Seconds until requests may go again; 0.0 means now.
+        waiting: Calls that wait for their turn.
+        in_flight: Requests on the wire.
+    """
+
+    account: str
+    rate: float | None
+    paused_for: float
+    waiting: int
+    in_flight: int
+
+
+class _Known:
+    """A known rate by the generic cell rate algorithm: all it keeps is when the next request is due."""
+
+    __slots__ = ("_due", "_interval", "_tolerance", "rate")
+
+    def __init__(self, limit: RateLimit) -> None:
+        self.rate: float | None = limit.rate / limit.per
+        self._interval = limit.per / limit.rate
+        self._tolerance = (limit.burst - 1) * self._interval
+        self._due = -math.inf
+
+    def delay(self, now: float, in_flight: int) -> float:
+        """Seconds until the next request may go; ``inf`` where that waits for a reply."""
+        return self._due - self._tolerance - now
+
+    def backlog(self, now: float, ahead: int) -> float:
+        """Seconds until a request may go that has so many others before it."""
+        return max(0.0, self.delay(now, 0)) + ahead * self._interval
+
+    def sent(self, now: float) -> None:
+        """A request goes."""
+        self._due = max(self._due, now) + self._interval
+
+    def not_sent(self) -> None:
+        """It did not go after all."""
+        self._due -= self._interval
+
+    def answered(self) -> None:
+        """Nothing to learn."""
+
+    def throttled(self, now: float) -> bool:
+        """A 429: the limit is known to be another, or somebody else uses it too."""
+        return False
+
+    def paused_until(self, when: float) -> None:
+        """Nothing to keep: a limit that was not used up during a pause is no more than the burst."""
+
+    def is_idle(self, now: float) -> bool:
+        """Whether forgetting it would make no difference."""
+        return self._due <= now
+
+
+class _Elsewhere(_Known):
+    """A rate that a `Limiter` keeps: here everything may go at once."""
+
+    def __init__(self) -> None:
+        self.rate = None
+        self._interval = 0.0
+        self._tolerance = math.inf
+        self._due = -math.inf
+
+
+class _Learned:
+    """A rate that is found out: a window of requests in flight until there are 429s, then a rate.
+
+    Every 429 finds the service's store of requests empty. So what was granted from one 429 to a later one, by the time
+    between them, is the rate at which the store is filled. That rate is used from a little below and grows until the
+    next 429, the faster the fewer answers it was measured by.
+    """
+
+    __slots__ = ("_granted", "_growth", "_next_at", "_since", "_since_cut", "_window", "rate")
+
+    def __init__(self) -> None:
+        self.rate: float | None = None
+        self._window = _FIRST_WINDOW
+        self._next_at = -math.inf
+        self._since: float | None = None  # when the measurement began: at a 429
+        self._granted = 0  # answers since then
+        self._since_cut = 0  # answers since the rate was last cut
+        self._growth = _MAX_GROWTH
+
+    def delay(self, now: float, in_flight: int) -> float:
+        """Seconds until the next request may go; ``inf`` where that waits for a reply."""
+        if self.rate is None:
+            return 0.0 if in_flight < int(self._window) else math.inf
+        return self._next_at - now
+
+    def backlog(self, now: float, ahead: int) -> float:
+        """Seconds until a request may go that has so many others before it; kindly, for the rate may yet grow."""
+        return 0.0 if self.rate is None else 0.8 * ahead / self.rate
+
+    def sent(self, now: float) -> None:
+        """A request goes."""
+        if self.rate is None:
+            return
+        interval = 1 / self.rate
+        if now - self._next_at > 2 * interval:
+            self._since = None  # the callers were slower than the pace: grants do not measure the service
+        # A turn that came late does not make the next one late.
+        self._next_at = max(self._next_at, now - interval) + interval
+
+    def not_sent(self) -> None:
+        """It did not go after all."""
+        if self.rate is not None:
+            self._next_at -= 1 / self.rate
+
+    def answered(self) -> None:
+        """One more was granted."""
+        self._granted += 1
+        if self.rate is None:
+            self._window += _WINDOW_STEP
+            return
+        self._since_cut += 1
+        if self._since_cut % _ENOUGH == 0:
+            self._growth = min(_MAX_GROWTH, 2 * self._growth)  # no 429 for long: the service may grant more than it did
+        self.rate *= 1 + self._growth
+
+    def throttled(self, now: float) -> bool:
+        """Learn from a 429; ``True`` where there is a new rate."""
+        self._window = max(1.0, self._window / 2)
+        if self._since is None or not self._granted or now <= self._since:
+            if self.rate is not None:
+                self.rate *= 0.8
+            self._since, self._granted = now, 0
+            return False
+        measured = self._granted / (now - self._since)
+        self.rate = measured * (1 - 0.5 / (self._granted + 1))
+        self._growth = min(_MAX_GROWTH, max(_MIN_GROWTH, 2 / self._granted**2))
+        self._since_cut = 0
+        if self._granted >= _ENOUGH:
+            self._since, self._granted = now, 0
+        return True
+
+    def paused_until(self, when: float) -> None:
+        """What comes after a pause is paced from its end."""
+        self._next_at = max(self._next_at, when)
+
+    def is_idle(self, now: float) -> bool:
+        """Whether forgetting it would make little difference."""
+        return self.rate is None and self._since is None
+
+
+class _Waiter:
+    """A call in a lane's queue."""
+
+    __slots__ = ("deadline", "turn")
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+        self.turn: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+
+
+class Lane:
+    """One account's way to the wire: first come, first served, at the account's pace, and closed after a 429."""
+
+    __slots__ = ("_changed", "_closed_until", "_cut_at", "_driver", "_failures", "_pace", "_pacer", "_probe_out",
+                 "_probing", "_queue", "account", "in_flight", "waiting")  # fmt: skip
+
+    def __init__(self, account: str, pace: _Known | _Learned, pacer: "Pacer") -> None:
+        self.account = account
+        self.in_flight = 0
+        self.waiting = 0
+        self._pace = pace
+        self._pacer = pacer
+        self._queue: deque[_Waiter] = deque()
+        self._driver: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._closed_until = -math.inf
+        self._cut_at = -math.inf
+        self._failures = 0  # 429s in a row, without an answer between them
+        self._probing = False
+        self._probe_out = False
+
+    @property
+    def paces_retries(self) -> bool:
+        """Whether a call that got a 429 may leave all waiting to the lane."""
+        return self._pace.rate is not None and self._failures <= 1
+
+    def snapshot(self, now: float) -> AccountPace:
+        """How the account is paced right now."""
+        paused_for = max(0.0, self._closed_until - now)
+        return AccountPace(self.account, self._pace.rate, paused_for, self.waiting, self.in_flight)
+
+    def is_idle(self, now: float) -> bool:
+        """Whether forgetting the lane would make no difference."""
+        busy = self.waiting or self.in_flight or self._failures
+        return not busy and self._closed_until <= now and self._pace.is_idle(now)
+
+    def expected(self, now: float) -> float:
+        """Seconds until a call that comes now gets its turn, as far as is known."""
+        return max(0.0, self._closed_until - now, self._pace.backlog(now, self.waiting))
+
+    async def acquire(self, deadline: float) -> float:
+        """Return when it is this call's turn, with a connection slot taken; when that was, to be given to `release`.
+
+        Raises:
+            DeadlineExceededError: The turn will not come before the *deadline*.
+        """
+        now = self._pacer.clock.monotonic()
+        if not self.waiting and self._delay(now) <= 0 and not self._pacer.slots.locked():
+            await self._pacer.slots.acquire()
+            self._send(now)
+            return now
+        expected = self.expected(now)
+        if now + expected >= deadline:
+            raise _never(expected)
+        return await self._queued(_Waiter(deadline))
+
+    def release(self, sent_at: float, verdict: Verdict, *, pause: float | None = None) -> None:
+        """Give the slot back, and say what became of the request.
+
+        Args:
+            sent_at: What `acquire` gave.
+            verdict: What the reply tells about the pace.
+            pause: Seconds for which the service asked to send nothing, if it did.
+        """
+        now = self._pacer.clock.monotonic()
+        self._pacer.slots.release()
+        self.in_flight -= 1
+        fresh = sent_at >= self._cut_at  # a reply to what was sent before the last cut is old news
+        if fresh:
+            self._probe_out = False
+        if verdict == "throttled":
+            self._throttled(now, pause, fresh=fresh)
+        elif verdict == "answered":
+            self._answered(fresh=fresh)
+            if pause is not None:
+                self._close(now, pause, asked=True)
+        self._changed.set()
+
+    def cancel(self) -> None:
+        """End the lane's task."""
+        if self._driver is not None:
+            self._driver.cancel()
+
+    def _delay(self, now: float) -> float:
+        if now < self._closed_until:
+            return self._closed_until - now
+        if self._probing and self._probe_out:
+            return math.inf
+        return self._pace.delay(now, self.in_flight)
+
+    def _send(self, now: float) -> None:
+        self.in_flight += 1
+        self._probe_out = self._probing
+        self._pace.sent(now)
+
+    def _answered(self, *, fresh: bool) -> None:
+        self._pace.answered()
+        if not fresh:
+            return
+        self._failures = 0
+        if self._probing:
+            self._probing = False
+            self._pacer.tell(AccountResumed(self.account))
+
+    def _throttled(self, now: float, pause: float | None, *, fresh: bool) -> None:
+        if not fresh:
+            if pause is not None:
+                self._close(now, pause, asked=True)
+            return
+        self._failures += 1
+        self._cut_at = now
+        self._probing = True
+        if self._pace.throttled(now) and self._pace.rate is not None:
+            self._pacer.tell(RateLearned(self.account, self._pace.rate))
+        if pause is None:
+            self._close(now, self._pacer.pause(self._pace.rate, self._failures), asked=False)
+        else:
+            self._close(now, pause, asked=True)
+
+    def _close(self, now: float, seconds: float, *, asked: bool) -> None:
+        until = now + seconds
+        if until <= self._closed_until:
+            return
+        self._closed_until = until
+        self._pace.paused_until(until)
+        for waiter in self._queue:
+            if waiter.deadline <= until and not waiter.turn.done():
+                waiter.turn.set_result(-seconds)
+        self._pacer.tell(AccountPaused(self.account, seconds, asked))
+
+    async def _queued(self, waiter: _Waiter) -> float:
+        self._queue.append(waiter)
+        self.waiting += 1
+        if self._driver is None or self._driver.done():
+            self._driver = asyncio.get_running_loop().create_task(self._drive())
+        try:
+            turn = await waiter.turn
+        except asyncio.CancelledError:
+            if waiter.turn.done() and not waiter.turn.cancelled() and waiter.turn.result() >= 0:
+                self._give_back()
+            raise
+        finally:
+            self.waiting -= 1
+            self._leave()
+        if turn < 0:
+            raise _never(-turn)
+        return turn
+
+    def _give_back(self) -> None:
+        """The turn of a call that was cancelled before it could use it goes to the next one."""
+        self._pacer.slots.release()
+        self.in_flight -= 1
+        self._probe_out = False
+        self._pace.not_sent()
+        self._changed.set()
+
+    def _leave(self) -> None:
+        if not self.waiting:
+            self._queue.clear()
+            self.cancel()
+
+    async def _drive(self) -> None:
+        """Give turns to the queue until it is empty; the one place that sleeps for a lane."""
+        clock = self._pacer.clock
+        while self._queue:
+            delay = self._delay(clock.monotonic())
+            if delay == math.inf:
+                self._changed.clear()
+                await self._changed.wait()
+            elif delay > 0:
+                await clock.sleep(delay)
+            else:
+                await self._give_turn()
+
+    async def _give_turn(self) -> None:
+        await self._pacer.slots.acquire()
+        now = self._pacer.clock.monotonic()
+        while self._queue and self._queue[0].turn.done():
+            self._queue.popleft()
+        if not self._queue or self._delay(now) > 0:  # things changed while all slots were taken
+            self._pacer.slots.release()
+            return
+        self._send(now)
+        self._queue.popleft().turn.set_result(now)
+
+
+def _never(seconds: float) -> DeadlineExceededError:
+    message = f"the account's next request may go in {seconds:.3g} s, which does not fit into the call's timeout"
+    return DeadlineExceededError(message, retry_after=seconds, stop_reason="deadline")
+
+
+class Pacer:
+    """The lanes of one client's accounts, and the connection slots that they share.
+
+    Args:
+        limit: What is known of each account's rate; ``None`` means that it is learned.
+        slots: Taken for each request, when it goes.
+        clock: Where the time comes from.
+        throttle_base_delay: Seconds; the first pauses after a 429 are a tenth of it, until a rate is learned.
+        max_delay: Seconds of the longest pause that the service did not ask for.
+        on_event: Told of pauses and rates.
+    """
+
+    def __init__(
+        self,
+        limit: RateLimit | Limiter | None,
+        slots: asyncio.Semaphore,
+        clock: Clock,
+        *,
+        throttle_base_delay: float,
+        max_delay: float,
+        on_event: EventHook | None,
+    ) -> None:
+        self.slots = slots
+        self.clock = clock
+        self._limit = limit
+        self._first_pause = _FIRST_PAUSE * throttle_base_delay
+        self._max_pause = max_delay
+        self._on_event = on_event
+        self._lanes: OrderedDict[Account, Lane] = OrderedDict()
+
+    def lane(self, account: Account) -> Lane:
+        """The account's lane."""
+        lane = self._lanes.get(account)
+        if lane is None:
+            self._forget_idle()
+            lane = self._lanes[account] = Lane(account.name, self._new_pace(), self)
+        return lane
+
+    def _new_pace(self) -> _Known | _Learned:
+        if self._limit is None:
+            return _Learned()
+        return _Known(self._limit) if isinstance(self._limit, RateLimit) else _Elsewhere()
+
+    def snapshot(self) -> Iterator[AccountPace]:
+        """How each account is paced right now."""
+        now = self.clock.monotonic()
+        return (lane.snapshot(now) for lane in self._lanes.values())
+
+    def cancel(self) -> None:
+        """End all tasks."""
+        for lane in self._lanes.values():
+            lane.cancel()
+
+    def pause(self, rate: float | None, failures: int) -> float:
+        """Seconds to pause after so many 429s in a row, where the service names no time; about half of it is drawn."""
+        base = self._first_pause / 2 if rate is None else min(1 / rate, self._max_pause)
+        doubled = base * 2.0 ** min(failures - 1, 60)
+        return min(self._max_pause, doubled * (1 + self.clock.random()))
+
+    def tell(self, event: Event) -> None:
+        """Tell whoever listens."""
+        if self._on_event is not None:
+            emit(self._on_event, event)
+
+    def _forget_idle(self) -> None:
+        """Drop idle lanes from the oldest on, so that memory follows the accounts in use."""
+        now = self.clock.monotonic()
+        while self._lanes:
+            account, oldest = next(iter(self._lanes.items()))
+            if not oldest.is_idle(now) and (len(self._lanes) < _KEPT_LANES or oldest.waiting or oldest.in_flight):
+                return
+            del self._lanes[account]

@@ -1,0 +1,82 @@
+"""Real servers from installed binaries, on loopback and free ports, for tests and benchmarks."""
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from attrs import frozen
+
+NGINX = """
+daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/errors;
+events {{ worker_connections 2048; }}
+http {{
+  limit_req_zone $http_authorization zone=keys:10m rate={rate}r/s;
+  log_format seen '$http_authorization $status $msec';
+  access_log {folder}/seen seen;
+  keepalive_requests 1000000;
+  client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
+  uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+  server {{
+    listen 127.0.0.1:{port} backlog=2048;
+    root {folder};
+    location = /audiences {{
+      limit_req zone=keys burst={burst} nodelay; limit_req_status 429;
+      if ($http_authorization = "Bearer blocked") {{ return 429; }}
+      try_files /audiences.json =500;
+    }}
+  }}
+}}
+"""
+
+
+@frozen
+class Nginx:
+    """A running nginx with a limit for each key."""
+
+    base_url: str
+    log: Path
+
+    def statuses(self, key: str) -> list[int]:
+        """The statuses of all requests with this key, in order."""
+        lines = (line.split() for line in self.log.read_text().splitlines())
+        return [int(line[2]) for line in lines if line[1] == key]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def missing(binary: str) -> bool:
+    """Whether a binary is not installed."""
+    return shutil.which(binary) is None
+
+
+@contextlib.contextmanager
+def nginx(folder: Path, body: bytes, *, rate: int, burst: int) -> Iterator[Nginx]:
+    """Run nginx with `limit_req`, no ``Retry-After``, for as long as the block lasts."""
+    port = free_port()
+    (folder / "audiences.json").write_bytes(body)
+    config = folder / "nginx.conf"
+    config.write_text(NGINX.format(folder=folder, port=port, rate=rate, burst=burst))
+    process = subprocess.Popen(["nginx", "-c", str(config), "-e", str(folder / "errors")])
+    try:
+        _wait_for(port)
+        yield Nginx(f"http://127.0.0.1:{port}/", folder / "seen")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _wait_for(port: int) -> None:
+    for _ in range(500):
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+            return
+        time.sleep(0.01)
+    raise TimeoutError(f"nobody listens on port {port}")
