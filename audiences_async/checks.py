@@ -1,11 +1,12 @@
 """Checks of arguments: a clear `ConfigurationError` before anything is sent."""
 
 from collections.abc import Iterable
-from typing import Any, Final
-
-from attrs import Attribute
+from typing import TYPE_CHECKING, Any, Final
 
 from audiences_async.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from attrs import Attribute
 
 _LARGEST: Final = 1e9  # 31 years of seconds; a comparison refuses nan, inf and integers beyond floats
 

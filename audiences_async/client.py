@@ -132,8 +132,7 @@ class AudiencesClient:
         )
         self._key_sources: WeakValueDictionary[tuple[str, int], KeySource] = WeakValueDictionary()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._transport: Transport | None = None
-        self._pacer: Pacer | None = None
+        self._wire: tuple[Transport, Pacer] | None = None
         self._scopes: dict[asyncio.Timeout, asyncio.Task[Any] | None] = {}
         self._idle: asyncio.Event | None = None
         self._closed = False
@@ -161,13 +160,15 @@ class AudiencesClient:
             timeout: Seconds for this whole call; ``None`` means the client's.
 
         Raises:
-            ConfigurationError: No account and no key, or a key that cannot be used. Nothing was sent.
+            ConfigurationError: No account and no key, or a key that cannot be used; or the function that gives it
+                failed, perhaps after a 401.
             ClientClosedError: The client is closed, was closed meanwhile, or belongs to another event loop.
             StatusError: The service refused; its subclasses say how.
             InvalidResponseError: The service answered in a way that cannot be read.
             TransportError: No answer came.
-            DeadlineExceededError: ``timeout`` ran out while queueing or inside an attempt. Where the next *wait* does
-                not fit, the error of the last attempt is raised at once, with ``stop_reason="deadline"``.
+            DeadlineExceededError: ``timeout`` ran out while queueing or inside an attempt, or the account's next turn
+                comes later than that. Where the *wait* after an attempt does not fit, that attempt's error is raised at
+                once, with ``stop_reason="deadline"``.
         """
         transport, pacer = self._open()
         account = self._checked(account)
@@ -187,7 +188,7 @@ class AudiencesClient:
 
     def snapshot(self) -> ClientSnapshot:
         """Why calls wait right now: the pace of each account in use, and what is left of the retry budget."""
-        accounts = () if self._pacer is None else tuple(self._pacer.snapshot())
+        accounts = () if self._wire is None else tuple(self._wire[1].snapshot())
         return ClientSnapshot(accounts, self._tokens.left)
 
     async def aclose(self) -> None:
@@ -195,27 +196,26 @@ class AudiencesClient:
 
         May be called again, and at the same time.
         """
-        if self._transport is None:
+        if self._wire is None:
             self._closed = True
             return
         self._check_loop()
         self._closed = True
+        transport, pacer = self._wire
         try:
             await self._end_calls()
         finally:
-            if self._pacer is not None:
-                self._pacer.cancel()
-            await self._transport.close()
+            pacer.cancel()
+            await transport.close()
 
     def _open(self) -> tuple[Transport, Pacer]:
         if self._closed:
             raise ClientClosedError("the client is closed; make a new one")
         self._check_loop()
-        if self._transport is None:
-            self._transport = Transport(self._transport_settings)
-        if self._pacer is None:
-            self._pacer = self._new_pacer(self._transport.slots)
-        return self._transport, self._pacer
+        if self._wire is None:
+            transport = Transport(self._transport_settings)
+            self._wire = transport, self._new_pacer(transport.slots)
+        return self._wire
 
     def _new_pacer(self, slots: asyncio.Semaphore) -> Pacer:
         settings = self._call_settings

@@ -186,13 +186,18 @@ class _Learned:
     def throttled(self, now: float) -> bool:
         """Learn from a 429; ``True`` where there is a new rate."""
         self._window = max(1.0, self._window / 2)
-        if self._since is None or not self._granted or now <= self._since:
+        if self._since is None:
             if self.rate is not None:
                 self.rate *= 0.8
+                self._growth, self._since_cut = _MIN_GROWTH, 0
             self._since, self._granted = now, 0
+        if not self._granted or now <= self._since:
             return False
+        # What the service would have granted while nothing was sent may be lost, so the measure is a lower bound. The
+        # rate that was too high is an upper one.
         measured = self._granted / (now - self._since)
-        self.rate = measured * (1 - 0.5 / (self._granted + 1))
+        upper = 0.0 if self.rate is None else min(0.9 * self.rate, 1.2 * measured)
+        self.rate = max(upper, measured * (1 - 0.5 / (self._granted + 1)))
         self._growth = min(_MAX_GROWTH, max(_MIN_GROWTH, 2 / self._granted**2))
         self._since_cut = 0
         if self._granted >= _ENOUGH:
@@ -291,7 +296,7 @@ class Lane:
         if verdict == "throttled":
             self._throttled(now, pause, fresh=fresh)
         elif verdict == "answered":
-            self._answered(fresh=fresh)
+            self._answered(now, fresh=fresh)
             if pause is not None:
                 self._close(now, pause, asked=True)
         self._changed.set()
@@ -313,13 +318,14 @@ class Lane:
         self._probe_out = self._probing
         self._pace.sent(now)
 
-    def _answered(self, *, fresh: bool) -> None:
+    def _answered(self, now: float, *, fresh: bool) -> None:
         self._pace.answered()
         if not fresh:
             return
         self._failures = 0
         if self._probing:
             self._probing = False
+            self._pace.paused_until(now)
             self._pacer.tell(AccountResumed(self.account))
 
     def _throttled(self, now: float, pause: float | None, *, fresh: bool) -> None:

@@ -522,8 +522,8 @@ async def test_our_own_session_is_closed(sandbox: Sandbox, north: Account) -> No
     """Closing the client leaves no connection behind."""
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         await client.get_audiences(north)
-        transport = client._transport
-        assert transport is not None
+        assert client._wire is not None
+        transport, _ = client._wire
     assert transport._session.closed
 
 

@@ -14,9 +14,9 @@ from audiences_async import AudiencesClient
 
 ROOT = Path(audiences_async.__file__).parent
 NAMES = """
-    AudiencesClient Account RetryPolicy
+    AudiencesClient Account RetryPolicy RateLimit RetryBudget
     AudiencesResponse Audience StaticAudience DynamicAudience UnknownAudience
-    Attempt Event
+    Attempt Event Limiter
     AudiencesError ConfigurationError ClientClosedError DeadlineExceededError
     TransportError ConnectionFailedError AttemptTimeoutError
     InvalidResponseError ResponseTooLargeError

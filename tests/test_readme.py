@@ -10,7 +10,7 @@ import attrs
 import pytest
 
 import audiences_async
-from audiences_async import AudiencesClient, RetryPolicy
+from audiences_async import AudiencesClient, RetryBudget, RetryPolicy
 from audiences_async.errors import AudiencesError
 from audiences_async.sandbox import Sandbox
 
@@ -48,16 +48,25 @@ def test_the_program_for_many_accounts_runs_as_printed(tmp_path: Path) -> None:
     assert south.startswith("account 'south': HTTP 401 Unauthorized")
 
 
+def test_the_program_of_rate_limits_runs_as_printed(tmp_path: Path) -> None:
+    """The third program learns a rate with few requests to spare."""
+    done = run(PROGRAMS[2], tmp_path)
+    requests, snapshot = done.stdout.splitlines()
+    assert done.stderr == ""
+    assert 100 <= int(requests.split()[0]) <= 130
+    assert "AccountPace(account='north'" in snapshot
+
+
 def test_the_test_runs_as_printed(pytester: pytest.Pytester) -> None:
     """README's example of a user's test passes."""
-    pytester.makepyfile(PROGRAMS[2])
+    pytester.makepyfile(PROGRAMS[3])
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--asyncio-mode=auto")
     result.assert_outcomes(passed=1)
 
 
 def test_every_program_is_run() -> None:
     """No program in README is left out above."""
-    assert len(PROGRAMS) == 3
+    assert len(PROGRAMS) == 4
 
 
 def test_the_defaults_are_true() -> None:
@@ -66,6 +75,8 @@ def test_the_defaults_are_true() -> None:
     parameters = inspect.signature(AudiencesClient).parameters
     policy = {field.name: field.default for field in attrs.fields(RetryPolicy)}
     assert set(shown) == set(parameters) - {"allow_http", "clock"} | {"RetryPolicy"} | set(policy)
+    budget = {name: float(value) for name, value in TABLE_ROW.findall(section("Rate limits")) if value.isdigit()}
+    assert budget == {field.name: field.default for field in attrs.fields(RetryBudget)}
     for name in ("timeout", "attempt_timeout", "max_body_bytes"):
         assert float(shown[name]) == parameters[name].default
     for name in ("max_attempts", "base_delay", "max_delay", "throttle_base_delay"):

@@ -1,0 +1,105 @@
+"""Limiters of the caller's, kept in memory or in Redis, and the learned pace against a real nginx."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import redis.asyncio
+from conftest import EMPTY_ANSWER
+from services import missing, nginx, redis_server
+
+from audiences_async import Account, AudiencesClient, ConfigurationError, Limiter, RetryPolicy
+from audiences_async.sandbox import Answer, Sandbox
+
+
+class LeakyBucketLimiter:
+    """As aiolimiter's, one for each account: so many in a period, then one at a time."""
+
+    def __init__(self, limit: int, period: float) -> None:
+        self._limit = limit
+        self._period = period
+        self._levels: dict[str, float] = {}
+        self.asked: list[str] = []
+
+    async def acquire(self, account_name: str) -> None:
+        self.asked.append(account_name)
+        self._levels[account_name] = self._levels.get(account_name, 0.0) + 1
+        over = self._levels[account_name] - self._limit
+        if over > 0:
+            await asyncio.sleep(over * self._period / self._limit)
+
+
+class RedisLimiter:
+    """One rate for all processes: Redis keeps when each account's next request is due."""
+
+    _NEXT = """
+        local now = redis.call('TIME')
+        now = now[1] * 1000 + math.floor(now[2] / 1000)
+        local due = math.max(tonumber(redis.call('GET', KEYS[1]) or '0'), now)
+        redis.call('SET', KEYS[1], due + ARGV[1], 'PX', due + ARGV[1] - now + 1)
+        return due - now
+    """
+
+    def __init__(self, client: "redis.asyncio.Redis", interval_ms: int) -> None:
+        self._client = client
+        self._interval = interval_ms
+
+    async def acquire(self, account_name: str) -> None:
+        wait = await self._client.eval(self._NEXT, 1, f"pace:{account_name}", self._interval)
+        await asyncio.sleep(int(wait) / 1000)
+
+
+async def test_a_limiter_is_asked_before_every_attempt(sandbox: Sandbox, north: Account, at_once: RetryPolicy) -> None:
+    """A limiter of the caller's is asked with the account's name, for retries too."""
+    south = sandbox.add_account("south")
+    sandbox.script("north", Answer(500), Answer(429))
+    limiter = LeakyBucketLimiter(100, 1.0)
+    async with AudiencesClient(base_url=sandbox.base_url, rate_limit=limiter, retry=at_once) as client:
+        await client.get_audiences(north)
+        await client.get_audiences(south)
+        assert [pace.rate for pace in client.snapshot().accounts] == [None]
+    assert limiter.asked == ["north", "north", "north", "south"]
+    assert isinstance(limiter, Limiter)
+
+
+async def test_a_limiter_that_fails_is_an_error_of_the_call(sandbox: Sandbox, north: Account) -> None:
+    """What a limiter raises ends the call before anything is sent."""
+
+    class Broken:
+        async def acquire(self, account_name: str) -> None:
+            raise OSError("Redis is away")
+
+    async with AudiencesClient(base_url=sandbox.base_url, rate_limit=Broken()) as client:
+        with pytest.raises(ConfigurationError, match=r"account 'north': rate_limit.acquire\(\) raised OSError"):
+            await client.get_audiences(north)
+    assert sandbox.requests == []
+
+
+def test_what_is_no_limiter_is_refused() -> None:
+    """A rate_limit is a RateLimit or has acquire()."""
+    with pytest.raises(ConfigurationError, match="rate_limit must be RateLimit or Limiter or None, got int"):
+        AudiencesClient(rate_limit=20)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed")
+async def test_a_limit_shared_by_clients_through_redis(sandbox: Sandbox, north: Account, tmp_path: Path) -> None:
+    """Two clients, as in two processes, keep one account's rate together, and no key reaches Redis."""
+    with redis_server(tmp_path) as url:
+        async with redis.asyncio.from_url(url) as store:
+            settings = {"base_url": sandbox.base_url, "rate_limit": RedisLimiter(store, 20)}
+            async with AudiencesClient(**settings) as one, AudiencesClient(**settings) as other:  # type: ignore[arg-type]
+                await asyncio.gather(*(client.get_audiences(north) for client in (one, other) * 10))
+            assert await store.keys("*") in ([], [b"pace:north"])
+    times = [request.at for request in sandbox.seen("north")]
+    assert times[-1] - times[0] >= 0.95 * 19 * 0.020
+
+
+@pytest.mark.skipif(missing("nginx"), reason="nginx is not installed")
+async def test_a_real_limit_is_learned_with_few_requests_to_spare(tmp_path: Path) -> None:
+    """Against nginx's limit_req, 60 calls at once are all answered with at most 1.25 requests each."""
+    with nginx(tmp_path, EMPTY_ANSWER, rate=20, burst=5) as server:
+        async with AudiencesClient("one", base_url=server.base_url) as client:
+            answers = await asyncio.gather(*(client.get_audiences() for _ in range(60)))
+        assert len(answers) == 60
+        assert server.statuses("one").count(200) == 60
+        assert len(server.statuses("one")) <= 75

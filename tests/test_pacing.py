@@ -1,0 +1,605 @@
+"""Rates, known and learned, and the pause after a 429: in virtual time, so exactly."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import virtual
+from virtual import FixedWindow, LeakyBucket, Service
+
+from audiences_async import (
+    Account,
+    AudiencesClient,
+    AudiencesError,
+    AudiencesResponse,
+    ConfigurationError,
+    DeadlineExceededError,
+    Event,
+    RateLimit,
+    RetryBudget,
+    RetryPolicy,
+    ServerError,
+    TooManyRequestsError,
+)
+from audiences_async.events import AccountPaused, AccountResumed, AttemptFinished, RateLearned
+from audiences_async.pacing import AccountPace, Lane, Pacer
+
+NORTH, SOUTH = Account("north", "key-north"), Account("south", "key-south")
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AudiencesClient]:
+    """Makes clients of a service in virtual time."""
+
+    def make(service: Service, *, draw: Callable[[], float] = lambda: 0.5, **settings: Any) -> AudiencesClient:
+        monkeypatch.setattr("audiences_async.client.Transport", service)
+        return AudiencesClient("key-north", base_url="http://localhost/", clock=virtual.clock(draw), **settings)
+
+    return make
+
+
+async def outcomes(calls: Iterable[Any]) -> list[Any]:
+    return await asyncio.gather(*calls, return_exceptions=True)
+
+
+def kinds(results: Iterable[Any]) -> Counter[str]:
+    return Counter(type(result).__name__ for result in results)
+
+
+def pacer(limit: RateLimit | None = None, slots: int = 1000) -> Pacer:
+    semaphore = asyncio.Semaphore(slots)
+    return Pacer(limit, semaphore, virtual.clock(), throttle_base_delay=1.0, max_delay=20.0, on_event=None)
+
+
+async def turn(lane: Lane, turns: list[tuple[float, int]], number: int, deadline: float = 1e9) -> None:
+    """Wait for a turn, note when it came, and use it for no time."""
+    taken = await lane.acquire(deadline)
+    turns.append((virtual.now(), number))
+    lane.release(taken, "answered")
+
+
+# --- a known rate
+
+
+def test_a_known_rate_is_kept_exactly() -> None:
+    """After the burst, turns come evenly spaced; a pause earns the burst again, and no more."""
+
+    async def main() -> list[float]:
+        turns: list[tuple[float, int]] = []
+        lane = pacer(RateLimit(4, per=2.0, burst=3)).lane(NORTH)
+        await asyncio.gather(*(turn(lane, turns, n) for n in range(6)))
+        await asyncio.sleep(100)
+        await asyncio.gather(*(turn(lane, turns, n) for n in range(5)))
+        return [round(at, 6) for at, _ in turns]
+
+    assert virtual.run(main()) == [0, 0, 0, 0.5, 1.0, 1.5, *[101.5] * 3, 102.0, 102.5]
+
+
+def test_many_waiters_are_served_in_order_and_within_the_limit() -> None:
+    """2,000 waiters at 500/s: no order inversion, and at most burst + rate * t in every window of t seconds."""
+
+    async def main() -> list[tuple[float, int]]:
+        turns: list[tuple[float, int]] = []
+        lane = pacer(RateLimit(500, burst=10)).lane(NORTH)
+        await asyncio.gather(*(turn(lane, turns, n) for n in range(2000)))
+        return turns
+
+    turns = virtual.run(main())
+    assert [number for _, number in turns] == list(range(2000))
+    times = [at for at, _ in turns]
+    assert times[-1] == pytest.approx((2000 - 10) / 500)
+    for first in range(0, 2000, 7):
+        for last in range(first, 2000, 101):
+            assert last - first + 1 <= 10 + 500 * (times[last] - times[first]) + 1e-6
+
+
+def test_a_cancelled_waiter_delays_nobody() -> None:
+    """Waiters that are cancelled, at the head of the queue or inside it, give their places to those behind them."""
+
+    async def main() -> list[tuple[float, int]]:
+        turns: list[tuple[float, int]] = []
+        lane = pacer(RateLimit(10)).lane(NORTH)
+        tasks = [asyncio.create_task(turn(lane, turns, n)) for n in range(8)]
+        await asyncio.sleep(0.05)
+        for number in (1, 3, 7):
+            tasks[number].cancel()
+        await asyncio.wait(tasks)
+        return [(round(at, 6), number) for at, number in turns]
+
+    assert virtual.run(main()) == [(0, 0), (0.1, 2), (0.2, 4), (0.3, 5), (0.4, 6)]
+
+
+@pytest.mark.parametrize("moment", range(8))
+@pytest.mark.parametrize("limit", [RateLimit(10), None])
+def test_a_turn_that_a_cancelled_call_cannot_use_goes_to_the_next(moment: int, limit: RateLimit | None) -> None:
+    """A call cancelled just as it gets its turn gives turn and slot back."""
+
+    async def main() -> tuple[list[tuple[float, int]], bool]:
+        turns: list[tuple[float, int]] = []
+        paces = pacer(limit, slots=1)
+        lane = paces.lane(NORTH)
+        lane._pace.rate = 10.0
+        tasks = [asyncio.create_task(turn(lane, turns, n)) for n in range(4)]
+        await asyncio.sleep(0.1)
+        for _ in range(moment):
+            await asyncio.sleep(0)
+        tasks[1].cancel()
+        await asyncio.wait(tasks)
+        assert lane.in_flight == lane.waiting == 0
+        return turns, paces.slots.locked()
+
+    turns, locked = virtual.run(main())
+    assert {0, 2, 3} <= {number for _, number in turns}
+    assert turns[-1][0] <= 0.3 + 1e-6, "nobody is served later than without the cancelled call"
+    assert not locked
+
+
+def test_a_cancelled_queue_leaves_no_task() -> None:
+    """When the last waiter is cancelled, nothing of the lane goes on."""
+
+    async def main() -> None:
+        lane = pacer(RateLimit(0.001)).lane(NORTH)
+        await lane.acquire(1e9)
+        tasks = [asyncio.create_task(lane.acquire(1e9)) for _ in range(3)]
+        await asyncio.sleep(1)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+    virtual.run(main())
+
+
+def test_a_call_whose_turn_comes_too_late_fails_at_once(client: Callable[..., AudiencesClient]) -> None:
+    """With a known rate, a call that cannot get its turn in time does not wait for it, and says when it would."""
+
+    async def main() -> None:
+        async with client(Service(lambda key, at: 200), rate_limit=RateLimit(1)) as c:
+            calls = [asyncio.create_task(c.get_audiences(timeout=4.5)) for _ in range(7)]
+            results = await outcomes(calls)
+            assert kinds(results) == {"AudiencesResponse": 5, "DeadlineExceededError": 2}
+            errors = [result for result in results if isinstance(result, DeadlineExceededError)]
+            assert [(error.retry_after, error.elapsed, error.attempts) for error in errors] == [(5.0, 0.0, ())] * 2
+            assert errors[0].stop_reason == "deadline"
+
+    virtual.run(main())
+
+
+def test_every_attempt_asks_first(client: Callable[..., AudiencesClient]) -> None:
+    """Retries are paced like first attempts."""
+    service = Service(lambda key, at: 200 if at > 4.5 else 500)
+
+    async def main() -> None:
+        async with client(service, rate_limit=RateLimit(2), retry=RetryPolicy(max_attempts=20, base_delay=0)) as c:
+            await asyncio.gather(*(c.get_audiences() for _ in range(3)))
+
+    virtual.run(main())
+    gaps = [later - earlier for earlier, later in zip(service.times(), service.times()[1:], strict=False)]
+    assert min(gaps) == pytest.approx(0.5)
+    assert len(service.seen) == 12
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rate": 0}, {"rate": -1}, {"rate": "2"}, {"rate": 1, "per": 0}, {"rate": 1, "burst": 0}]
+)
+def test_a_limit_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
+    """A rate limit's numbers are checked by name."""
+    with pytest.raises(ConfigurationError, match=list(wrong)[-1]):
+        RateLimit(**wrong)
+
+
+# --- a learned rate
+
+
+@pytest.mark.parametrize(("rate", "burst"), [(20, 5), (5, 1), (100, 20), (2, 10)])
+@pytest.mark.parametrize("round_trip", [0.001, 0.05, 0.3])
+def test_a_rate_is_learned(client: Callable[..., AudiencesClient], rate: int, burst: int, round_trip: float) -> None:
+    """Against a limit that nobody told us, calls finish close to the ideal time with few requests to spare."""
+    service = Service(LeakyBucket(rate, burst), round_trip)
+    chance = random.Random(1)
+
+    async def main() -> float:
+        async with client(service, draw=chance.random, timeout=1000.0) as c:
+            results = await asyncio.gather(*(c.get_audiences() for _ in range(200)))
+            assert len(results) == 200
+        return virtual.now()
+
+    took = virtual.run(main())
+    ideal = (200 - burst - 1) / rate + round_trip
+    assert took <= 1.05 * ideal + 15 * round_trip, "a slow start and a few probes cost round trips"
+    assert len(service.seen) <= 1.2 * 200
+
+
+def test_the_first_burst_buys_few_429s(client: Callable[..., AudiencesClient]) -> None:
+    """A slow start: a thousand calls at once on a limit of one request meet a handful of 429s, not hundreds."""
+    service = Service(LeakyBucket(0.001, 1))
+
+    async def main() -> None:
+        async with client(service, timeout=5.0) as c:
+            await outcomes(c.get_audiences() for _ in range(1000))
+
+    virtual.run(main())
+    assert len(service.times(200)) == 2
+    assert len(service.times(429)) <= 10
+
+
+def test_a_service_without_a_limit_is_not_held_back(client: Callable[..., AudiencesClient]) -> None:
+    """Where no 429 comes, the window opens until only the connections bound it."""
+    service = Service(lambda key, at: 200, round_trip=0.1)
+
+    async def main() -> float:
+        async with client(service) as c:
+            await asyncio.gather(*(c.get_audiences() for _ in range(1000)))
+        return virtual.now()
+
+    assert virtual.run(main()) < 0.1 * (10 + 12), "ten rounds of 100 connections, and a dozen to open the window"
+
+
+def test_a_window_of_the_services_is_learned_too(client: Callable[..., AudiencesClient]) -> None:
+    """Where the service counts by the minute, calls go on in the next minute, and few requests are wasted."""
+    service = Service(FixedWindow(100, 60.0))
+
+    async def main() -> None:
+        async with client(service, timeout=900.0, retry=RetryPolicy(max_attempts=10)) as c:
+            assert kinds(await outcomes(c.get_audiences() for _ in range(300))) == {"AudiencesResponse": 300}
+
+    virtual.run(main())
+    assert max(service.times(200)) < 3 * 120, "the ideal is 120 s; spread evenly it takes longer"
+    assert len(service.times(429)) < 60
+
+
+def test_a_limit_that_is_lifted_is_noticed(client: Callable[..., AudiencesClient]) -> None:
+    """When the service grants more than it did, the pace follows."""
+    limit = LeakyBucket(10, 2)
+    service = Service(limit)
+
+    async def main() -> None:
+        async with client(service, timeout=900.0, draw=random.Random(1).random) as c:
+            await asyncio.gather(*(c.get_audiences() for _ in range(100)))
+            limit.rate = 1000.0
+            started = virtual.now()
+            await asyncio.gather(*(c.get_audiences() for _ in range(1000)))
+            assert virtual.now() - started < 1000 / 10 / 3
+
+    virtual.run(main())
+
+
+# --- the pause after a 429
+
+
+def test_a_429_pauses_its_own_account_only(client: Callable[..., AudiencesClient]) -> None:
+    """While one account is refused for ever, another's calls are answered as if alone, on the same connections."""
+    service = Service(lambda key, at: 429 if key == "key-south" else 200, slots=asyncio.Semaphore(2))
+
+    async def main() -> float:
+        async with client(service) as c:
+            blocked = [asyncio.create_task(c.get_audiences(SOUTH)) for _ in range(50)]
+            await asyncio.sleep(0.01)
+            started = virtual.now()
+            await asyncio.gather(*(c.get_audiences(NORTH) for _ in range(100)))
+            took = virtual.now() - started
+            results = await outcomes(blocked)
+        assert set(kinds(results)) <= {"TooManyRequestsError", "DeadlineExceededError"}
+        return took
+
+    assert virtual.run(main()) < 0.1
+    assert len(service.times(key="key-south")) < 25
+
+
+def test_retry_after_holds_for_the_whole_account(client: Callable[..., AudiencesClient]) -> None:
+    """A Retry-After closes the account until then; one probe goes first, the rest follow when it is answered."""
+    service = Service(lambda key, at: 200 if at >= 30 else (429, {"Retry-After": "30"}), round_trip=1.0)
+    events: list[Event] = []
+
+    async def main() -> None:
+        async with client(service, timeout=100.0, on_event=events.append) as c:
+            await asyncio.gather(*(c.get_audiences() for _ in range(10)))
+
+    virtual.run(main())
+    after = [at for at in service.times() if at > 2]
+    assert after[0] == pytest.approx(31.5)
+    assert after[1] >= after[0] + 1.0, "nobody goes before the probe's answer is there"
+    assert [event.seconds for event in events if isinstance(event, AccountPaused)] == [30.0]
+    assert sum(isinstance(event, AccountResumed) for event in events) == 1
+
+
+def test_a_probe_that_fails_doubles_the_pause(client: Callable[..., AudiencesClient]) -> None:
+    """While the account is refused, its probes come ever more seldom, up to max_delay."""
+    service = Service(lambda key, at: 429)
+
+    async def main() -> None:
+        policy = RetryPolicy(max_attempts=2, max_delay=5.0)
+        async with client(service, timeout=59.0, retry=policy) as c:
+            await outcomes(c.get_audiences() for _ in range(50))
+
+    virtual.run(main())
+    gaps = [later - earlier for earlier, later in zip(service.times(), service.times()[1:], strict=False)]
+    assert len(service.seen) < 30
+    assert max(gaps) == pytest.approx(5.0, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("headers", "pause"),
+    [
+        ({"RateLimit": '"default";r=0;t=30'}, 30),
+        ({"RateLimit-Remaining": "0", "RateLimit-Reset": "30"}, 30),
+        ({"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "1030"}, 30),
+        ({"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "-5"}, 0),
+        ({"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "99999999999"}, 0),
+        ({"X-RateLimit-Remaining": "0"}, 0),
+        ({"RateLimit-Remaining": "1", "RateLimit-Reset": "30"}, 0),
+        ({"RateLimit": "r=zero"}, 0),
+    ],
+)
+def test_what_the_service_says_of_its_limit_is_taken(
+    client: Callable[..., AudiencesClient], headers: dict[str, str], pause: float
+) -> None:
+    """An answer that says it was the last one pauses the account before any 429; malformed headers are ignored."""
+    service = Service(lambda key, at: (200, headers if at < 1 else {}))
+    events: list[Event] = []
+
+    async def main() -> None:
+        async with client(service, on_event=events.append, timeout=2000.0) as c:
+            await c.get_audiences()
+            await c.get_audiences()
+
+    virtual.run(main())
+    # 1030 is seconds since 1970 on this clock, which began at 1000: too small for a date, so it counts from now.
+    paused = [event.seconds for event in events if isinstance(event, AccountPaused)]
+    assert paused == ([1030.0] if "1030" in headers.values() else [float(pause)] if pause else [])
+
+
+def test_a_pause_that_does_not_fit_ends_waiting_calls_at_once(client: Callable[..., AudiencesClient]) -> None:
+    """When the account closes for longer than a waiting call has, the call ends then, and says when to come back."""
+    service = Service(lambda key, at: (429, {"Retry-After": "120"}), round_trip=1.0)
+
+    async def main() -> list[Any]:
+        async with client(service) as c:
+            return await outcomes(c.get_audiences() for _ in range(10))
+
+    results = virtual.run(main())
+    assert kinds(results) == {"TooManyRequestsError": 2, "DeadlineExceededError": 8}
+    for error in results:
+        assert isinstance(error, AudiencesError)
+        assert error.retry_after == 120.0
+        assert error.elapsed == pytest.approx(1.0)
+        assert error.stop_reason == "deadline"
+    assert len(service.seen) == 2
+
+
+def test_a_call_that_comes_during_a_pause_does_not_sleep_in_vain(client: Callable[..., AudiencesClient]) -> None:
+    """A web handler with two seconds left is told at once."""
+    service = Service(lambda key, at: (429, {"Retry-After": "50"}))
+
+    async def main() -> None:
+        async with client(service, timeout=40.0) as c:
+            with pytest.raises(TooManyRequestsError):
+                await c.get_audiences()
+            with pytest.raises(DeadlineExceededError, match="does not fit") as caught:
+                await c.get_audiences(timeout=2.0)
+            assert caught.value.retry_after == pytest.approx(50, abs=0.01)
+            assert caught.value.elapsed == 0.0
+
+    virtual.run(main())
+
+
+def test_a_lone_call_backs_off_as_its_policy_says(client: Callable[..., AudiencesClient]) -> None:
+    """One call on an account that is refused waits by full jitter from throttle_base_delay on."""
+    service = Service(lambda key, at: 429 if at < 4 else 200)
+    events: list[Event] = []
+
+    async def main() -> None:
+        async with client(service, on_event=events.append, draw=lambda: 1.0) as c:
+            await c.get_audiences()
+
+    virtual.run(main())
+    waits = [event.attempt.wait for event in events if isinstance(event, AttemptFinished)]
+    assert waits == [1.0, 2.0, 4.0, 0.0]
+
+
+def test_a_turn_is_held_back_when_a_429_comes_first(client: Callable[..., AudiencesClient]) -> None:
+    """A call that waits for a connection does not go out on one that has just brought a 429."""
+    service = Service(lambda key, at: 429 if at < 0.01 else 200, slots=asyncio.Semaphore(1))
+
+    async def main() -> None:
+        async with client(service) as c:
+            await asyncio.gather(*(c.get_audiences() for _ in range(3)))
+
+    virtual.run(main())
+    assert len(service.times(429)) == 1
+
+
+def test_slow_callers_do_not_spoil_the_measure(client: Callable[..., AudiencesClient]) -> None:
+    """A rate is measured only while calls queue for it: after an idle minute a 429 is a cut, and no measure."""
+    service = Service(LeakyBucket(20, 2))
+    events: list[Event] = []
+
+    async def main() -> None:
+        async with client(service, on_event=events.append) as c:
+            await asyncio.gather(*(c.get_audiences() for _ in range(60)))
+            await asyncio.sleep(60)
+            await asyncio.gather(*(c.get_audiences() for _ in range(100)))
+
+    virtual.run(main())
+    rates = [event.rate for event in events if isinstance(event, RateLearned)]
+    assert rates[-1] == pytest.approx(20, rel=0.1)
+    assert min(rates) > 5
+
+
+# --- the budget
+
+
+def outage(until: float) -> Service:
+    return Service(lambda key, at: 503 if at < until else 200, round_trip=0.01)
+
+
+def test_a_full_outage_is_not_multiplied(client: Callable[..., AudiencesClient]) -> None:
+    """A thousand calls while everything fails make at most 1.2 requests each, and say why they stopped."""
+    service = outage(1e9)
+
+    async def main() -> list[Any]:
+        async with client(service, draw=random.Random(1).random) as c:
+            assert c.snapshot().budget_left == 500
+            results = await outcomes(c.get_audiences() for _ in range(1000))
+            assert c.snapshot().budget_left == 0
+            return results
+
+    results = virtual.run(main())
+    assert kinds(results) == {"ServerError": 1000}
+    assert len(service.seen) == 1100
+    assert Counter(error.stop_reason for error in results)["budget"] >= 900
+    assert "budget is used up" in str(results[-1])
+
+
+def test_recovery_after_an_outage_is_spread(client: Callable[..., AudiencesClient]) -> None:
+    """After an outage the waiting calls recover within the longest backoff and a second, without a second spike."""
+    service = outage(0.3)
+    events: list[Event] = []
+
+    async def main() -> tuple[list[Any], float]:
+        async with client(service, draw=random.Random(1).random, on_event=events.append) as c:
+            results = await outcomes(c.get_audiences() for _ in range(1000))
+            return results, virtual.now()
+
+    results, took = virtual.run(main())
+    waits = [event.attempt.wait for event in events if isinstance(event, AttemptFinished)]
+    assert kinds(results)["AudiencesResponse"] >= 20
+    assert took <= 0.3 + max(waits) + 1.0
+    after = Counter(int(at / 0.1) for at in service.times(200) if at >= 0.3)
+    assert max(after.values()) <= 50, "of 1,000 calls, in a tenth of a second"
+
+
+def test_answers_earn_retries_back(client: Callable[..., AudiencesClient]) -> None:
+    """Each answer gives tokens back, up to the capacity; without a budget nothing is counted."""
+    service = Service(lambda key, at: 500 if at < 0.5 else 200)
+
+    async def main() -> None:
+        async with client(service, budget=RetryBudget(capacity=10, cost=4, refund=3), draw=lambda: 1.0) as c:
+            await c.get_audiences()
+            assert c.snapshot().budget_left == 9
+            await c.get_audiences()
+            assert c.snapshot().budget_left == 10
+        async with client(Service(lambda key, at: 500 if at < 20 else 200), budget=None, draw=lambda: 1.0) as c:
+            for _ in range(3):
+                await asyncio.sleep(8)
+                with suppress(ServerError):
+                    await c.get_audiences()
+            assert c.snapshot().budget_left == float("inf")
+
+    virtual.run(main())
+
+
+def test_first_attempts_never_wait_for_the_budget(client: Callable[..., AudiencesClient]) -> None:
+    """With the budget used up a new call still makes its one attempt."""
+    service = Service(lambda key, at: 500)
+
+    async def main() -> None:
+        async with client(service, budget=RetryBudget(capacity=5)) as c:
+            for attempts in (2, 1, 1):
+                with pytest.raises(ServerError) as caught:
+                    await c.get_audiences()
+                assert (len(caught.value.attempts), caught.value.stop_reason) == (attempts, "budget")
+
+    virtual.run(main())
+
+
+@pytest.mark.parametrize("wrong", [{"capacity": 0}, {"cost": 0}, {"refund": -1}, {"cost": "5"}])
+def test_a_budget_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
+    """A budget's numbers are checked by name."""
+    with pytest.raises(ConfigurationError, match=next(iter(wrong))):
+        RetryBudget(**wrong)
+
+
+# --- said plainly
+
+
+def test_the_snapshot_says_why_a_call_waits(client: Callable[..., AudiencesClient]) -> None:
+    """The snapshot tells each account's rate, pause, queue and requests on the wire, and no key."""
+    service = Service(lambda key, at: (429, {"Retry-After": "30"}) if key == "key-south" else 200)
+
+    async def main() -> None:
+        async with client(service, rate_limit=RateLimit(5, per=2.0)) as c:
+            assert c.snapshot().accounts == ()
+            calls = [asyncio.create_task(c.get_audiences(account)) for account in (NORTH, NORTH, SOUTH, SOUTH)]
+            await asyncio.sleep(0.1)
+            north, south = c.snapshot().accounts
+            assert north == AccountPace("north", rate=2.5, paused_for=0.0, waiting=1, in_flight=0)
+            assert south.paused_for == pytest.approx(29.9, abs=0.01)
+            assert (south.account, south.waiting) == ("south", 1)
+            assert "key-" not in repr(c.snapshot())
+            for call in calls:
+                call.cancel()
+            await asyncio.wait(calls)
+
+    virtual.run(main())
+
+
+def test_a_learned_rate_is_told(client: Callable[..., AudiencesClient]) -> None:
+    """Each new measure of the rate is an event."""
+    events: list[Event] = []
+
+    async def main() -> None:
+        async with client(Service(LeakyBucket(20, 5)), on_event=events.append) as c:
+            await asyncio.gather(*(c.get_audiences() for _ in range(150)))
+
+    virtual.run(main())
+    rates = [event.rate for event in events if isinstance(event, RateLearned)]
+    assert rates[-1] == pytest.approx(20, rel=0.05)
+
+
+def test_idle_accounts_are_forgotten() -> None:
+    """Memory follows the accounts in use, not those that were ever used."""
+
+    async def main() -> None:
+        paces = pacer(RateLimit(1000))
+        for number in range(10_000):
+            lane = paces.lane(Account(f"a{number}", "key"))
+            lane.release(await lane.acquire(1e9), "answered")
+            await asyncio.sleep(0.01)
+        assert len(list(paces.snapshot())) <= 2
+
+    virtual.run(main())
+
+
+def test_learned_rates_are_kept_for_a_while() -> None:
+    """What was learned of an account is kept, for a bounded number of accounts."""
+
+    async def main() -> None:
+        paces = pacer()
+        for number in range(6000):
+            lane = paces.lane(Account(f"a{number}", "key"))
+            for verdict in ("throttled", "answered", "throttled"):
+                lane.release(await lane.acquire(1e9), verdict)
+        assert 4000 < len(list(paces.snapshot())) <= 4097
+
+    virtual.run(main())
+
+
+def test_closing_ends_waiting_calls(client: Callable[..., AudiencesClient]) -> None:
+    """Calls that wait for their turn at aclose() end, and leave no task."""
+
+    async def main() -> list[Any]:
+        c = client(Service(lambda key, at: 200), rate_limit=RateLimit(0.1))
+        calls = [asyncio.create_task(c.get_audiences()) for _ in range(3)]
+        await asyncio.sleep(1)
+        await c.aclose()
+        return await outcomes(calls)
+
+    assert kinds(virtual.run(main())) == {"AudiencesResponse": 1, "ClientClosedError": 2}
+
+
+def test_old_news_is_no_new_cut(client: Callable[..., AudiencesClient]) -> None:
+    """429s of requests that were sent before the account was paused do not pause it for longer."""
+    service = Service(lambda key, at: 200 if at < 1 or at > 3 else 429, round_trip=1.0)
+    events: list[Event] = []
+
+    async def main() -> list[Any]:
+        async with client(service, on_event=events.append) as c:
+            return await outcomes(c.get_audiences() for _ in range(12))
+
+    results = virtual.run(main())
+    assert all(isinstance(result, AudiencesResponse) for result in results)
+    assert len(service.times(429)) > sum(isinstance(event, AccountPaused) for event in events)

@@ -1,0 +1,128 @@
+"""Virtual time: an event loop whose clock jumps to the next timer, and a service that answers inside it."""
+
+import asyncio
+import selectors
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from attrs import define, field
+from conftest import EMPTY_ANSWER
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from audiences_async.clock import Clock
+from audiences_async.credentials import ApiKey
+from audiences_async.errors import TransportError
+from audiences_async.transport import TransportSettings
+from audiences_async.wire import Reply
+
+T = TypeVar("T")
+
+
+class _Jumping(selectors.DefaultSelector):
+    """Waits for nothing: the time it should have waited has passed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        assert timeout is not None, "everything waits, and no timer will wake it"
+        self.now += max(0.0, timeout)
+        return []
+
+
+class _VirtualLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self.jumping = _Jumping()
+        super().__init__(self.jumping)
+
+    def time(self) -> float:
+        return self.jumping.now
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run in virtual time, exactly and at once; no task may be left behind."""
+    with asyncio.Runner(loop_factory=_VirtualLoop) as runner:
+
+        async def checked() -> T:
+            result = await main
+            await asyncio.sleep(0)
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+            return result
+
+        return runner.run(checked())
+
+
+def clock(draw: Callable[[], float] = lambda: 0.5) -> Clock:
+    """A clock that reads the running loop's time."""
+    loop = asyncio.get_running_loop()
+    return Clock(monotonic=loop.time, wall=loop.time, random=draw)
+
+
+def now() -> float:
+    """Seconds since the virtual start."""
+    return asyncio.get_running_loop().time() - 1000.0
+
+
+@define
+class Service:
+    """A service in virtual time: takes the place of the transport.
+
+    `decide` gets a key and the time, and gives a status or a whole reply's status and headers.
+    """
+
+    decide: Callable[[str, float], int | tuple[int, dict[str, str]]]
+    round_trip: float = 0.001
+    slots: asyncio.Semaphore = field(factory=lambda: asyncio.Semaphore(100))
+    seen: list[tuple[float, str, int]] = field(factory=list)
+
+    def __call__(self, settings: TransportSettings) -> "Service":
+        """Be made in the place of a `Transport`."""
+        return self
+
+    async def attempt(self, key: ApiKey) -> Reply | TransportError:
+        """Answer after a round trip, as decided when the request arrived."""
+        await asyncio.sleep(self.round_trip / 2)
+        decided = self.decide(key.reveal(), now())
+        status, headers = decided if isinstance(decided, tuple) else (decided, {})
+        self.seen.append((now(), key.reveal(), status))
+        await asyncio.sleep(self.round_trip / 2)
+        return Reply(status, CIMultiDictProxy(CIMultiDict(headers)), EMPTY_ANSWER if status == 200 else b"")
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+    def times(self, *statuses: int, key: str | None = None) -> list[float]:
+        """When requests came, of these statuses (any, if none are named) and of this key."""
+        return [at for at, of, status in self.seen if status in (statuses or (status,)) and key in {None, of}]
+
+
+class LeakyBucket:
+    """A limit as nginx's `limit_req` with `nodelay`: *burst* above the rate, then 429, each key for itself."""
+
+    def __init__(self, rate: float, burst: int) -> None:
+        self.rate = rate
+        self.burst = burst
+        self._excess: dict[str, tuple[float, float]] = {}
+
+    def __call__(self, key: str, at: float) -> int:
+        excess, last = self._excess.get(key, (-1.0, at))
+        excess = max(-1.0, excess - self.rate * (at - last)) + 1.0
+        if excess > self.burst:
+            return 429
+        self._excess[key] = (excess, at)
+        return 200
+
+
+class FixedWindow:
+    """A limit of so many requests in each window of so many seconds."""
+
+    def __init__(self, limit: int, window: float) -> None:
+        self._limit = limit
+        self._window = window
+        self._used: dict[int, int] = {}
+
+    def __call__(self, key: str, at: float) -> int:
+        number = int(at / self._window)
+        self._used[number] = self._used.get(number, 0) + 1
+        return 200 if self._used[number] <= self._limit else 429
