@@ -169,8 +169,7 @@ class _Learned:
 
     def not_sent(self) -> None:
         """It did not go after all."""
-        if self.rate is not None:
-            self._next_at -= 1 / self.rate
+        self._next_at -= 1 / self.rate if self.rate else 0.0
 
     def answered(self) -> None:
         """One more was granted."""

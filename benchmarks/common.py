@@ -63,11 +63,16 @@ async def in_parallel(call: Callable[[], Awaitable[object]], total: int, at_once
     await asyncio.gather(*(worker() for _ in range(at_once)))
 
 
+def environment() -> str:
+    """Interpreter, machine and versions, to stand beside every figure."""
+    packages = ("aiohttp", "attrs", "cattrs", "msgspec", "tenacity")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    return f"{platform.python_implementation()} {platform.python_version()}, {platform.machine()}, {versions}"
+
+
 def report(title: str, baseline: str, figures: Mapping[str, list[float]], unit: str, scale: float) -> None:
     """Print medians, spreads and ratios to the baseline; each ratio is the median over rounds."""
-    packages = ("aiohttp", "attrs", "cattrs", "msgspec", "tenacity")
-    print(f"\n{title}\n{platform.python_implementation()} {platform.python_version()}, {platform.machine()}, ", end="")
-    print(", ".join(f"{name} {version(name)}" for name in packages))
+    print(f"\n{title}\n{environment()}")
     print(f"{'case':40} {'median':>9} {'min':>9} {'max':>9}   ratio to {baseline}")
     for name, values in figures.items():
         ratio = statistics.median(value / base for value, base in zip(values, figures[baseline], strict=True))
