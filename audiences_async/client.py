@@ -17,7 +17,7 @@ from audiences_async.credentials import ApiKey, KeySource
 from audiences_async.errors import AudiencesError, ClientClosedError, ConfigurationError, DeadlineExceededError
 from audiences_async.events import EventHook
 from audiences_async.models import Account, AudiencesResponse
-from audiences_async.pacing import AccountPace, Limiter, Pacer, RateLimit
+from audiences_async.pacing import AccountPace, Limiter, Pacer, RateLimit, Slots
 from audiences_async.retrying import RetryBudget, RetryPolicy, RetryTokens
 from audiences_async.transport import (
     DEFAULT_MAX_CONNECTIONS,
@@ -214,10 +214,10 @@ class AudiencesClient:
         self._check_loop()
         if self._wire is None:
             transport = Transport(self._transport_settings)
-            self._wire = transport, self._new_pacer(transport.slots)
+            self._wire = transport, self._new_pacer(Slots(transport.connections))
         return self._wire
 
-    def _new_pacer(self, slots: asyncio.Semaphore) -> Pacer:
+    def _new_pacer(self, slots: Slots) -> Pacer:
         settings = self._call_settings
         return Pacer(
             self._rate_limit,

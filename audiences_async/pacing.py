@@ -79,17 +79,17 @@ class AccountPace:
 class _Known:
     """A known rate by the generic cell rate algorithm: all it keeps is when the next request is due."""
 
-    __slots__ = ("_due", "_interval", "_tolerance", "rate")
+    __slots__ = ("_interval", "_next_at", "_tolerance", "rate")
 
     def __init__(self, limit: RateLimit) -> None:
         self.rate: float | None = limit.rate / limit.per
         self._interval = limit.per / limit.rate
         self._tolerance = (limit.burst - 1) * self._interval
-        self._due = -math.inf
+        self._next_at = -math.inf
 
     def delay(self, now: float, in_flight: int) -> float:
         """Seconds until the next request may go; ``inf`` where that waits for a reply."""
-        return self._due - self._tolerance - now
+        return self._next_at - now
 
     def backlog(self, now: float, ahead: int) -> float:
         """Seconds until a request may go that has so many others before it."""
@@ -97,11 +97,11 @@ class _Known:
 
     def sent(self, now: float) -> None:
         """A request goes."""
-        self._due = max(self._due, now) + self._interval
+        self._next_at = max(self._next_at, now - self._tolerance) + self._interval
 
     def not_sent(self) -> None:
         """It did not go after all."""
-        self._due -= self._interval
+        self._next_at -= self._interval
 
     def answered(self) -> None:
         """Nothing to learn."""
@@ -115,7 +115,7 @@ class _Known:
 
     def is_idle(self, now: float) -> bool:
         """Whether forgetting it would make no difference."""
-        return self._due <= now
+        return self._next_at + self._tolerance <= now
 
 
 class _Elsewhere(_Known):
@@ -124,8 +124,8 @@ class _Elsewhere(_Known):
     def __init__(self) -> None:
         self.rate = None
         self._interval = 0.0
-        self._tolerance = math.inf
-        self._due = -math.inf
+        self._tolerance = 0.0
+        self._next_at = -math.inf
 
 
 class _Learned:
@@ -212,6 +212,48 @@ class _Learned:
         return self.rate is None and self._since is None
 
 
+class Slots:
+    """Connection slots, handed on in the order asked for.
+
+    Of our own because asyncio's semaphore cannot be taken without waiting, and takes a microsecond where nobody waits.
+    """
+
+    __slots__ = ("_free", "_waiters")
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._waiters: deque[asyncio.Future[None]] = deque()
+
+    def take(self) -> bool:
+        """Take a slot if one is free; ``False`` if not."""
+        if not self._free:
+            return False
+        self._free -= 1
+        return True
+
+    async def wait(self) -> None:
+        """Take a slot, once there is one."""
+        if self.take():
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if not waiter.cancelled():
+                self.release()
+            raise
+
+    def release(self) -> None:
+        """Give a slot back, to the first who waits."""
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+        self._free += 1
+
+
 class _Waiter:
     """A call in a lane's queue."""
 
@@ -225,8 +267,10 @@ class _Waiter:
 class Lane:
     """One account's way to the wire: first come, first served, at the account's pace, and closed after a 429."""
 
-    __slots__ = ("_changed", "_closed_until", "_cut_at", "_driver", "_failures", "_pace", "_pacer", "_probe_out",
-                 "_probing", "_queue", "account", "in_flight", "waiting")  # fmt: skip
+    __slots__ = (
+        "_changed", "_closed_until", "_cut_at", "_driver", "_failures", "_now", "_pace", "_pacer", "_probe_out",
+        "_probing", "_queue", "_slots", "account", "in_flight", "waiting",
+    )  # fmt: skip
 
     def __init__(self, account: str, pace: _Known | _Learned, pacer: "Pacer") -> None:
         self.account = account
@@ -234,6 +278,8 @@ class Lane:
         self.waiting = 0
         self._pace = pace
         self._pacer = pacer
+        self._now = pacer.clock.monotonic
+        self._slots = pacer.slots
         self._queue: deque[_Waiter] = deque()
         self._driver: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
@@ -268,9 +314,8 @@ class Lane:
         Raises:
             DeadlineExceededError: The turn will not come before the *deadline*.
         """
-        now = self._pacer.clock.monotonic()
-        if not self.waiting and self._delay(now) <= 0 and not self._pacer.slots.locked():
-            await self._pacer.slots.acquire()
+        now = self._now()
+        if not self.waiting and self._delay(now) <= 0 and self._slots.take():
             self._send(now)
             return now
         expected = self.expected(now)
@@ -286,8 +331,8 @@ class Lane:
             verdict: What the reply tells about the pace.
             pause: Seconds for which the service asked to send nothing, if it did.
         """
-        now = self._pacer.clock.monotonic()
-        self._pacer.slots.release()
+        now = self._now()
+        self._slots.release()
         self.in_flight -= 1
         fresh = sent_at >= self._cut_at  # a reply to what was sent before the last cut is old news
         if fresh:
@@ -373,7 +418,7 @@ class Lane:
 
     def _give_back(self) -> None:
         """The turn of a call that was cancelled before it could use it goes to the next one."""
-        self._pacer.slots.release()
+        self._slots.release()
         self.in_flight -= 1
         self._probe_out = False
         self._pace.not_sent()
@@ -398,12 +443,12 @@ class Lane:
                 await self._give_turn()
 
     async def _give_turn(self) -> None:
-        await self._pacer.slots.acquire()
-        now = self._pacer.clock.monotonic()
+        await self._slots.wait()
+        now = self._now()
         while self._queue and self._queue[0].turn.done():
             self._queue.popleft()
         if not self._queue or self._delay(now) > 0:  # things changed while all slots were taken
-            self._pacer.slots.release()
+            self._slots.release()
             return
         self._send(now)
         self._queue.popleft().turn.set_result(now)
@@ -429,7 +474,7 @@ class Pacer:
     def __init__(
         self,
         limit: RateLimit | Limiter | None,
-        slots: asyncio.Semaphore,
+        slots: Slots,
         clock: Clock,
         *,
         throttle_base_delay: float,

@@ -94,7 +94,7 @@ class _Connector(aiohttp.TCPConnector):
     """A pool that can tell which requests went out on a used connection."""
 
     def __init__(self, ssl: tls.SSLContext | None) -> None:
-        # No limit here: the slots of `Transport` bound the connections, and waiting for one is no part of an attempt.
+        # No limit here: the pacer's slots bound the connections, and waiting for one is no part of an attempt.
         super().__init__(limit=0, ssl=True if ssl is None else ssl)
         self._used: WeakSet[object] = WeakSet()
         self.reused: WeakSet[aiohttp.ClientRequest] = WeakSet()
@@ -139,18 +139,18 @@ class Transport:
             self._session = aiohttp.ClientSession(
                 connector=self._connector, cookie_jar=aiohttp.DummyCookieJar(), proxy=settings.proxy
             )
-            slots = settings.max_connections
+            connections = settings.max_connections
             self._outer_middlewares: tuple[aiohttp.ClientMiddlewareType, ...] = ()
         else:
             self._session = settings.session
             # aiohttp does not tell the loop of a session in public.
             if getattr(self._session, "_loop", None) not in {None, asyncio.get_running_loop()}:
                 raise ClientClosedError("the session given to the client belongs to another event loop")
-            slots = _limit_of(settings.session.connector)
+            connections = _limit_of(settings.session.connector)
             # Middlewares of a request replace those of the session, and aiohttp does not tell the latter in public.
             self._outer_middlewares = tuple(getattr(settings.session, "_middlewares", ()))
-        self.slots: asyncio.Semaphore = asyncio.Semaphore(slots)
-        """Taken for each attempt, before its clock starts."""
+        self.connections: int = connections
+        """How many attempts may be under way at once; waiting for one is no part of it."""
 
     async def close(self) -> None:
         """Close the session if it is our own. May be called again."""

@@ -26,7 +26,7 @@ from audiences_async import (
     TooManyRequestsError,
 )
 from audiences_async.events import AccountPaused, AccountResumed, AttemptFinished, RateLearned
-from audiences_async.pacing import AccountPace, Lane, Pacer
+from audiences_async.pacing import AccountPace, Lane, Pacer, Slots
 
 NORTH, SOUTH = Account("north", "key-north"), Account("south", "key-south")
 
@@ -51,8 +51,7 @@ def kinds(results: Iterable[Any]) -> Counter[str]:
 
 
 def pacer(limit: RateLimit | None = None, slots: int = 1000) -> Pacer:
-    semaphore = asyncio.Semaphore(slots)
-    return Pacer(limit, semaphore, virtual.clock(), throttle_base_delay=1.0, max_delay=20.0, on_event=None)
+    return Pacer(limit, Slots(slots), virtual.clock(), throttle_base_delay=1.0, max_delay=20.0, on_event=None)
 
 
 async def turn(lane: Lane, turns: list[tuple[float, int]], number: int, deadline: float = 1e9) -> None:
@@ -136,7 +135,7 @@ def test_a_turn_that_a_cancelled_call_cannot_use_is_given_back(
         tasks.extend(asyncio.create_task(turn(lane, turns, n)) for n in range(4))
         await asyncio.wait(tasks)
         assert lane.in_flight == lane.waiting == 0
-        assert not paces.slots.locked()
+        assert paces.slots.take(), "the slot was given back"
 
     virtual.run(main())
     assert tasks[2].cancelled()
@@ -195,6 +194,32 @@ def test_a_limit_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
     """A rate limit's numbers are checked by name."""
     with pytest.raises(ConfigurationError, match=list(wrong)[-1]):
         RateLimit(**wrong)
+
+
+def test_slots_are_handed_on_in_order() -> None:
+    """Slots go to waiters in the order asked for; one that is cancelled, even as it gets its slot, loses none."""
+
+    async def main() -> None:
+        slots, got = Slots(1), list[int]()
+
+        async def use(number: int) -> None:
+            await slots.wait()
+            got.append(number)
+            await asyncio.sleep(1)
+            slots.release()
+
+        tasks = [asyncio.create_task(use(number)) for number in range(6)]
+        await asyncio.sleep(0.5)
+        assert not slots.take()
+        tasks[2].cancel()
+        await asyncio.sleep(0.5)
+        tasks[1].cancel()  # as it gets its slot
+        await asyncio.wait(tasks)
+        assert got[0] == 0
+        assert got[-3:] == [3, 4, 5]
+        assert slots.take()
+
+    virtual.run(main())
 
 
 # --- a learned rate
@@ -278,7 +303,7 @@ def test_a_limit_that_is_lifted_is_noticed(client: Callable[..., AudiencesClient
 
 def test_a_429_pauses_its_own_account_only(client: Callable[..., AudiencesClient]) -> None:
     """While one account is refused for ever, another's calls are answered as if alone, on the same connections."""
-    service = Service(lambda key, at: 429 if key == "key-south" else 200, slots=asyncio.Semaphore(2))
+    service = Service(lambda key, at: 429 if key == "key-south" else 200, connections=2)
 
     async def main() -> float:
         async with client(service) as c:
@@ -408,7 +433,7 @@ def test_a_lone_call_backs_off_as_its_policy_says(client: Callable[..., Audience
 
 def test_a_turn_is_held_back_when_a_429_comes_first(client: Callable[..., AudiencesClient]) -> None:
     """A call that waits for a connection does not go out on one that has just brought a 429."""
-    service = Service(lambda key, at: 429 if at < 0.01 else 200, slots=asyncio.Semaphore(1))
+    service = Service(lambda key, at: 429 if at < 0.01 else 200, connections=1)
 
     async def main() -> None:
         async with client(service) as c:

@@ -73,7 +73,7 @@ class Service:
 
     decide: Callable[[str, float], int | tuple[int, dict[str, str]]]
     round_trip: float = 0.001
-    slots: asyncio.Semaphore = field(factory=lambda: asyncio.Semaphore(100))
+    connections: int = 100
     seen: list[tuple[float, str, int]] = field(factory=list)
 
     def __call__(self, settings: TransportSettings) -> "Service":
