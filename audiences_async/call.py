@@ -10,15 +10,15 @@ from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, KeySource
 from audiences_async.errors import (
     AudiencesError,
-    ConfigurationError,
     ConnectionFailedError,
+    DeadlineExceededError,
     StatusError,
     TooManyRequestsError,
     UnauthorizedError,
 )
 from audiences_async.events import Attempt, AttemptFinished, CallFinished, Event, EventHook, StopReason, emit
 from audiences_async.models import AudiencesResponse
-from audiences_async.pacing import Lane, Limiter, Verdict
+from audiences_async.pacing import Lane, Verdict
 from audiences_async.retrying import RetryPolicy, RetryTokens, wait_full_jitter
 from audiences_async.transport import Transport
 from audiences_async.wire import Reply, Result, read, used_up
@@ -34,7 +34,6 @@ class CallSettings:
 
     policy: RetryPolicy
     tokens: RetryTokens
-    limiter: Limiter | None
     clock: Clock
     on_event: EventHook | None
 
@@ -110,6 +109,8 @@ class Call:
         if self._sent_at is not None:
             elapsed = self._settings.clock.monotonic() - self._sent_at
             self._record(Attempt(self._next_number, None, "cut off", elapsed, 0.0, stop_reason))
+        elif isinstance(error, DeadlineExceededError) and error.retry_after is None:
+            error.retry_after = self._lane.expected(self._settings.clock.monotonic()) or None
         return self._with_context(error, stop_reason)
 
     async def _attempt(self) -> Result:
@@ -122,7 +123,7 @@ class Call:
 
     async def _exchange(self, key: ApiKey) -> Result:
         """Wait for a turn, use it, and tell the lane what came of it."""
-        turn = await self._turn()
+        turn = await self._lane.acquire(self._deadline)
         self._sent_at = self._settings.clock.monotonic()
         verdict: Verdict = "nothing"
         pause: float | None = None
@@ -138,15 +139,6 @@ class Call:
             return result
         finally:
             self._lane.release(turn, verdict, pause=pause)
-
-    async def _turn(self) -> float:
-        if self._settings.limiter is not None:
-            try:
-                await self._settings.limiter.acquire(self._account)
-            except Exception as error:
-                message = f"rate_limit.acquire() raised {type(error).__name__}"
-                raise ConfigurationError(message, account=self._account) from error
-        return await self._lane.acquire(self._deadline)
 
     async def _read(self, reply: Reply, key: ApiKey) -> Result:
         now = self._settings.clock.wall()

@@ -116,8 +116,7 @@ class AudiencesClient:
         checks.instance("rate_limit", rate_limit, RateLimit, Limiter, type(None))
         self._rate_limit = rate_limit
         self._tokens = RetryTokens(budget)
-        limiter = None if isinstance(rate_limit, RateLimit) else rate_limit
-        self._call_settings = CallSettings(retry, self._tokens, limiter, clock, on_event)
+        self._call_settings = CallSettings(retry, self._tokens, clock, on_event)
         _check_pool(session, max_connections, ssl, proxy)
         if session is not None:
             check_session(session)
@@ -173,15 +172,20 @@ class AudiencesClient:
         transport, pacer = self._open()
         account = self._checked(account)
         limit = self._timeout if timeout is None else checks.seconds("timeout", timeout)
+        lane = pacer.lane(account)
         call = Call(
             account.name,
             self._credential(account),
             limit,
-            lane=pacer.lane(account),
+            lane=lane,
             transport=transport,
             settings=self._call_settings,
         )
-        result = await self._bounded(call, limit)
+        lane.users += 1
+        try:
+            result = await self._bounded(call, limit)
+        finally:
+            lane.users -= 1
         if isinstance(result, AudiencesError):
             raise result
         return result
@@ -255,14 +259,13 @@ class AudiencesClient:
                 self._idle.set()
 
     async def _end_calls(self) -> None:
-        # A key function may close the client that asks it: its own call cannot be waited for.
-        if not self._scopes or asyncio.current_task() in self._scopes.values():
-            return
-        self._idle = self._idle or asyncio.Event()
         for scope in self._scopes:
             with suppress(RuntimeError):  # expired already, and on its way out
                 scope.reschedule(0.0)
-        await self._idle.wait()
+        # A key function may close the client that asks it: its own call cannot be waited for.
+        if self._scopes and asyncio.current_task() not in self._scopes.values():
+            self._idle = self._idle or asyncio.Event()
+            await self._idle.wait()
 
     def _checked(self, account: Account | None) -> Account:
         if account is None:

@@ -9,13 +9,15 @@ import asyncio
 import math
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from itertools import islice
 from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 from attrs import field, frozen
 
 from audiences_async import checks
 from audiences_async.clock import Clock
-from audiences_async.errors import DeadlineExceededError
+from audiences_async.credentials import ApiKey
+from audiences_async.errors import ConfigurationError, DeadlineExceededError
 from audiences_async.events import AccountPaused, AccountResumed, Event, EventHook, RateLearned, emit
 from audiences_async.models import Account
 
@@ -28,7 +30,12 @@ _FIRST_PAUSE: Final = 0.1  # of throttle_base_delay
 _ENOUGH: Final = 50  # answers after which a new measurement begins
 _MIN_GROWTH: Final = 0.001  # of the learned rate, for each answer
 _MAX_GROWTH: Final = 0.25
+_MIN_RATE: Final = 0.01  # requests per second
+_IDLE: Final = 1.0  # s without a request, after which an account counts as idle
+_LONGEST_PAUSE: Final = 86_400.0  # s; who asks for more has mistaken the unit
+_NO_TIME: Final = 1e-9  # s; less than a clock can tell
 _KEPT_LANES: Final = 4096
+_LOOKED_AT: Final = 8  # lanes that are looked at for each new one
 
 
 @frozen
@@ -93,7 +100,7 @@ class _Known:
 
     def backlog(self, now: float, ahead: int) -> float:
         """Seconds until a request may go that has so many others before it."""
-        return max(0.0, self.delay(now, 0)) + ahead * self._interval
+        return max(0.0, self.delay(now, 0) + ahead * self._interval)
 
     def sent(self, now: float) -> None:
         """A request goes."""
@@ -112,6 +119,9 @@ class _Known:
 
     def paused_until(self, when: float) -> None:
         """Nothing to keep: a limit that was not used up during a pause is no more than the burst."""
+
+    def idle(self) -> None:
+        """Nothing to forget."""
 
     def is_idle(self, now: float) -> bool:
         """Whether forgetting it would make no difference."""
@@ -136,7 +146,7 @@ class _Learned:
     next 429, the faster the fewer answers it was measured by.
     """
 
-    __slots__ = ("_granted", "_growth", "_next_at", "_since", "_since_cut", "_window", "rate")
+    __slots__ = ("_granted", "_growth", "_held", "_next_at", "_since", "_since_cut", "_window", "rate")
 
     def __init__(self) -> None:
         self.rate: float | None = None
@@ -146,6 +156,7 @@ class _Learned:
         self._granted = 0  # answers since then
         self._since_cut = 0  # answers since the rate was last cut
         self._growth = _MAX_GROWTH
+        self._held = True  # whether requests go as fast as the pace lets them
 
     def delay(self, now: float, in_flight: int) -> float:
         """Seconds until the next request may go; ``inf`` where that waits for a reply."""
@@ -155,15 +166,16 @@ class _Learned:
 
     def backlog(self, now: float, ahead: int) -> float:
         """Seconds until a request may go that has so many others before it; kindly, for the rate may yet grow."""
-        return 0.0 if self.rate is None else 0.8 * ahead / self.rate
+        return 0.0 if self.rate is None else max(0.0, self._next_at - now) + 0.8 * ahead / self.rate
 
     def sent(self, now: float) -> None:
         """A request goes."""
         if self.rate is None:
             return
         interval = 1 / self.rate
-        if now - self._next_at > 2 * interval:
-            self._since = None  # the callers were slower than the pace: grants do not measure the service
+        self._held = now - self._next_at <= 2 * interval
+        if not self._held:
+            self.idle()
         # A turn that came late does not make the next one late.
         self._next_at = max(self._next_at, now - interval) + interval
 
@@ -177,6 +189,8 @@ class _Learned:
         if self.rate is None:
             self._window += _WINDOW_STEP
             return
+        if not self._held:
+            return  # the callers are slower than the pace: that it is kept tells nothing
         self._since_cut += 1
         if self._since_cut % _ENOUGH == 0:
             self._growth = min(_MAX_GROWTH, 2 * self._growth)  # no 429 for long: the service may grant more than it did
@@ -195,13 +209,22 @@ class _Learned:
         # What the service would have granted while nothing was sent may be lost, so the measure is a lower bound. The
         # rate that was too high is an upper one.
         measured = self._granted / (now - self._since)
-        upper = 0.0 if self.rate is None else min(0.9 * self.rate, 1.2 * measured)
-        self.rate = max(upper, measured * (1 - 0.5 / (self._granted + 1)))
+        old = self.rate or 0.0
+        self.rate = max(
+            _MIN_RATE,
+            0.5 * old,
+            min(0.9 * old, 1.2 * measured),
+            measured * (1 - 0.5 / (self._granted + 1)),
+        )
         self._growth = min(_MAX_GROWTH, max(_MIN_GROWTH, 2 / self._granted**2))
         self._since_cut = 0
         if self._granted >= _ENOUGH:
             self._since, self._granted = now, 0
         return True
+
+    def idle(self) -> None:
+        """Nothing was held back for a while: grants from now on do not belong to the measurement."""
+        self._since = None
 
     def paused_until(self, when: float) -> None:
         """What comes after a pause is paced from its end."""
@@ -257,27 +280,38 @@ class Slots:
 class _Waiter:
     """A call in a lane's queue."""
 
-    __slots__ = ("deadline", "turn")
+    __slots__ = ("deadline", "refused", "turn")
 
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline
+        self.refused: DeadlineExceededError | ConfigurationError | None = None
         self.turn: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+
+    def refuse(self, error: DeadlineExceededError | ConfigurationError) -> None:
+        """The turn will not come. A result and no exception: nobody may be left to take it."""
+        if not self.turn.done():
+            self.refused = error
+            self.turn.set_result(-math.inf)
 
 
 class Lane:
     """One account's way to the wire: first come, first served, at the account's pace, and closed after a 429."""
 
     __slots__ = (
-        "_changed", "_closed_until", "_cut_at", "_driver", "_failures", "_now", "_pace", "_pacer", "_probe_out",
-        "_probing", "_queue", "_slots", "account", "in_flight", "waiting",
+        "_changed", "_closed_until", "_cut_at", "_driver", "_failures", "_last_at", "_limiter", "_now", "_pace",
+        "_pacer", "_probe_out", "_probing", "_queue", "_slots", "account", "in_flight", "users", "waiting",
     )  # fmt: skip
 
-    def __init__(self, account: str, pace: _Known | _Learned, pacer: "Pacer") -> None:
+    def __init__(self, account: str, pace: _Known | _Learned, limiter: Limiter | None, pacer: "Pacer") -> None:
         self.account = account
+        self.users = 0
+        """Calls that hold on to the lane, also while they neither wait nor send."""
         self.in_flight = 0
         self.waiting = 0
         self._pace = pace
+        self._limiter = limiter
         self._pacer = pacer
+        self._last_at = -math.inf  # when a request last went or came back
         self._now = pacer.clock.monotonic
         self._slots = pacer.slots
         self._queue: deque[_Waiter] = deque()
@@ -299,10 +333,13 @@ class Lane:
         paused_for = max(0.0, self._closed_until - now)
         return AccountPace(self.account, self._pace.rate, paused_for, self.waiting, self.in_flight)
 
+    def is_paused(self, now: float) -> bool:
+        """Whether the account is closed after a 429."""
+        return now < self._closed_until
+
     def is_idle(self, now: float) -> bool:
         """Whether forgetting the lane would make no difference."""
-        busy = self.waiting or self.in_flight or self._failures
-        return not busy and self._closed_until <= now and self._pace.is_idle(now)
+        return not self.users and not self._failures and self._closed_until <= now and self._pace.is_idle(now)
 
     def expected(self, now: float) -> float:
         """Seconds until a call that comes now gets its turn, as far as is known."""
@@ -315,7 +352,9 @@ class Lane:
             DeadlineExceededError: The turn will not come before the *deadline*.
         """
         now = self._now()
-        if not self.waiting and self._delay(now) <= 0 and self._slots.take():
+        if not self.waiting and self._limiter is None and self._delay(now) <= 0 and self._slots.take():
+            if now - self._last_at > _IDLE:
+                self._pace.idle()
             self._send(now)
             return now
         expected = self.expected(now)
@@ -333,6 +372,7 @@ class Lane:
         """
         now = self._now()
         self._slots.release()
+        self._last_at = now
         self.in_flight -= 1
         fresh = sent_at >= self._cut_at  # a reply to what was sent before the last cut is old news
         if fresh:
@@ -358,6 +398,7 @@ class Lane:
         return self._pace.delay(now, self.in_flight)
 
     def _send(self, now: float) -> None:
+        self._last_at = now
         self.in_flight += 1
         self._probe_out = self._probing
         self._pace.sent(now)
@@ -374,7 +415,7 @@ class Lane:
 
     def _throttled(self, now: float, pause: float | None, *, fresh: bool) -> None:
         if not fresh:
-            if pause is not None:
+            if pause is not None and pause <= _LONGEST_PAUSE:
                 self._close(now, pause, asked=True)
             return
         self._failures += 1
@@ -382,20 +423,22 @@ class Lane:
         self._probing = True
         if self._pace.throttled(now) and self._pace.rate is not None:
             self._pacer.tell(RateLearned(self.account, self._pace.rate))
-        if pause is None:
-            self._close(now, self._pacer.pause(self._pace.rate, self._failures), asked=False)
-        else:
-            self._close(now, pause, asked=True)
+        own = self._pacer.pause(self._pace.rate, self._failures)
+        asked = pause if pause is not None and own < pause <= _LONGEST_PAUSE else None
+        self._close(now, own if asked is None else asked, asked=asked is not None)
 
     def _close(self, now: float, seconds: float, *, asked: bool) -> None:
         until = now + seconds
         if until <= self._closed_until:
             return
         self._closed_until = until
+        self._probing = True
+        if asked:
+            self._pace.idle()  # what the service grants after a pause of its own making measures nothing
         self._pace.paused_until(until)
         for waiter in self._queue:
-            if waiter.deadline <= until and not waiter.turn.done():
-                waiter.turn.set_result(-seconds)
+            if waiter.deadline <= until:
+                waiter.refuse(_never(seconds))
         self._pacer.tell(AccountPaused(self.account, seconds, asked))
 
     async def _queued(self, waiter: _Waiter) -> float:
@@ -406,14 +449,14 @@ class Lane:
         try:
             turn = await waiter.turn
         except asyncio.CancelledError:
-            if waiter.turn.done() and not waiter.turn.cancelled() and waiter.turn.result() >= 0:
+            if waiter.turn.done() and not waiter.turn.cancelled() and waiter.refused is None:
                 self._give_back()
             raise
         finally:
             self.waiting -= 1
             self._leave()
-        if turn < 0:
-            raise _never(-turn)
+        if waiter.refused is not None:
+            raise waiter.refused
         return turn
 
     def _give_back(self) -> None:
@@ -428,26 +471,35 @@ class Lane:
         if not self.waiting:
             self._queue.clear()
             self.cancel()
+            self._driver = None
 
     async def _drive(self) -> None:
         """Give turns to the queue until it is empty; the one place that sleeps for a lane."""
-        clock = self._pacer.clock
-        while self._queue:
-            delay = self._delay(clock.monotonic())
-            if delay == math.inf:
-                self._changed.clear()
-                await self._changed.wait()
-            elif delay > 0:
-                await clock.sleep(delay)
-            else:
-                await self._give_turn()
+        try:
+            while self._queue:
+                await self._wait_or_give_turn(self._delay(self._now()))
+        except Exception as error:  # noqa: BLE001 - of the caller's limiter or clock; whoever waits must hear of it
+            refusal = ConfigurationError(f"rate_limit.acquire(), or the clock, raised {type(error).__name__}: {error}")
+            for waiter in self._queue:
+                waiter.refuse(refusal)
+
+    async def _wait_or_give_turn(self, delay: float) -> None:
+        if delay == math.inf:
+            self._changed.clear()
+            await self._changed.wait()
+        elif delay > _NO_TIME:
+            await self._pacer.clock.sleep(delay)
+        else:
+            await self._give_turn()
 
     async def _give_turn(self) -> None:
+        if self._limiter is not None:
+            await self._limiter.acquire(self.account)
         await self._slots.wait()
         now = self._now()
         while self._queue and self._queue[0].turn.done():
             self._queue.popleft()
-        if not self._queue or self._delay(now) > 0:  # things changed while all slots were taken
+        if not self._queue or self._delay(now) > _NO_TIME:  # things changed while all slots were taken
             self._slots.release()
             return
         self._send(now)
@@ -487,14 +539,16 @@ class Pacer:
         self._first_pause = _FIRST_PAUSE * throttle_base_delay
         self._max_pause = max_delay
         self._on_event = on_event
-        self._lanes: OrderedDict[Account, Lane] = OrderedDict()
+        self._lanes: OrderedDict[Account | str, Lane] = OrderedDict()
 
     def lane(self, account: Account) -> Lane:
-        """The account's lane."""
-        lane = self._lanes.get(account)
+        """The account's lane. Functions for keys do not compare, so accounts that have one are told apart by name."""
+        key = account if isinstance(account.credential, ApiKey) else account.name
+        lane = self._lanes.get(key)
         if lane is None:
             self._forget_idle()
-            lane = self._lanes[account] = Lane(account.name, self._new_pace(), self)
+            limiter = self._limit if not isinstance(self._limit, RateLimit) else None
+            lane = self._lanes[key] = Lane(account.name, self._new_pace(), limiter, self)
         return lane
 
     def _new_pace(self) -> _Known | _Learned:
@@ -526,8 +580,9 @@ class Pacer:
     def _forget_idle(self) -> None:
         """Drop idle lanes from the oldest on, so that memory follows the accounts in use."""
         now = self.clock.monotonic()
-        while self._lanes:
-            account, oldest = next(iter(self._lanes.items()))
-            if not oldest.is_idle(now) and (len(self._lanes) < _KEPT_LANES or oldest.waiting or oldest.in_flight):
-                return
-            del self._lanes[account]
+        for key, lane in list(islice(self._lanes.items(), _LOOKED_AT)):
+            full = len(self._lanes) >= _KEPT_LANES
+            if lane.is_idle(now) or (full and not lane.users and not lane.is_paused(now)):
+                del self._lanes[key]
+            else:
+                self._lanes.move_to_end(key)

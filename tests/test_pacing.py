@@ -1,6 +1,7 @@
 """Rates, known and learned, and the pause after a 429: in virtual time, so exactly."""
 
 import asyncio
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from audiences_async import (
     ServerError,
     TooManyRequestsError,
 )
+from audiences_async.clock import Clock
 from audiences_async.events import AccountPaused, AccountResumed, AttemptFinished, RateLearned
 from audiences_async.pacing import AccountPace, Lane, Pacer, Slots
 
@@ -141,6 +143,45 @@ def test_a_turn_that_a_cancelled_call_cannot_use_is_given_back(
     assert tasks[2].cancelled()
     assert [number for _, number in turns] == [0, 1, 3]
     assert turns[-1][0] <= 0.3 + 1e-6
+
+
+def test_a_call_that_comes_as_the_queue_empties_is_served() -> None:
+    """When the last waiter is cancelled and another call comes in the same moment, that call gets its turn."""
+
+    async def main() -> None:
+        lane = pacer(RateLimit(1)).lane(NORTH)
+        await lane.acquire(1e9)
+        first = asyncio.create_task(lane.acquire(1e9))
+        await asyncio.sleep(0.5)
+        first.cancel()
+        await asyncio.sleep(0)
+        second = asyncio.create_task(lane.acquire(1e9))
+        await second
+        assert virtual.now() == pytest.approx(1.0)
+
+    virtual.run(main())
+
+
+def test_a_known_limit_outlives_a_long_wait_of_its_caller(client: Callable[..., AudiencesClient]) -> None:
+    """An account whose call only waits for its key is not forgotten when others come."""
+    service = Service(lambda key, at: 200)
+
+    async def slow_key() -> str:
+        await asyncio.sleep(3.0)
+        return "key-slow"
+
+    async def main() -> None:
+        async with client(service, rate_limit=RateLimit(1, per=10.0), timeout=100.0) as c:
+            slow = Account("slow", slow_key)
+            calls = [asyncio.create_task(c.get_audiences(slow)) for _ in range(2)]
+            for number in range(20):
+                await asyncio.sleep(1)
+                calls.append(asyncio.create_task(c.get_audiences(Account(f"a{number}", f"key-{number}"))))
+            await asyncio.gather(*calls)
+
+    virtual.run(main())
+    first, second = service.times(key="key-slow")
+    assert second - first >= 10.0 - 1e-6
 
 
 def test_a_cancelled_queue_leaves_no_task() -> None:
@@ -443,6 +484,100 @@ def test_a_turn_is_held_back_when_a_429_comes_first(client: Callable[..., Audien
     assert len(service.times(429)) == 1
 
 
+@pytest.mark.parametrize("gap", [60.0, 600.0, 3600.0])
+def test_stray_429s_do_not_collapse_the_pace(client: Callable[..., AudiencesClient], gap: float) -> None:
+    """Single 429s with long idle times between them measure nothing: later calls are served at once."""
+    stray = {0, 2, 4}
+    service = Service(lambda key, at: 429 if len(service.seen) in stray else 200)
+
+    async def main() -> None:
+        async with client(service) as c:
+            for _ in range(4):
+                await c.get_audiences()
+                await asyncio.sleep(gap)
+            started = virtual.now()
+            await asyncio.gather(*(c.get_audiences() for _ in range(100)))
+            assert virtual.now() - started < 10.0
+
+    virtual.run(main())
+
+
+def test_a_pace_that_is_not_used_does_not_grow(client: Callable[..., AudiencesClient]) -> None:
+    """Callers slower than the pace do not push it up: the next burst meets few 429s."""
+    service = Service(LeakyBucket(20, 5))
+
+    async def main() -> None:
+        async with client(service, timeout=900.0) as c:
+            await asyncio.gather(*(c.get_audiences() for _ in range(100)))
+            for _ in range(1000):
+                await asyncio.sleep(0.2)
+                await c.get_audiences()
+            before = len(service.times(429))
+            await asyncio.gather(*(c.get_audiences() for _ in range(200)))
+            assert len(service.times(429)) - before < 20
+
+    virtual.run(main())
+
+
+def test_a_retry_after_of_zero_does_not_open_the_gate(client: Callable[..., AudiencesClient]) -> None:
+    """Against 429s for ever that ask for no wait, the pauses are our own and double."""
+    service = Service(lambda key, at: (429, {"Retry-After": "0"}))
+
+    async def main() -> None:
+        async with client(service) as c:
+            await outcomes(c.get_audiences() for _ in range(1000))
+
+    virtual.run(main())
+    assert len(service.seen) < 40
+
+
+def test_an_absurd_retry_after_does_not_close_the_account_for_ever(client: Callable[..., AudiencesClient]) -> None:
+    """A Retry-After of years, a date taken for seconds, ends its call and does not hold the others."""
+    service = Service(lambda key, at: 200 if at > 1 else (429, {"Retry-After": "1700000000"}))
+
+    async def main() -> None:
+        async with client(service) as c:
+            with pytest.raises(TooManyRequestsError):
+                await c.get_audiences()
+            await asyncio.sleep(2)
+            await c.get_audiences()
+
+    virtual.run(main())
+
+
+def test_a_limiter_is_asked_only_when_the_gate_is_open(client: Callable[..., AudiencesClient]) -> None:
+    """What a limiter grants during a pause does not pile up behind it."""
+
+    class Limiter:
+        def __init__(self) -> None:
+            self.free_at = 0.0
+
+        async def acquire(self, account_name: str) -> None:
+            self.free_at = max(self.free_at, virtual.now()) + 0.1
+            await asyncio.sleep(self.free_at - virtual.now())
+
+    service = Service(lambda key, at: 200 if at > 30 else (429, {"Retry-After": "30"}))
+
+    async def main() -> None:
+        async with client(service, timeout=200.0, rate_limit=Limiter()) as c:
+            await asyncio.gather(*(c.get_audiences() for _ in range(300)))
+
+    virtual.run(main())
+    times = service.times(200)
+    assert all(later - earlier >= 0.1 - 1e-6 for earlier, later in itertools.pairwise(times))
+
+
+def test_a_burst_on_few_connections_is_not_refused(client: Callable[..., AudiencesClient]) -> None:
+    """Calls that a limit's burst covers wait for a connection, and are not told that their turn comes too late."""
+    service = Service(lambda key, at: 200, connections=1)
+
+    async def main() -> None:
+        async with client(service, rate_limit=RateLimit(1, burst=100), timeout=10.0) as c:
+            await asyncio.gather(*(c.get_audiences() for _ in range(50)))
+
+    virtual.run(main())
+
+
 def test_slow_callers_do_not_spoil_the_measure(client: Callable[..., AudiencesClient]) -> None:
     """A rate is measured only while calls queue for it: after an idle minute a 429 is a cut, and no measure."""
     service = Service(LeakyBucket(20, 2))
@@ -595,6 +730,21 @@ def test_idle_accounts_are_forgotten() -> None:
     virtual.run(main())
 
 
+def test_a_paused_account_is_not_forgotten() -> None:
+    """However many accounts come, one that is closed stays closed."""
+
+    async def main() -> None:
+        paces = pacer()
+        lane = paces.lane(NORTH)
+        lane.release(await lane.acquire(1e9), "throttled", pause=3600.0)
+        for number in range(6000):
+            other = paces.lane(Account(f"a{number}", "key"))
+            other.release(await other.acquire(1e9), "throttled")
+        assert paces.lane(NORTH) is lane
+
+    virtual.run(main())
+
+
 def test_learned_rates_are_kept_for_a_while() -> None:
     """What was learned of an account is kept, for a bounded number of accounts."""
 
@@ -607,6 +757,21 @@ def test_learned_rates_are_kept_for_a_while() -> None:
         assert 4000 < len(list(paces.snapshot())) <= 4097
 
     virtual.run(main())
+
+
+def test_a_clock_that_fails_ends_waiting_calls() -> None:
+    """When the clock's own sleep raises, every waiting call hears of it at once."""
+
+    async def sleep(seconds: float) -> None:
+        raise OSError("no time")
+
+    async def main() -> list[Any]:
+        broken = Clock(monotonic=asyncio.get_running_loop().time, sleep=sleep)
+        paces = Pacer(RateLimit(1), Slots(9), broken, throttle_base_delay=1.0, max_delay=20.0, on_event=None)
+        lane = paces.lane(NORTH)
+        return await outcomes(lane.acquire(1e9) for _ in range(3))
+
+    assert kinds(virtual.run(main())) == {"float": 1, "ConfigurationError": 2}
 
 
 def test_closing_ends_waiting_calls(client: Callable[..., AudiencesClient]) -> None:
