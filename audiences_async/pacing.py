@@ -212,7 +212,7 @@ class _Learned:
         old = self.rate or 0.0
         self.rate = max(
             _MIN_RATE,
-            0.5 * old,
+            0.25 * old,
             min(0.9 * old, 1.2 * measured),
             measured * (1 - 0.5 / (self._granted + 1)),
         )

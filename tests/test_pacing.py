@@ -442,6 +442,21 @@ def test_a_pause_that_does_not_fit_ends_waiting_calls_at_once(client: Callable[.
     assert len(service.seen) == 2
 
 
+def test_a_pause_meets_a_cancelled_call_in_the_queue() -> None:
+    """Of two waiting calls one is cancelled and the other refused when the account closes; neither disturbs the other."""
+
+    async def main() -> list[Any]:
+        lane = pacer(RateLimit(1)).lane(NORTH)
+        sent_at = await lane.acquire(1e9)
+        calls = [asyncio.create_task(lane.acquire(1005.0)) for _ in range(2)]
+        await asyncio.sleep(0.5)
+        calls[0].cancel()
+        lane.release(sent_at, "throttled", pause=100.0)
+        return await outcomes(calls)
+
+    assert kinds(virtual.run(main())) == {"CancelledError": 1, "DeadlineExceededError": 1}
+
+
 def test_a_call_that_comes_during_a_pause_does_not_sleep_in_vain(client: Callable[..., AudiencesClient]) -> None:
     """A web handler with two seconds left is told at once."""
     service = Service(lambda key, at: (429, {"Retry-After": "50"}))
