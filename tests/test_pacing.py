@@ -443,7 +443,7 @@ def test_a_pause_that_does_not_fit_ends_waiting_calls_at_once(client: Callable[.
 
 
 def test_a_pause_meets_a_cancelled_call_in_the_queue() -> None:
-    """Of two waiting calls one is cancelled and the other refused when the account closes; neither disturbs the other."""
+    """Of two waiting calls one is cancelled and the other refused as the account closes: neither disturbs the other."""
 
     async def main() -> list[Any]:
         lane = pacer(RateLimit(1)).lane(NORTH)
