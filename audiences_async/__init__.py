@@ -29,7 +29,8 @@ from audiences_async.models import (
     StaticAudience,
     UnknownAudience,
 )
-from audiences_async.pacing import Limiter, RateLimit
+from audiences_async.pacing import Limiter
+from audiences_async.rates import RateLimit
 from audiences_async.retrying import RetryBudget, RetryPolicy
 
 __all__ = [

@@ -17,7 +17,8 @@ from audiences_async.credentials import ApiKey, KeySource
 from audiences_async.errors import AudiencesError, ClientClosedError, ConfigurationError, DeadlineExceededError
 from audiences_async.events import EventHook
 from audiences_async.models import Account, AudiencesResponse
-from audiences_async.pacing import AccountPace, Limiter, Pacer, RateLimit, Slots
+from audiences_async.pacing import AccountPace, Limiter, Pacer, Slots
+from audiences_async.rates import RateLimit
 from audiences_async.retrying import RetryBudget, RetryPolicy, RetryTokens
 from audiences_async.transport import (
     DEFAULT_MAX_CONNECTIONS,

@@ -1,9 +1,4 @@
-"""Per account: a known rate, a learned rate, and the pause after a 429.
-
-The service throttles with 429 and publishes neither its rate nor ``Retry-After``: https://api.commbox.io/
-(GET /audiences). So the rate is learned: a slow start finds where the 429s begin, and what was granted from one 429 to
-a later one tells what the service grants.
-"""
+"""Turns: first come, first served for each account, at its rate, and none for a while after a 429."""
 
 import asyncio
 import math
@@ -12,48 +7,24 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
 
-from attrs import field, frozen
+from attrs import frozen
 
-from audiences_async import checks
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey
 from audiences_async.errors import ConfigurationError, DeadlineExceededError
 from audiences_async.events import AccountPaused, AccountResumed, Event, EventHook, RateLearned, emit
 from audiences_async.models import Account
+from audiences_async.rates import KnownRate, LearnedRate, RateElsewhere, RateLimit
 
 Verdict: TypeAlias = Literal["answered", "throttled", "nothing"]
 """What a request told about the pace: any reply but a 429, a 429, or no reply at all."""
 
-_FIRST_WINDOW: Final = 2.0
-_WINDOW_STEP: Final = 0.5  # for each answer, so half as many again in a round trip
 _FIRST_PAUSE: Final = 0.1  # of throttle_base_delay
-_ENOUGH: Final = 50  # answers after which a new measurement begins
-_MIN_GROWTH: Final = 0.001  # of the learned rate, for each answer
-_MAX_GROWTH: Final = 0.25
-_MIN_RATE: Final = 0.01  # requests per second
 _IDLE: Final = 1.0  # s without a request, after which an account counts as idle
 _LONGEST_PAUSE: Final = 86_400.0  # s; who asks for more has mistaken the unit
 _NO_TIME: Final = 1e-9  # s; less than a clock can tell
 _KEPT_LANES: Final = 4096
 _LOOKED_AT: Final = 8  # lanes that are looked at for each new one
-
-
-@frozen
-class RateLimit:
-    """A rate that is known, for each account: at most ``burst + rate / per * t`` requests in any *t* seconds.
-
-    Attributes:
-        rate: Requests in *per* seconds; above 0.
-        per: Seconds; above 0.
-        burst: Requests that may go at once after a pause; 1 means evenly spaced.
-
-    Raises:
-        ConfigurationError: A number out of its range.
-    """
-
-    rate: float = field(validator=checks.is_positive)
-    per: float = field(default=1.0, validator=checks.is_positive)
-    burst: int = field(default=1, validator=checks.is_count)
 
 
 @runtime_checkable
@@ -81,158 +52,6 @@ class AccountPace:
     paused_for: float
     waiting: int
     in_flight: int
-
-
-class _Known:
-    """A known rate by the generic cell rate algorithm: all it keeps is when the next request is due."""
-
-    __slots__ = ("_interval", "_next_at", "_tolerance", "rate")
-
-    def __init__(self, limit: RateLimit) -> None:
-        self.rate: float | None = limit.rate / limit.per
-        self._interval = limit.per / limit.rate
-        self._tolerance = (limit.burst - 1) * self._interval
-        self._next_at = -math.inf
-
-    def delay(self, now: float, in_flight: int) -> float:
-        """Seconds until the next request may go; ``inf`` where that waits for a reply."""
-        return self._next_at - now
-
-    def backlog(self, now: float, ahead: int) -> float:
-        """Seconds until a request may go that has so many others before it."""
-        return max(0.0, self.delay(now, 0) + ahead * self._interval)
-
-    def sent(self, now: float) -> None:
-        """A request goes."""
-        self._next_at = max(self._next_at, now - self._tolerance) + self._interval
-
-    def not_sent(self) -> None:
-        """It did not go after all."""
-        self._next_at -= self._interval
-
-    def answered(self) -> None:
-        """Nothing to learn."""
-
-    def throttled(self, now: float) -> bool:
-        """A 429: the limit is known to be another, or somebody else uses it too."""
-        return False
-
-    def paused_until(self, when: float) -> None:
-        """Nothing to keep: a limit that was not used up during a pause is no more than the burst."""
-
-    def idle(self) -> None:
-        """Nothing to forget."""
-
-    def is_idle(self, now: float) -> bool:
-        """Whether forgetting it would make no difference."""
-        return self._next_at + self._tolerance <= now
-
-
-class _Elsewhere(_Known):
-    """A rate that a `Limiter` keeps: here everything may go at once."""
-
-    def __init__(self) -> None:
-        self.rate = None
-        self._interval = 0.0
-        self._tolerance = 0.0
-        self._next_at = -math.inf
-
-
-class _Learned:
-    """A rate that is found out: a window of requests in flight until there are 429s, then a rate.
-
-    Every 429 finds the service's store of requests empty. So what was granted from one 429 to a later one, by the time
-    between them, is the rate at which the store is filled. That rate is used from a little below and grows until the
-    next 429, the faster the fewer answers it was measured by.
-    """
-
-    __slots__ = ("_granted", "_growth", "_held", "_next_at", "_since", "_since_cut", "_window", "rate")
-
-    def __init__(self) -> None:
-        self.rate: float | None = None
-        self._window = _FIRST_WINDOW
-        self._next_at = -math.inf
-        self._since: float | None = None  # when the measurement began: at a 429
-        self._granted = 0  # answers since then
-        self._since_cut = 0  # answers since the rate was last cut
-        self._growth = _MAX_GROWTH
-        self._held = True  # whether requests go as fast as the pace lets them
-
-    def delay(self, now: float, in_flight: int) -> float:
-        """Seconds until the next request may go; ``inf`` where that waits for a reply."""
-        if self.rate is None:
-            return 0.0 if in_flight < int(self._window) else math.inf
-        return self._next_at - now
-
-    def backlog(self, now: float, ahead: int) -> float:
-        """Seconds until a request may go that has so many others before it; kindly, for the rate may yet grow."""
-        return 0.0 if self.rate is None else max(0.0, self._next_at - now) + 0.8 * ahead / self.rate
-
-    def sent(self, now: float) -> None:
-        """A request goes."""
-        if self.rate is None:
-            return
-        interval = 1 / self.rate
-        self._held = now - self._next_at <= 2 * interval
-        if not self._held:
-            self.idle()
-        # A turn that came late does not make the next one late.
-        self._next_at = max(self._next_at, now - interval) + interval
-
-    def not_sent(self) -> None:
-        """It did not go after all."""
-        self._next_at -= 1 / self.rate if self.rate else 0.0
-
-    def answered(self) -> None:
-        """One more was granted."""
-        self._granted += 1
-        if self.rate is None:
-            self._window += _WINDOW_STEP
-            return
-        if not self._held:
-            return  # the callers are slower than the pace: that it is kept tells nothing
-        self._since_cut += 1
-        if self._since_cut % _ENOUGH == 0:
-            self._growth = min(_MAX_GROWTH, 2 * self._growth)  # no 429 for long: the service may grant more than it did
-        self.rate *= 1 + self._growth
-
-    def throttled(self, now: float) -> bool:
-        """Learn from a 429; ``True`` where there is a new rate."""
-        self._window = max(1.0, self._window / 2)
-        if self._since is None:
-            if self.rate is not None:
-                self.rate *= 0.8
-                self._growth, self._since_cut = _MIN_GROWTH, 0
-            self._since, self._granted = now, 0
-        if not self._granted or now <= self._since:
-            return False
-        # What the service would have granted while nothing was sent may be lost, so the measure is a lower bound. The
-        # rate that was too high is an upper one.
-        measured = self._granted / (now - self._since)
-        old = self.rate or 0.0
-        self.rate = max(
-            _MIN_RATE,
-            0.25 * old,
-            min(0.9 * old, 1.2 * measured),
-            measured * (1 - 0.5 / (self._granted + 1)),
-        )
-        self._growth = min(_MAX_GROWTH, max(_MIN_GROWTH, 2 / self._granted**2))
-        self._since_cut = 0
-        if self._granted >= _ENOUGH:
-            self._since, self._granted = now, 0
-        return True
-
-    def idle(self) -> None:
-        """Nothing was held back for a while: grants from now on do not belong to the measurement."""
-        self._since = None
-
-    def paused_until(self, when: float) -> None:
-        """What comes after a pause is paced from its end."""
-        self._next_at = max(self._next_at, when)
-
-    def is_idle(self, now: float) -> bool:
-        """Whether forgetting it would make little difference."""
-        return self.rate is None and self._since is None
 
 
 class Slots:
@@ -302,7 +121,7 @@ class Lane:
         "_pacer", "_probe_out", "_probing", "_queue", "_slots", "account", "in_flight", "users", "waiting",
     )  # fmt: skip
 
-    def __init__(self, account: str, pace: _Known | _Learned, limiter: Limiter | None, pacer: "Pacer") -> None:
+    def __init__(self, account: str, pace: KnownRate | LearnedRate, limiter: Limiter | None, pacer: "Pacer") -> None:
         self.account = account
         self.users = 0
         """Calls that hold on to the lane, also while they neither wait nor send."""
@@ -551,10 +370,10 @@ class Pacer:
             lane = self._lanes[key] = Lane(account.name, self._new_pace(), limiter, self)
         return lane
 
-    def _new_pace(self) -> _Known | _Learned:
+    def _new_pace(self) -> KnownRate | LearnedRate:
         if self._limit is None:
-            return _Learned()
-        return _Known(self._limit) if isinstance(self._limit, RateLimit) else _Elsewhere()
+            return LearnedRate()
+        return KnownRate(self._limit) if isinstance(self._limit, RateLimit) else RateElsewhere()
 
     def snapshot(self) -> Iterator[AccountPace]:
         """How each account is paced right now."""
