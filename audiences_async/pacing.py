@@ -298,8 +298,9 @@ class Lane:
             while self._queue:
                 await self._wait_or_give_turn(self._delay(self._now()))
         except Exception as error:  # noqa: BLE001 - of the caller's limiter or clock; whoever waits must hear of it
-            refusal = ConfigurationError(f"rate_limit.acquire(), or the clock, raised {type(error).__name__}: {error}")
             for waiter in self._queue:
+                refusal = ConfigurationError(f"rate_limit.acquire(), or the clock, raised {type(error).__name__}")
+                refusal.__cause__ = error
                 waiter.refuse(refusal)
 
     async def _wait_or_give_turn(self, delay: float) -> None:

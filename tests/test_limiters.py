@@ -70,11 +70,9 @@ async def test_a_limiter_that_fails_is_an_error_of_the_call(sandbox: Sandbox, no
             raise OSError("Redis is away")
 
     async with AudiencesClient(base_url=sandbox.base_url, rate_limit=Broken()) as client:
-        with pytest.raises(
-            ConfigurationError,
-            match="account 'north': rate_limit.acquire.* raised OSError: Redis is away",
-        ):
+        with pytest.raises(ConfigurationError, match=r"account 'north': rate_limit.acquire.* raised OSError") as caught:
             await client.get_audiences(north)
+    assert isinstance(caught.value.__cause__, OSError)
     assert sandbox.requests == []
 
 
