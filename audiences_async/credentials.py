@@ -33,7 +33,7 @@ class ApiKey:
 
     def __init__(self, text: str, *, before: "ApiKey | None" = None) -> None:
         self._text = text
-        self.before = before
+        self.before: ApiKey | None = before
         """The key that this one took the place of; a late reply may still echo it."""
 
     def __repr__(self) -> str:
@@ -42,7 +42,8 @@ class ApiKey:
     def __eq__(self, other: object) -> bool:
         return self._text == other._text if isinstance(other, ApiKey) else NotImplemented
 
-    __hash__ = None  # type: ignore[assignment] # accounts are looked up by name first
+    def __hash__(self) -> int:
+        return hash(self._text)
 
     def reveal(self) -> str:
         """The key's text."""

@@ -29,7 +29,7 @@ class Account:
     """
 
     name: str
-    _credential: ApiKey | KeyProvider = field(hash=False)  # a function need not be hashable
+    _credential: ApiKey | KeyProvider
 
     def __init__(self, name: str, api_key: str | KeyProvider) -> None:
         # The plain key leaves this frame's locals before anything can raise: tracebacks may print locals.

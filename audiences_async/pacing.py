@@ -122,11 +122,11 @@ class Lane:
     )  # fmt: skip
 
     def __init__(self, account: str, pace: KnownRate | LearnedRate, limiter: Limiter | None, pacer: "Pacer") -> None:
-        self.account = account
-        self.users = 0
+        self.account: str = account
+        self.users: int = 0
         """Calls that hold on to the lane, also while they neither wait nor send."""
-        self.in_flight = 0
-        self.waiting = 0
+        self.in_flight: int = 0
+        self.waiting: int = 0
         self._pace = pace
         self._limiter = limiter
         self._pacer = pacer
@@ -353,8 +353,8 @@ class Pacer:
         max_delay: float,
         on_event: EventHook | None,
     ) -> None:
-        self.slots = slots
-        self.clock = clock
+        self.slots: Slots = slots
+        self.clock: Clock = clock
         self._limit = limit
         self._first_pause = _FIRST_PAUSE * throttle_base_delay
         self._max_pause = max_delay

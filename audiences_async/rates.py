@@ -87,7 +87,7 @@ class RateElsewhere(KnownRate):
     """A rate that a `Limiter` keeps: here everything may go at once."""
 
     def __init__(self) -> None:
-        self.rate = None
+        self.rate: float | None = None
         self._interval = 0.0
         self._tolerance = 0.0
         self._next_at = -math.inf
