@@ -130,7 +130,7 @@ class Lane:
         self._pace = pace
         self._limiter = limiter
         self._pacer = pacer
-        self._last_at = -math.inf  # when a request last went or came back
+        self._last_at = -math.inf  # when a request last came back
         self._now = pacer.clock.monotonic
         self._slots = pacer.slots
         self._queue: deque[_Waiter] = deque()
@@ -172,7 +172,7 @@ class Lane:
         """
         now = self._now()
         if not self.waiting and self._limiter is None and self._delay(now) <= 0 and self._slots.take():
-            if now - self._last_at > _IDLE:
+            if not self.in_flight and now - self._last_at > _IDLE:
                 self._pace.idle()
             self._send(now)
             return now
@@ -217,7 +217,6 @@ class Lane:
         return self._pace.delay(now, self.in_flight)
 
     def _send(self, now: float) -> None:
-        self._last_at = now
         self.in_flight += 1
         self._probe_out = self._probing
         self._pace.sent(now)

@@ -59,7 +59,10 @@ class KnownRate:
 
     def sent(self, now: float) -> None:
         """A request goes."""
-        self._next_at = max(self._next_at, now - self._tolerance) + self._interval
+        earliest = now - self._tolerance
+        if self._next_at < earliest:  # noqa: PLR1730 - max() would be a sixth of an uncontended turn
+            self._next_at = earliest
+        self._next_at += self._interval
 
     def not_sent(self) -> None:
         """It did not go after all."""
