@@ -171,7 +171,8 @@ class Lane:
             DeadlineExceededError: The turn will not come before the *deadline*.
         """
         now = self._now()
-        if not self.waiting and self._limiter is None and self._delay(now) <= 0 and self._slots.take():
+        is_open = not (self.waiting or self._probing or self._limiter) and self._closed_until <= now
+        if is_open and self._pace.delay(now, self.in_flight) <= 0 and self._slots.take():
             if not self.in_flight and now - self._last_at > _IDLE:
                 self._pace.idle()
             self._send(now)
@@ -226,7 +227,7 @@ class Lane:
         if not fresh:
             return
         self._failures = 0
-        if self._probing:
+        if self._probing and now >= self._closed_until:
             self._probing = False
             self._pace.paused_until(now)
             self._pacer.tell(AccountResumed(self.account))
