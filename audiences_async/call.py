@@ -202,6 +202,10 @@ class Call:
             self._refused_key = self._key
 
     def _finish(self, result: Result) -> Result:
+        # Decoding, or a key function that held on, may have taken longer than the call had.
+        if isinstance(result, AudiencesResponse) and self._settings.clock.monotonic() >= self._deadline:
+            self._stop_reason = "deadline"
+            result = out_of_time(self._deadline - self._started)
         if isinstance(result, AudiencesResponse):
             self._settings.tokens.give_back()
             if self._settings.on_event is not None:
@@ -240,6 +244,11 @@ class Call:
     def _tell(self, event: Event) -> None:
         if self._settings.on_event is not None:
             emit(self._settings.on_event, event)
+
+
+def out_of_time(timeout: float) -> DeadlineExceededError:
+    """The error of a call that was not answered within its *timeout*, in seconds."""
+    return DeadlineExceededError(f"no answer within timeout={timeout:.6g} s")
 
 
 def _result_of(state: RetryCallState) -> Result:

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 from attrs import frozen
 
 from audiences_async import checks
-from audiences_async.call import Call, CallSettings
+from audiences_async.call import Call, CallSettings, out_of_time
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, KeySource
 from audiences_async.errors import AudiencesError, ClientClosedError, ConfigurationError, DeadlineExceededError
@@ -245,15 +245,13 @@ class AudiencesClient:
         try:
             async with scope:
                 self._scopes[scope] = asyncio.current_task()
-                result = await call.run()
-            # Decoding, or a key function that held on, may have taken longer than the call had.
-            return call.cut_off(_too_late(limit), "deadline") if _is_over(scope) else result
+                return await call.run()
         except (ConfigurationError, ClientClosedError, DeadlineExceededError) as error:
             return call.cut_off(error, error.stop_reason)
         except TimeoutError:
             if self._closed:
                 return call.cut_off(ClientClosedError("the client was closed while the call ran"), "final")
-            return call.cut_off(_too_late(limit), "deadline")
+            return call.cut_off(out_of_time(limit), "deadline")
         finally:
             self._scopes.pop(scope, None)
             if self._idle is not None and not self._scopes:
@@ -284,15 +282,6 @@ class AudiencesClient:
             return credential
         # Lives as long as a call holds it, so that calls at the same time share one key and one refresh.
         return self._key_sources.setdefault((account.name, id(credential)), KeySource(credential))
-
-
-def _too_late(limit: float) -> DeadlineExceededError:
-    return DeadlineExceededError(f"no answer within timeout={limit:g} s")
-
-
-def _is_over(scope: asyncio.Timeout) -> bool:
-    end = scope.when()
-    return end is not None and end <= asyncio.get_running_loop().time()
 
 
 def _default_account(key: ApiKey | None) -> Account | None:

@@ -351,9 +351,12 @@ async def test_a_key_function_that_holds_on_does_not_lift_the_bound(sandbox: San
             await asyncio.Event().wait()
         return KEY
 
-    async with AudiencesClient(base_url=sandbox.base_url) as client:
-        with pytest.raises(DeadlineExceededError):
+    events: list[Event] = []
+    async with AudiencesClient(base_url=sandbox.base_url, on_event=events.append) as client:
+        with pytest.raises(DeadlineExceededError, match="timeout=0.05 s"):
             await client.get_audiences(Account("north", provider), timeout=0.05)
+    ended = [event.error for event in events if isinstance(event, CallFinished)]
+    assert ended == ["DeadlineExceededError"], "the end is told once"
 
 
 async def test_a_key_function_that_closes_the_client(sandbox: Sandbox) -> None:
