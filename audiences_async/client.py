@@ -3,20 +3,21 @@
 import asyncio
 import os
 import ssl as tls
-from contextlib import suppress
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 from weakref import WeakValueDictionary
 
 from attrs import frozen
 
-from audiences_async import checks
+from audiences_async import checks, jobs
 from audiences_async.call import Call, CallSettings, out_of_time
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, KeySource
 from audiences_async.errors import AudiencesError, ClientClosedError, ConfigurationError, DeadlineExceededError
 from audiences_async.events import EventHook
-from audiences_async.models import Account, AudiencesResponse
+from audiences_async.models import Account, AudiencesResponse, Failed, Fetched, Outcome
 from audiences_async.pacing import AccountPace, Limiter, Pacer, Slots
 from audiences_async.rates import RateLimit
 from audiences_async.retrying import RetryBudget, RetryPolicy, RetryTokens
@@ -191,6 +192,62 @@ class AudiencesClient:
             raise result
         return result
 
+    def stream(
+        self, accounts: jobs.Accounts, *, concurrency: int = 100, timeout: float | None = None
+    ) -> AbstractAsyncContextManager[AsyncIterator[Outcome]]:
+        """Outcomes of many accounts, as each completes; exactly one for every account given.
+
+        To be entered, and iterated once::
+
+            async with client.stream(accounts) as outcomes:
+                async for outcome in outcomes:
+                    ...
+
+        An account that fails is an outcome, never the end of the job. At most *concurrency* tasks run, and at most
+        twice as many outcomes and calls are held: a consumer that is slow slows the job. Leaving the block, by whatever
+        way, ends every task at once.
+
+        Args:
+            accounts: Any iterable or async iterable, read as there is room; a sync one must not block. Names are
+                labels: one that comes twice gives two outcomes. If it raises, what was begun is delivered first,
+                and the error then.
+            concurrency: Accounts under way at the same time; more than the client's connections do not help.
+            timeout: Seconds for each account's call; ``None`` means the client's.
+
+        Raises:
+            ConfigurationError: An argument that cannot be used; while iterating, something that is no `Account`.
+            ClientClosedError: The client is closed, or belongs to another event loop; while iterating, the block has
+                been left. Where the client is closed meanwhile, the outcomes say so.
+        """
+        fetch = self._job(accounts, concurrency, timeout)
+        return jobs.stream(jobs.checked(accounts), fetch, concurrency)
+
+    async def fetch_all(
+        self, accounts: jobs.Accounts, *, concurrency: int = 100, timeout: float | None = None
+    ) -> list[Outcome]:
+        """The outcomes of many accounts, in the order given; exactly one for every account.
+
+        The accounts are all read before anything is sent, so that nothing is lost where that fails.
+
+        Args:
+            accounts: Any iterable or async iterable; a sync one must not block.
+            concurrency: Accounts under way at the same time.
+            timeout: Seconds for each account's call; ``None`` means the client's.
+
+        Raises:
+            ConfigurationError: An argument that cannot be used, or something that is no `Account`.
+            ClientClosedError: The client is closed, or belongs to another event loop.
+        """
+        fetch = self._job(accounts, concurrency, timeout)
+        given = [account async for account in jobs.checked(accounts)]
+
+        async def numbered(item: tuple[int, Account]) -> tuple[int, Outcome]:
+            return item[0], await fetch(item[1])
+
+        async with jobs.stream(jobs.each(enumerate(given)), numbered, concurrency) as outcomes:
+            by_number = {number: outcome async for number, outcome in outcomes}
+        return [by_number[number] for number in range(len(given))]
+
     def snapshot(self) -> ClientSnapshot:
         """Why calls wait right now: the pace of each account in use, and what is left of the retry budget."""
         accounts = () if self._wire is None else tuple(self._wire[1].snapshot())
@@ -239,6 +296,27 @@ class AudiencesClient:
             self._loop = running
         if self._loop is not running:
             raise ClientClosedError("the client belongs to another event loop; make one client for each loop")
+
+    def _job(
+        self, accounts: jobs.Accounts, concurrency: int, timeout: float | None
+    ) -> Callable[[Account], Awaitable[Outcome]]:
+        """What to do with each account of a job whose arguments can be used."""
+        self._open()
+        checks.instance("accounts", accounts, Iterable, AsyncIterable)
+        checks.count("concurrency", concurrency)
+        limit = self._timeout if timeout is None else checks.seconds("timeout", timeout)
+        now = self._call_settings.clock.monotonic
+
+        async def fetch(account: Account) -> Outcome:
+            started = now()
+            try:
+                response = await self.get_audiences(account, timeout=limit)
+            except AudiencesError as error:
+                # Without its frames: they would hold the call and its body for as long as the outcome is kept.
+                return Failed(account, now() - started, error.with_traceback(None))
+            return Fetched(account, now() - started, response)
+
+        return fetch
 
     async def _bounded(self, call: Call, limit: float) -> AudiencesResponse | AudiencesError:
         scope = asyncio.timeout(limit)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from attrs import field, frozen
 
 from audiences_async.credentials import ApiKey, KeyProvider
-from audiences_async.errors import ConfigurationError
+from audiences_async.errors import AudiencesError, ConfigurationError
 
 
 @frozen(init=False, repr=False)
@@ -140,3 +140,43 @@ class AudiencesResponse:
 
     def __len__(self) -> int:
         return len(self.data)
+
+
+@frozen
+class Fetched:
+    """An account that was answered.
+
+    Attributes:
+        account: The account as it was given.
+        elapsed: Seconds for its whole call, every wait included.
+        response: Every audience of the account.
+        ok: Always ``True``.
+    """
+
+    ok: ClassVar[Literal[True]] = True
+
+    account: Account
+    elapsed: float
+    response: AudiencesResponse
+
+
+@frozen
+class Failed:
+    """An account that was not answered.
+
+    Attributes:
+        account: The account as it was given.
+        elapsed: Seconds for its whole call, every wait included.
+        error: Why; what `AudiencesClient.get_audiences` would have raised.
+        ok: Always ``False``.
+    """
+
+    ok: ClassVar[Literal[False]] = False
+
+    account: Account
+    elapsed: float
+    error: AudiencesError
+
+
+Outcome: TypeAlias = Fetched | Failed
+"""What became of one account of many; tell them apart by class, or by ``ok``."""

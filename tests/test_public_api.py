@@ -16,7 +16,7 @@ ROOT = Path(audiences_async.__file__).parent
 NAMES = """
     AudiencesClient Account RetryPolicy RateLimit RetryBudget
     AudiencesResponse Audience StaticAudience DynamicAudience UnknownAudience
-    Attempt Event Limiter
+    Outcome Fetched Failed Attempt Event Limiter
     AudiencesError ConfigurationError ClientClosedError DeadlineExceededError
     TransportError ConnectionFailedError AttemptTimeoutError
     InvalidResponseError ResponseTooLargeError

@@ -1,7 +1,7 @@
 """Checked by mypy, never run: right calls pass, and each wrong call is refused (an ignore that is not needed fails)."""
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from datetime import datetime
 from typing import assert_type
 
@@ -14,6 +14,9 @@ from audiences_async import (
     AudiencesResponse,
     DynamicAudience,
     Event,
+    Failed,
+    Fetched,
+    Outcome,
     RetryPolicy,
     StaticAudience,
     StatusError,
@@ -48,6 +51,19 @@ async def right() -> None:
         await client.get_audiences(Account("north", key))
         await client.get_audiences(Account("north", lambda: "key"))
     AudiencesClient(ssl=ssl.create_default_context(), session=None, proxy="http://proxy")
+
+
+async def jobs(client: AudiencesClient, accounts: list[Account], later: AsyncIterator[Account]) -> None:
+    assert_type(await client.fetch_all(iter(accounts), concurrency=5, timeout=3), list[Outcome])
+    async with client.stream(later) as outcomes:
+        async for outcome in outcomes:
+            assert_type(outcome, Fetched | Failed)
+            if outcome.ok:
+                assert_type(outcome, Fetched)
+                assert_type(outcome.response, AudiencesResponse)
+            else:
+                assert_type(outcome, Failed)
+                assert_type(outcome.error, AudiencesError)
 
 
 def errors(error: AudiencesError, status: StatusError) -> None:

@@ -1,0 +1,278 @@
+"""Many accounts: one outcome each, whatever fails, in bounded tasks, and nothing left behind."""
+
+import asyncio
+import pickle
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+
+from audiences_async import (
+    Account,
+    AudiencesClient,
+    ClientClosedError,
+    ConfigurationError,
+    Failed,
+    Fetched,
+    RetryPolicy,
+    UnauthorizedError,
+    jobs,
+)
+from audiences_async.sandbox import Answer, Sandbox, many_audiences
+
+
+@pytest.fixture
+async def client(sandbox: Sandbox, at_once: RetryPolicy) -> AsyncIterator[AudiencesClient]:
+    """A client of the sandbox that never waits between attempts."""
+    async with AudiencesClient(base_url=sandbox.base_url, retry=at_once, budget=None) as client:
+        yield client
+
+
+def opened(sandbox: Sandbox, count: int, **settings: Any) -> list[Account]:
+    """So many accounts whose audiences carry their names."""
+    names = [f"a{number}" for number in range(count)]
+    return [sandbox.add_account(name, audiences=many_audiences(name, 3), **settings) for name in names]
+
+
+def others() -> set["asyncio.Task[Any]"]:
+    """Tasks that are not the test's own."""
+    return {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
+
+
+async def numbers(count: int) -> AsyncIterator[int]:
+    for number in range(count):
+        yield number
+
+
+async def test_every_account_has_its_own_outcome(sandbox: Sandbox, client: AudiencesClient) -> None:
+    """With a tenth of the answers wrong, 300 accounts give 300 outcomes, and none gets another's audiences."""
+    accounts = opened(sandbox, 300, fault_rate=0.1)
+    async with client.stream(accounts, concurrency=20) as outcomes:
+        fetched = [outcome async for outcome in outcomes]
+    assert sorted(outcome.account.name for outcome in fetched) == sorted(account.name for account in accounts)
+    for outcome in fetched:
+        assert isinstance(outcome, Fetched), outcome
+        names = {str(audience.id).split("-")[0] for audience in outcome.response}
+        assert (names, len(outcome.response)) == ({outcome.account.name}, 3)
+    assert others() == set()
+
+
+async def test_a_failed_account_is_an_outcome(sandbox: Sandbox, client: AudiencesClient) -> None:
+    """The error stands in the account's place, without the frames that it was raised in, and pickles."""
+    north = sandbox.add_account("north")
+    stranger = Account("stranger", "wrong")
+    failed, fetched = await client.fetch_all([stranger, north])
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, UnauthorizedError)
+    assert (failed.ok, failed.account, failed.error.account) == (False, stranger, "stranger")
+    assert failed.error.__traceback__ is None
+    assert str(pickle.loads(pickle.dumps(failed)).error) == str(failed.error)
+    assert (fetched.ok, fetched.account) == (True, north)
+    assert 0 < fetched.elapsed < 60
+
+
+async def test_fetch_all_keeps_the_order(sandbox: Sandbox, client: AudiencesClient) -> None:
+    """Outcomes come in the order given, also of an async iterable, when the first is slow and one comes twice."""
+    first, second = opened(sandbox, 2)
+    sandbox.script(first.name, Answer(delay=0.1))
+
+    async def source() -> AsyncIterator[Account]:
+        for account in (first, second, second, first):
+            yield account
+
+    outcomes = await client.fetch_all(source())
+    assert [outcome.account for outcome in outcomes] == [first, second, second, first]
+    assert all(outcome.ok for outcome in outcomes)
+    assert await client.fetch_all([]) == []
+
+
+async def test_accounts_are_read_as_there_is_room(sandbox: Sandbox, client: AudiencesClient) -> None:
+    """A consumer that takes nothing stops the job at twice its concurrency; taking some lets as many in."""
+    account = sandbox.add_account("north")
+    read = 0
+
+    def source() -> Iterator[Account]:
+        nonlocal read
+        while True:
+            read += 1
+            yield account
+
+    async with client.stream(source(), concurrency=3) as outcomes:
+        for taken in range(5):
+            await asyncio.to_thread(sandbox.wait_for_requests, 6 + taken)
+            assert read == 6 + taken
+            assert len(others()) <= 3
+            await anext(outcomes)
+    assert others() == set()
+
+
+async def test_no_more_tasks_than_accounts() -> None:
+    """Never more at once than the concurrency, and a job of three starts no hundred tasks."""
+    running = most = tasks = 0
+
+    async def work(number: int) -> int:
+        nonlocal running, most, tasks
+        running += 1
+        most, tasks = max(most, running), max(tasks, len(others()))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        running -= 1
+        return number
+
+    async with jobs.stream(jobs.each(range(50)), work, 4) as results:
+        assert sorted([number async for number in results]) == list(range(50))
+    assert most == 4
+    async with jobs.stream(numbers_of(3), work, 100) as results:
+        assert len([number async for number in results]) == 3
+    assert tasks <= 5
+
+
+def numbers_of(count: int) -> Any:
+    return jobs.each(numbers(count))
+
+
+@pytest.mark.parametrize("way", ["break", "exception", "cancel"])
+async def test_leaving_early_ends_every_task(sandbox: Sandbox, client: AudiencesClient, way: str) -> None:
+    """However the block is left, no task stays and no further request goes out."""
+    accounts = opened(sandbox, 20)
+    for account in accounts[1:]:
+        sandbox.script(account.name, Answer(delay=30.0))
+
+    async def consume() -> None:
+        async with client.stream(accounts, concurrency=5) as outcomes:
+            async for _ in outcomes:
+                await asyncio.to_thread(sandbox.wait_for_requests, 6)
+                if way == "exception":
+                    raise LookupError
+                if way == "break":
+                    break
+
+    consumer = asyncio.create_task(consume())
+    await asyncio.to_thread(sandbox.wait_for_requests, 6)
+    if way == "cancel":
+        consumer.cancel()
+    await asyncio.wait({consumer})
+    assert consumer.cancelled() == (way == "cancel")
+    if way == "exception":
+        assert isinstance(consumer.exception(), LookupError)
+    assert others() == set()
+    assert len(sandbox.requests) == 6
+    assert sum(pace.in_flight + pace.waiting for pace in client.snapshot().accounts) == 0
+
+
+async def test_a_source_that_raises_ends_the_job_after_what_was_begun(
+    sandbox: Sandbox, client: AudiencesClient
+) -> None:
+    """What was read before is delivered, then the source's own error comes, once."""
+    accounts = opened(sandbox, 4)
+
+    def source() -> Iterator[Account]:
+        yield from accounts
+        raise LookupError("the file ends here")
+
+    delivered: list[str] = []
+
+    async def take_all() -> None:
+        async for outcome in outcomes:
+            delivered.append(outcome.account.name)  # noqa: PERF401 -- what came before the error counts
+
+    async with client.stream(source(), concurrency=2) as outcomes:
+        with pytest.raises(LookupError, match="the file ends here"):
+            await take_all()
+        await take_all()
+    assert sorted(delivered) == [account.name for account in accounts]
+
+
+async def test_fetch_all_sends_nothing_where_the_source_fails(sandbox: Sandbox, client: AudiencesClient) -> None:
+    """Something that is no account is refused by its place, before the first request."""
+    accounts: list[Any] = [*opened(sandbox, 2), "a2"]
+    with pytest.raises(ConfigurationError, match=r"accounts\[2\] must be Account, got str"):
+        await client.fetch_all(accounts)
+    assert sandbox.requests == []
+
+
+@pytest.mark.parametrize(
+    ("accounts", "settings", "message"),
+    [
+        (None, {}, "accounts must be Iterable or AsyncIterable, got NoneType"),
+        ([], {"concurrency": 0}, "concurrency must be a whole number of 1 or more, got 0"),
+        ([], {"timeout": -1.0}, "timeout must be a finite number of seconds above 0"),
+    ],
+)
+async def test_bad_arguments_are_refused(
+    client: AudiencesClient, accounts: Any, settings: dict[str, Any], message: str
+) -> None:
+    """Arguments that cannot be used are refused when the job is made."""
+    with pytest.raises(ConfigurationError, match=message):
+        client.stream(accounts, **settings)
+    with pytest.raises(ConfigurationError, match=message):
+        await client.fetch_all(accounts, **settings)
+
+
+async def test_the_timeout_is_each_accounts_own(sandbox: Sandbox, client: AudiencesClient) -> None:
+    """One account that is out of time does not shorten the others'."""
+    slow, quick = opened(sandbox, 2)
+    sandbox.script(slow.name, Answer(delay=30.0))
+    late, answered = await client.fetch_all([slow, quick], timeout=0.3, concurrency=1)
+    assert isinstance(late, Failed)
+    assert late.error.stop_reason == "deadline"
+    assert answered.ok
+
+
+async def test_a_client_closed_meanwhile_loses_no_account(sandbox: Sandbox, client: AudiencesClient) -> None:
+    """Each account still has its outcome, and a closed client begins no job."""
+    accounts = opened(sandbox, 4)
+    for account in accounts:
+        sandbox.script(account.name, Answer(delay=30.0))
+    async with client.stream(accounts, concurrency=2) as outcomes:
+        await asyncio.to_thread(sandbox.wait_for_requests, 2)
+        await client.aclose()
+        errors = [outcome.error async for outcome in outcomes if isinstance(outcome, Failed)]
+    assert [type(error) for error in errors] == [ClientClosedError] * 4
+    with pytest.raises(ClientClosedError):
+        client.stream(accounts)
+
+
+async def test_several_consumers_share_the_results() -> None:
+    """Two tasks that iterate get every result once between them, and both come to the end."""
+
+    async def work(number: int) -> int:
+        await asyncio.sleep(0)
+        return number
+
+    async with jobs.stream(numbers_of(20), work, 3) as results:
+
+        async def consume() -> list[int]:
+            return [number async for number in results]
+
+        one, other = await asyncio.gather(consume(), consume())
+    assert sorted(one + other) == list(range(20))
+
+
+async def test_whoever_still_iterates_when_the_stream_is_left_is_told() -> None:
+    """An incomplete stream never looks like one that has come to its end."""
+
+    async def work(number: int) -> int:
+        await asyncio.Event().wait()
+        return number
+
+    async with jobs.stream(numbers_of(2), work, 1) as results:
+        consumer = asyncio.ensure_future(anext(results))
+        await asyncio.sleep(0)
+    with pytest.raises(ClientClosedError, match="left before its end"):
+        await consumer
+
+
+async def test_a_cancelled_worker_is_not_passed_over() -> None:
+    """Cancelling the job's tasks from outside ends the iteration as a cancellation, not as an end."""
+
+    async def work(number: int) -> int:
+        await asyncio.Event().wait()
+        return number
+
+    async with jobs.stream(numbers_of(2), work, 1) as results:
+        await asyncio.sleep(0)
+        for task in others():
+            task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await anext(results)
