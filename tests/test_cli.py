@@ -13,25 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attrs import define
+from command import COMMAND, KEY, Done, runner
 
 from audiences_async.cli import app as cli
 from audiences_async.cli import main
 from audiences_async.cli.exits import exit_code
 from audiences_async.errors import ClientClosedError, DeadlineExceededError, InvalidResponseError, status_error
 from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox
-
-COMMAND = [sys.executable, "-m", "audiences_async.cli"]
-KEY = "s3cr3t-k3y"
-
-
-@define
-class Done:
-    """What a command came to."""
-
-    returncode: int
-    stdout: str
-    stderr: str
 
 
 @pytest.fixture
@@ -47,20 +35,8 @@ def environment(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Mapping[st
 def run(
     environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Done]:
-    """Runs the command line in this process, which is a lot faster, with changes to the environment."""
-
-    def command(*arguments: str, **changes: str) -> Done:
-        with monkeypatch.context() as patch:
-            for name, value in changes.items():
-                patch.setenv(name, value)
-            try:
-                code = cli.run(list(arguments))
-            except SystemExit as left:
-                code = left.code if isinstance(left.code, int) else 1
-        out, err = capsys.readouterr()
-        return Done(code, out, err)
-
-    return command
+    """Runs the command line in this process."""
+    return runner(monkeypatch, capsys)
 
 
 def test_list_gives_ndjson_when_piped(run: Callable[..., Done]) -> None:

@@ -1,6 +1,7 @@
 """README: its programs run, its tables are true, and its commands are the ones that CI runs."""
 
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -38,6 +39,26 @@ def test_the_first_program_runs_as_printed(sandbox: Sandbox, monkeypatch: pytest
     done = run(PROGRAMS[0], tmp_path)
     assert done.stderr == ""
     assert done.stdout == "31234 Static NE_USA-above50\n45412 Dynamic VIP\n"
+
+
+def test_the_job_over_a_file_runs_as_printed(sandbox: Sandbox, tmp_path: Path) -> None:
+    """The shell commands fetch two accounts of a file, whose keys stand in it and in the environment."""
+    (commands,) = re.findall(r"```sh\n(cat > accounts.*?)```", README, re.DOTALL)
+    for name in ("north", "south"):
+        sandbox.add_account(name, api_key=f"key-of-{name}")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "AUDIENCES_BASE_URL": sandbox.base_url}
+    done = subprocess.run(
+        ["sh", "-e", "-c", commands],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("", "2 of 2 accounts fetched, 0 failed\n" * 2)
+    assert len((tmp_path / "audiences.ndjson").read_text().splitlines()) == len(sandbox.requests) == 2
 
 
 def test_the_program_for_many_accounts_runs_as_printed(tmp_path: Path) -> None:

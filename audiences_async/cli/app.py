@@ -13,9 +13,11 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 from audiences_async._version import __version__
+from audiences_async.accounts import AccountFile
 from audiences_async.cli import demo as demonstration
-from audiences_async.cli.exits import AUTHENTICATION, DONE, FAILED, INTERRUPTED, USAGE, exit_code
-from audiences_async.cli.output import Format, write
+from audiences_async.cli import fetch as fetching
+from audiences_async.cli.exits import AUTHENTICATION, DONE, FAILED, INTERRUPTED, PARTIAL, USAGE, exit_code
+from audiences_async.cli.output import FileFormat, Format, write
 from audiences_async.client import AudiencesClient
 from audiences_async.errors import AudiencesError, printable
 from audiences_async.models import AudiencesResponse
@@ -109,9 +111,68 @@ def list_audiences(
 
 
 @app.command
+def fetch(
+    *,
+    accounts: Path,
+    out: Path,
+    output: FileFormat = "ndjson",
+    resume: _Flag = False,
+    concurrency: int = 100,
+    rate: float | None = None,
+    timeout: float = 60.0,
+    max_attempts: int = 5,
+    base_url: str | None = None,
+    allow_partial: _Flag = False,
+) -> int:
+    """Fetch every account of a file into another file, each account's audiences or its error.
+
+    Parameters
+    ----------
+    accounts
+        A TOML, CSV or NDJSON file with the name and the api_key, or the api_key_env, of each account.
+    out
+        The file to write. NDJSON is appended to, account by account, and is what --resume goes on from.
+    output
+        The form of the file; json and csv are written at the end, from an NDJSON file beside it that stays.
+    resume
+        Go on with what is there: fetched accounts are kept, failed ones and the rest are fetched.
+    concurrency
+        Accounts under way at the same time.
+    rate
+        Requests per second, of all accounts together; left out, each account is held to what the service grants it.
+    timeout
+        Seconds for each account, every attempt and wait included.
+    max_attempts
+        Requests for each account at the most, the first included.
+    base_url
+        Where the service is; else AUDIENCES_BASE_URL, else production.
+    allow_partial
+        Exit with 0 also where accounts have failed.
+    """
+    tally = fetching.Tally()
+    try:
+        file = AccountFile(accounts)
+        job = fetching.Job(file, out, output, resume, concurrency, rate, timeout, max_attempts, base_url)
+        fetching.run(job, tally)
+    except AudiencesError as error:
+        return _complain(error.summary, error.hint, exit_code(error))
+    except OSError as error:
+        return _complain(
+            f"cannot write {out}: {error.strerror or error}", "what is done is kept; --resume goes on", FAILED
+        )
+    except KeyboardInterrupt:
+        kept = f"{tally.fetched:,} of {tally.total:,} accounts are fetched and kept"
+        return _complain(f"interrupted; {kept}", "the same command with --resume goes on", INTERRUPTED)
+    for line in tally.summary():
+        _say(line)
+    return DONE if allow_partial or not tally.failed else PARTIAL
+
+
+@app.command
 def sandbox(
     *,
     account: list[str] | None = None,
+    accounts: Path | None = None,
     port: int = 0,
     audiences: int = 20,
     fault_rate: float = 0.0,
@@ -125,6 +186,8 @@ def sandbox(
     ----------
     account
         Name of an account to open; give it again for more. Left out, one named default.
+    accounts
+        A TOML, CSV or NDJSON file of accounts to open in place of --account, with their own keys; none is printed.
     port
         Port on the loopback address; 0 means any that is free.
     audiences
@@ -140,14 +203,20 @@ def sandbox(
     """
     try:
         with Sandbox(seed=seed, port=port) as server:
+            keys: dict[str, Any] = {one.name: one.api_key for one in AccountFile(accounts)} if accounts else {}
             opened = [
                 server.add_account(
-                    name, audiences=many_audiences(name, audiences), fault_rate=fault_rate, rate=rate, burst=burst
+                    name,
+                    api_key=keys.get(name),
+                    audiences=many_audiences(name, audiences),
+                    fault_rate=fault_rate,
+                    rate=rate,
+                    burst=burst,
                 )
-                for name in account or ["default"]
+                for name in keys or account or ["default"]
             ]
-            keys = "".join(f"AUDIENCES_API_KEY={one.api_key}\n" for one in opened)
-            print(f"AUDIENCES_BASE_URL={server.base_url}\n{keys}", end="", flush=True)
+            shown = [] if accounts else [f"AUDIENCES_API_KEY={one.api_key}\n" for one in opened]
+            print(f"AUDIENCES_BASE_URL={server.base_url}\n{''.join(shown)}", end="", flush=True)
             _say("serving until interrupted (Ctrl-C) …")
             _wait_forever()
     except KeyboardInterrupt:

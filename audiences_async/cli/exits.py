@@ -19,6 +19,7 @@ FAILED: Final = 1
 USAGE: Final = 2
 AUTHENTICATION: Final = 4
 UNAVAILABLE: Final = 5
+PARTIAL: Final = 7
 INTERRUPTED: Final = 130
 
 

@@ -3,7 +3,8 @@
 import csv
 import io
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
@@ -13,9 +14,11 @@ from rich.text import Text
 
 from audiences_async.errors import printable
 from audiences_async.models import Audience, AudiencesResponse
+from audiences_async.results import Line, lines, write_whole
 from audiences_async.structuring import record
 
 Format: TypeAlias = Literal["table", "json", "ndjson", "csv"]
+FileFormat: TypeAlias = Literal["ndjson", "json", "csv"]
 
 _COLUMNS: Final = ("id", "name", "type", "created_time", "user_count")
 
@@ -30,6 +33,16 @@ def write(response: AudiencesResponse, output: Format | None) -> None:
     # Bytes: data is UTF-8 whatever the locale says.
     sys.stdout.buffer.write(_FORMATS[output](record(audience) for audience in response))
     sys.stdout.buffer.flush()
+
+
+def convert(outcomes: Path, out: Path, output: FileFormat) -> None:
+    """Write the NDJSON *outcomes* in another format, whole or not at all; one account in memory at a time.
+
+    JSON is an array of the same objects. CSV has one row for each audience; an account without audiences has one with
+    nothing but its name, and one that failed has its error in the last column.
+    """
+    chunks = _accounts_as_json if output == "json" else _accounts_as_csv
+    write_whole(out, chunks(lines(outcomes)))
 
 
 def table(*replies: tuple[str, AudiencesResponse]) -> Table:
@@ -69,13 +82,35 @@ def _json(records: Iterable[Mapping[str, Any]]) -> bytes:
 
 def _csv(records: Iterable[Mapping[str, Any]]) -> bytes:
     """One column for each documented field, and what goes beyond them as JSON in the last."""
+    return _csv_rows([[*_COLUMNS, "extra"], *map(_csv_cells, records)])
+
+
+def _csv_cells(row: Mapping[str, Any]) -> list[str]:
+    extra = {name: value for name, value in row.items() if name not in _COLUMNS}
+    return [*(_cell(row.get(name)) for name in _COLUMNS), _cell(extra or None)]
+
+
+def _csv_rows(rows: Iterable[Sequence[str]]) -> bytes:
     text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow([*_COLUMNS, "extra"])
-    for row in records:
-        extra = {name: value for name, value in row.items() if name not in _COLUMNS}
-        writer.writerow([*(_cell(row.get(name)) for name in _COLUMNS), _cell(extra or None)])
+    csv.writer(text).writerows(rows)
     return text.getvalue().encode()
+
+
+def _accounts_as_json(outcomes: Iterable[Line]) -> Iterator[bytes]:
+    separator = b"[\n"
+    for outcome in outcomes:
+        yield separator + outcome.text.rstrip(b"\n")
+        separator = b",\n"
+    yield b"\n]\n"
+
+
+def _accounts_as_csv(outcomes: Iterable[Line]) -> Iterator[bytes]:
+    yield _csv_rows([["account", *_COLUMNS, "extra", "error"]])
+    for outcome in outcomes:
+        told = msgspec.json.decode(outcome.text)
+        error = "" if outcome.ok else told["error"]["message"]
+        audiences = told.get("audiences") or [{}]
+        yield _csv_rows([outcome.account, *_csv_cells(audience), error] for audience in audiences)
 
 
 def _cell(value: Any) -> str:

@@ -1,0 +1,176 @@
+"""``audiences fetch``: every account of a file into another file, and on from there after a crash."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from attrs import define, field, frozen, validators
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from audiences_async import checks
+from audiences_async.accounts import AccountFile
+from audiences_async.cli.output import FileFormat, convert
+from audiences_async.client import AudiencesClient
+from audiences_async.errors import AudiencesError, StatusError, printable
+from audiences_async.models import Failed, Outcome
+from audiences_async.results import OutcomeFile, check_new
+from audiences_async.retrying import RetryPolicy
+
+_NAMED: Final = 3  # accounts shown for each reason
+
+
+@frozen
+class Job:
+    """What to fetch, how, and where to.
+
+    Attributes:
+        accounts: All of them, those that were fetched before included.
+        out: The file that the user wants.
+        output: Its format.
+        resume: Whether to go on with what is there.
+        concurrency: Accounts under way at the same time.
+        rate: Requests per second, of all accounts together; ``None`` means no limit of ours.
+        timeout: Seconds for each account.
+        max_attempts: Requests for each account at the most, the first included.
+        base_url: Where the service is; ``None`` means as the client has it.
+    """
+
+    accounts: AccountFile
+    out: Path
+    output: FileFormat
+    resume: bool
+    concurrency: int = field(validator=checks.is_count)
+    rate: float | None = field(validator=validators.optional(checks.is_positive))
+    timeout: float
+    max_attempts: int
+    base_url: str | None
+
+    @property
+    def checkpoint(self) -> Path:
+        """The NDJSON that the job appends to: the output itself, or a file beside it."""
+        return self.out if self.output == "ndjson" else self.out.with_name(f"{self.out.name}.ndjson")
+
+
+@define
+class Tally:
+    """What became of the accounts so far.
+
+    Attributes:
+        total: Accounts of the job.
+        fetched: Those that were fetched, before this run or in it.
+        failures: For each reason, the names of the accounts that failed in this run, and what to do about it.
+    """
+
+    total: int = 0
+    fetched: int = 0
+    failures: dict[tuple[str, str], list[str]] = field(factory=lambda: defaultdict(list))
+
+    @property
+    def failed(self) -> int:
+        """Accounts that failed in this run."""
+        return sum(map(len, self.failures.values()))
+
+    def count(self, outcome: Outcome) -> None:
+        """Add what became of an account."""
+        if isinstance(outcome, Failed):
+            self.failures[_reason(outcome.error), outcome.error.hint].append(outcome.account.name)
+        else:
+            self.fetched += 1
+
+    def summary(self) -> Iterator[str]:
+        """What came, and what failed for each reason, the most frequent first."""
+        yield f"{self.fetched:,} of {self.total:,} accounts fetched, {self.failed:,} failed"
+        for (reason, hint), names in sorted(self.failures.items(), key=lambda item: -len(item[1])):
+            shown = ", ".join(printable(name, limit=40) for name in names[:_NAMED])
+            more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+            yield f"  {len(names):,} × {reason}: {shown}{more}"
+            if hint:
+                yield f"    hint: {hint}"
+
+
+def _reason(error: AudiencesError) -> str:
+    status = f" (HTTP {error.status})" if isinstance(error, StatusError) else ""
+    return f"{type(error).__name__}{status}"
+
+
+def run(job: Job, tally: Tally) -> None:
+    """Fetch what is not fetched yet; *tally* tells how far it came, also where this ends with an error.
+
+    Raises:
+        AudiencesError: The job cannot begin.
+        OSError: The output cannot be written.
+        KeyboardInterrupt: Ctrl-C; what is done is kept.
+    """
+    client = AudiencesClient(
+        base_url=job.base_url,
+        timeout=job.timeout,
+        retry=RetryPolicy(max_attempts=job.max_attempts),
+        rate_limit=None if job.rate is None else _SharedRate(job.rate),
+    )
+    if not job.resume:
+        check_new(job.out)
+    with OutcomeFile(job.checkpoint, resume=job.resume) as file:
+        tally.total = len(job.accounts)
+        tally.fetched = sum(account.name in file.fetched for account in job.accounts)
+        asyncio.run(_fetch(job, tally, file, client))
+    if job.output != "ndjson":
+        convert(job.checkpoint, job.out, job.output)
+
+
+async def _fetch(job: Job, tally: Tally, file: OutcomeFile, client: AudiencesClient) -> None:
+    rest = (account for account in job.accounts if account.name not in file.fetched)
+    async with client, client.stream(rest, concurrency=_concurrency(job)) as outcomes:
+        with progress(tally) as show:
+            async for outcome in outcomes:
+                file.write(outcome)
+                tally.count(outcome)
+                show()
+
+
+@contextmanager
+def progress(tally: Tally) -> Iterator[Callable[[], None]]:
+    """A bar on stderr where that is a terminal; to be called when the tally has changed."""
+    console = Console(stderr=True)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TextColumn("{task.fields[failed]} failed"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=tally.total, completed=tally.fetched, failed=0)
+        yield lambda: bar.update(task, completed=tally.fetched + tally.failed, failed=tally.failed)
+
+
+class _RateColumn(ProgressColumn):
+    """Accounts per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0.0:,.1f}/s")
+
+
+def _concurrency(job: Job) -> int:
+    """As many as asked for, but no more than the rate can serve in a part of each one's time."""
+    if job.rate is None:
+        return job.concurrency
+    return min(job.concurrency, max(1, int(job.rate * job.timeout / 4)))
+
+
+class _SharedRate:
+    """A limit of all accounts together."""
+
+    def __init__(self, rate: float) -> None:
+        self._interval = 1 / rate
+        self._due = 0.0
+
+    async def acquire(self, account_name: str) -> None:
+        now = asyncio.get_running_loop().time()
+        due = max(now, self._due)
+        self._due = due + self._interval
+        await asyncio.sleep(due - now)

@@ -1,0 +1,238 @@
+"""``audiences fetch``: every account of a file exactly once, whatever ends the process."""
+
+import contextlib
+import csv
+import json
+import os
+import pty
+import random
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from command import COMMAND, KEY, Done, runner
+
+from audiences_async import results
+from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox, many_audiences
+
+
+@pytest.fixture
+def run(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Runs the command line in this process, led to the sandbox."""
+    monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
+    return runner(monkeypatch, capsys)
+
+
+def account_file(folder: Path, names: Sequence[str]) -> Path:
+    """A CSV file of accounts, each with a key of its own."""
+    file = folder / "accounts.csv"
+    file.write_text("name,api_key\n" + "".join(f"{name},{KEY}-{name}\n" for name in names))
+    return file
+
+
+def opened(sandbox: Sandbox, folder: Path, count: int, fault_rate: float = 0.0) -> Path:
+    """A file of so many accounts that the sandbox knows, with 3 audiences each."""
+    names = [f"a{number}" for number in range(count)]
+    for name in names:
+        sandbox.add_account(name, api_key=f"{KEY}-{name}", audiences=many_audiences(name, 3), fault_rate=fault_rate)
+    return account_file(folder, names)
+
+
+def fetched(out: Path) -> dict[str, list[str]]:
+    """The ids of each account of an output, in which each stands once."""
+    told = [json.loads(line) for line in out.read_text().splitlines()]
+    ids = {one["account"]: [audience["id"] for audience in one.get("audiences", ())] for one in told}
+    assert len(ids) == len(told)
+    return ids
+
+
+def expected(count: int) -> dict[str, list[str]]:
+    return {f"a{number}": [f"a{number}-{audience}" for audience in range(3)] for number in range(count)}
+
+
+def test_every_account_is_a_line(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path) -> None:
+    """All accounts are fetched: exit 0, one line each, and a summary on stderr."""
+    accounts, out = opened(sandbox, tmp_path, 30, fault_rate=0.2), tmp_path / "out.ndjson"
+    done = run("fetch", "--accounts", str(accounts), "--out", str(out))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "30 of 30 accounts fetched, 0 failed\n")
+    assert fetched(out) == expected(30)
+
+
+def test_failures_are_lines_too_and_are_summed_up(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path) -> None:
+    """Some accounts fail: exit 7, or 0 if that is allowed; each reason is told once with accounts and a hint."""
+    accounts, out = opened(sandbox, tmp_path, 6), tmp_path / "out.ndjson"
+    for name in ("a0", "a1", "a2", "a3"):
+        sandbox.script(name, Answer(403))
+    sandbox.script("a4", Answer(200, "<html>"))
+    command = ["fetch", "--accounts", str(accounts), "--out", str(out), "--concurrency", "1"]
+    done = run(*command)
+    assert (done.returncode, done.stdout) == (7, "")
+    assert done.stderr.splitlines() == [
+        "1 of 6 accounts fetched, 5 failed",
+        "  4 × ForbiddenError (HTTP 403): a0, a1, a2 and 1 more",
+        "    hint: check what the account's API key may do in the management console",
+        "  1 × InvalidResponseError: a4",
+        "    hint: the service may have changed; see .problems and .body",
+    ]
+    assert fetched(out).keys() == expected(6).keys()
+    sandbox.script("a0", Answer(400))
+    done = run(*command, "--resume", "--allow-partial")
+    told = "5 of 6 accounts fetched, 1 failed\n  1 × BadRequestError (HTTP 400): a0\n"
+    assert (done.returncode, done.stderr) == (0, told)
+    assert len(sandbox.seen("a5")) == 1
+    assert run(*command, "--resume").returncode == 0
+    assert fetched(out) == expected(6)
+
+
+@pytest.mark.parametrize("output", ["json", "csv"])
+def test_other_formats(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path, output: str) -> None:
+    """JSON and CSV hold every account, with its audiences, without any, or failed; they can be gone on from as well."""
+    for name, audiences in (("full", EXAMPLE_AUDIENCES), ("empty", ()), ("bad", ())):
+        sandbox.add_account(name, api_key=f"{KEY}-{name}", audiences=audiences)
+    sandbox.script("bad", Answer(403))
+    accounts, out = account_file(tmp_path, ["full", "empty", "bad"]), tmp_path / "out"
+    command = ["fetch", "--accounts", str(accounts), "--out", str(out), "--output", output, "--concurrency", "1"]
+    assert run(*command).returncode == 7
+    error = "account 'bad': HTTP 403 Forbidden"
+    if output == "json":
+        full, empty, bad = json.loads(out.read_text())
+        assert (full["audiences"], empty["audiences"]) == (list(EXAMPLE_AUDIENCES), [])
+        assert bad["error"]["message"].startswith(error)
+    else:
+        first, second, empty, bad = csv.DictReader(out.read_text().splitlines())
+        assert (first["account"], second["account"]) == ("full", "full")
+        assert (first["id"], second["type"]) == (EXAMPLE_AUDIENCES[0]["id"], "Dynamic")
+        assert set(empty.values()) == {"empty", ""}
+        assert bad["error"].startswith(error)
+    assert run(*command).returncode == 2
+    assert run(*command, "--resume").returncode == 0
+    assert "Forbidden" not in out.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--concurrency", "0"], "concurrency must be a whole number"),
+        (["--rate", "0"], "rate must be a finite number above 0"),
+        (["--timeout", "0"], "timeout must be"),
+        (["--max-attempts", "0"], "max_attempts"),
+        (["--base-url", "http://example.com"], "allow_http"),
+        (["--accounts", "none.csv"], "--accounts"),
+        (["--output", "xml"], "output"),
+    ],
+)
+def test_wrong_usage_leaves_no_file(
+    run: Callable[..., Done], tmp_path: Path, sandbox: Sandbox, arguments: list[str], told: str
+) -> None:
+    """What cannot be used exits with 2 before anything is sent or written."""
+    accounts, out = account_file(tmp_path, ["north"]), tmp_path / "out.ndjson"
+    done = run("fetch", "--accounts", str(accounts), "--out", str(out), *arguments)
+    assert (done.returncode, out.exists(), sandbox.requests) == (2, False, [])
+    assert told in done.stderr
+
+
+def test_a_name_that_comes_twice_is_refused(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path) -> None:
+    """The output is keyed by name, so a file with a name twice is refused, with its line, and nothing is sent."""
+    accounts = account_file(tmp_path, ["north", "south", "north"])
+    done = run("fetch", "--accounts", str(accounts), "--out", str(tmp_path / "out"))
+    assert (done.returncode, sandbox.requests) == (2, [])
+    assert "line 4, column 1 (name): 'north' comes twice, first in line 2" in done.stderr
+    assert KEY not in done.stderr
+
+
+def test_the_rate_holds_for_all_accounts_together(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path) -> None:
+    """Requests are spaced by the rate, whichever account they are for; none runs out of its time by waiting."""
+    accounts = opened(sandbox, tmp_path, 21)
+    done = run("fetch", "--accounts", str(accounts), "--out", str(tmp_path / "o"), "--rate", "50", "--timeout", "0.35")
+    assert done.returncode == 0
+    assert sandbox.requests[-1].at - sandbox.requests[0].at >= 20 / 50 * 0.9
+
+
+def test_a_disk_that_is_full(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path) -> None:
+    """An output that cannot be written ends the job at once, on one line."""
+    accounts = opened(sandbox, tmp_path, 3)
+    done = run("fetch", "--accounts", str(accounts), "--out", "/dev/full")
+    assert (done.returncode, done.stdout) == (1, "")
+    told = "error: cannot write /dev/full: No space left on device\nhint: what is done is kept; --resume goes on\n"
+    assert done.stderr == told
+
+
+def test_progress_on_a_terminal(sandbox: Sandbox, tmp_path: Path) -> None:
+    """A terminal sees how many are done, how fast, and how many failed."""
+    accounts = opened(sandbox, tmp_path, 5)
+    sandbox.script("a0", Answer(403))
+    parent, child = pty.openpty()
+    command = [*COMMAND, "fetch", "--accounts", str(accounts), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment(sandbox), stderr=child, timeout=50, check=False)
+    os.close(child)
+    shown = os.read(parent, 100_000).decode()
+    os.close(parent)
+    assert done.returncode == 7
+    assert "5/5" in shown
+    assert "1 failed" in shown
+    assert "/s" in shown
+
+
+def environment(sandbox: Sandbox) -> Mapping[str, str]:
+    return {**os.environ, "AUDIENCES_BASE_URL": sandbox.base_url}
+
+
+@contextlib.contextmanager
+def started(sandbox: Sandbox, accounts: Path, out: Path, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
+    """A fetch in a process of its own."""
+    command = [*COMMAND, "fetch", "--accounts", str(accounts), "--out", str(out), *arguments]
+    with subprocess.Popen(command, env=environment(sandbox), stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_ctrl_c_keeps_what_is_done(sandbox: Sandbox, tmp_path: Path) -> None:
+    """Interrupted, it says how far it came and how to go on, and the file has exactly that."""
+    accounts, out = opened(sandbox, tmp_path, 10), tmp_path / "out.ndjson"
+    sandbox.script("a5", Answer(delay=60.0))
+    with started(sandbox, accounts, out, "--concurrency", "1") as process:
+        sandbox.wait_for_requests(6)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert told == (
+        "error: interrupted; 5 of 10 accounts are fetched and kept\nhint: the same command with --resume goes on\n"
+    )
+    assert fetched(out) == expected(5)
+
+
+def test_kill_9_at_any_moment_loses_and_doubles_nothing(sandbox: Sandbox, tmp_path: Path) -> None:
+    """Killed three times on its way through 5,000 accounts, and resumed: every account is there exactly once."""
+    accounts, out = opened(sandbox, tmp_path, 5_000), tmp_path / "out.ndjson"
+    moments = random.Random(4).sample(range(100, 1_400), 3)
+    for moment in moments:
+        with started(sandbox, accounts, out, "--resume") as process:
+            sandbox.wait_for_requests(len(sandbox.requests) + moment)
+            process.send_signal(signal.SIGKILL)
+        assert 0 < len(list(results.lines(out))) < 5_000
+    with started(sandbox, accounts, out, "--resume") as process:
+        _, told = process.communicate(timeout=50)
+    assert (process.returncode, told) == (0, "5,000 of 5,000 accounts fetched, 0 failed\n")
+    assert fetched(out) == expected(5_000)
+    # What was under way at each end, at the most, was asked for again.
+    assert len(sandbox.requests) <= 5_000 + 3 * 200
+
+
+def test_ten_thousand_accounts_with_faults(tmp_path: Path) -> None:
+    """With a tenth of all answers wrong, 10,000 accounts are 10,000 lines, and each has its own audiences."""
+    accounts, out = account_file(tmp_path, [f"a{number}" for number in range(10_000)]), tmp_path / "out.ndjson"
+    serve = [*COMMAND, "sandbox", "--accounts", str(accounts), "--audiences", "3", "--fault-rate", "0.1"]
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        address = server.stdout.readline().strip().partition("=")[2]
+        command = [*COMMAND, "fetch", "--accounts", str(accounts), "--out", str(out), "--base-url", address]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=55, check=False)
+        server.send_signal(signal.SIGINT)
+        printed, _ = server.communicate(timeout=30)
+    assert (done.returncode, done.stderr) == (0, "10,000 of 10,000 accounts fetched, 0 failed\n")
+    assert fetched(out) == expected(10_000)
+    assert KEY not in printed

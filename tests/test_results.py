@@ -1,0 +1,147 @@
+"""Outcomes on disk: whole lines, one for each account, that a job can go on from."""
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from audiences_async import Account, ConfigurationError, DeadlineExceededError, Failed, Fetched
+from audiences_async.errors import status_error
+from audiences_async.results import OutcomeFile, line, lines, write_whole
+from audiences_async.sandbox import EXAMPLE_AUDIENCES
+from audiences_async.structuring import decode
+
+RESPONSE = decode(json.dumps({"status": "200", "data": [*EXAMPLE_AUDIENCES, {"type": "New", "x": 2**70}]}).encode())
+NORTH = Fetched(Account("north", "key"), 0.5, RESPONSE)
+ERROR = status_error(429, "slow\ndown", account="south", retry_after=3.5, stop_reason="deadline")
+SOUTH = Failed(Account("south", "key"), 1.25, ERROR)
+
+
+def test_a_line_for_each_kind_of_outcome() -> None:
+    """An account with its audiences as the service sent them, or with its error, on one line."""
+    fetched, failed = json.loads(line(NORTH)), json.loads(line(SOUTH))
+    assert fetched == {
+        "account": "north",
+        "ok": True,
+        "elapsed": 0.5,
+        "audiences": [*EXAMPLE_AUDIENCES, {"type": "New", "x": 2**70}],
+    }
+    message = "account 'south': HTTP 429 Too Many Requests: slow\\ndown"
+    told = {"type": "TooManyRequestsError", "message": message, "status": 429, "retry_after": 3.5}
+    assert failed == {"account": "south", "ok": False, "elapsed": 1.25, "error": {**told, "stop_reason": "deadline"}}
+    late = Failed(NORTH.account, 1.0, DeadlineExceededError("late"))
+    assert json.loads(line(late))["error"]["status"] is None
+    assert line(NORTH).count(b"\n") == 1
+
+
+def test_going_on_keeps_what_was_fetched(tmp_path: Path) -> None:
+    """Failed accounts, a torn last line and an account that stands twice are taken out; the rest stays as it is."""
+    path = tmp_path / "out"
+    torn = line(NORTH)[:-1]
+    path.write_bytes(line(SOUTH) + line(NORTH) + line(NORTH) + torn)
+    with OutcomeFile(path, resume=True) as file:
+        assert file.fetched == {"north"}
+        assert path.read_bytes() == line(NORTH)
+        file.write(SOUTH)
+        assert [(each.account, each.ok) for each in lines(path)] == [("north", True), ("south", False)]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@given(cut=st.integers(min_value=0, max_value=2000))
+def test_wherever_a_crash_cuts_the_file(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    """Going on from any beginning of a file keeps its whole lines, and nothing else."""
+    path = tmp_path_factory.getbasetemp() / "cut"
+    second = Fetched(Account("east", "key"), 0.25, RESPONSE)
+    whole = line(NORTH) + line(second)
+    path.write_bytes(whole[:cut])
+    with OutcomeFile(path, resume=True) as file:
+        assert len(file.fetched) == whole[:cut].count(b"\n")
+        for outcome in (NORTH, second):
+            if outcome.account.name not in file.fetched:
+                file.write(outcome)
+    assert path.read_bytes() == whole
+
+
+def test_a_file_that_is_there_is_not_touched(tmp_path: Path) -> None:
+    """Without resume a file that has something in it is refused; an empty one is not."""
+    path = tmp_path / "out"
+    path.write_bytes(b"precious")
+    with pytest.raises(ConfigurationError, match="is there already"):
+        OutcomeFile(path)
+    path.write_bytes(b"precious\n")
+    with pytest.raises(ConfigurationError, match="line 1, is no outcome of an account"):
+        OutcomeFile(path, resume=True)
+    assert path.read_bytes() == b"precious\n"
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    """Mending a file behind a symbolic link mends the file."""
+    (tmp_path / "real").write_bytes(line(NORTH) + b"torn")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with OutcomeFile(tmp_path / "link", resume=True):
+        pass
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_bytes() == line(NORTH)
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    """Whoever comes while a file is written is refused, also after it has been mended, until it is closed."""
+    path = tmp_path / "out"
+    path.write_bytes(line(SOUTH))
+    with OutcomeFile(path, resume=True), pytest.raises(ConfigurationError, match="written by another process"):
+        OutcomeFile(path, resume=True)
+    with OutcomeFile(path, resume=True):
+        pass
+
+
+def test_a_file_replaced_while_it_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that another process put a mended one in place of, between opening and locking, is not written to."""
+    path = tmp_path / "out"
+    path.touch()
+    monkeypatch.setattr("os.path.samestat", lambda one, other: False)
+    with pytest.raises(ConfigurationError, match="written by another process"):
+        OutcomeFile(path)
+
+
+def test_a_pipe_can_be_written_but_not_gone_on_from(tmp_path: Path) -> None:
+    """What is no file takes outcomes; it has none to give back."""
+    reader, writer = os.pipe()
+    path = Path(f"/dev/fd/{writer}")
+    with pytest.raises(ConfigurationError, match="no file that can be read again"):
+        OutcomeFile(path, resume=True)
+    with OutcomeFile(path) as file:
+        file.write(SOUTH)
+    assert os.read(reader, 10_000) == line(SOUTH)
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    """A file that cannot be written whole is not written at all, and nothing stays beside it."""
+    path = tmp_path / "out"
+    write_whole(path, [b"old"])
+
+    def chunks() -> Iterator[bytes]:
+        yield b"new"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, chunks())
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "text", [b"5\n", b"{}\n", b'{"account": 5, "ok": true}\n', b'{"account": "a", "ok": tru\n', b"\xff\n"]
+)
+def test_what_is_no_outcome_is_refused(tmp_path: Path, text: bytes) -> None:
+    """A line that this package did not write is told by its number, and never taken for a torn one."""
+    path = tmp_path / "out"
+    path.write_bytes(line(NORTH) + text)
+    with pytest.raises(ConfigurationError, match="out, line 2, is no outcome"):
+        list(lines(path))
