@@ -34,14 +34,17 @@ class AccountFile:
 
     Args:
         path: The file; UTF-8, with or without a byte order mark.
+        with_keys: Whether the keys are wanted. Without them the environment variables need not be set here, and the
+            accounts are good for nothing but their names, as on the submitting side of a distributed job.
 
     Raises:
         ConfigurationError: The file cannot be read, has no accounts, or has one that cannot be used or whose name
             comes twice; the message tells the line and the column, and never a key.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, with_keys: bool = True) -> None:
         self._path = Path(path)
+        self._with_keys = with_keys
         if self._path.suffix.lower() not in _FORMATS:
             raise self._error("", f"the name of an accounts file ends in one of {', '.join(_FORMATS)}")
         self._count = self._checked()
@@ -71,7 +74,7 @@ class AccountFile:
         while (row := _advance(rows)) is not None:
             if isinstance(row, _Problem):
                 raise self._error(row.place, row.text)
-            account = _account(row)
+            account = _account(row, with_key=self._with_keys)
             if isinstance(account, _Problem):
                 raise self._error(account.place, account.text)
             yield row, account
@@ -133,7 +136,7 @@ def _advance(rows: Iterator[_Row]) -> _Row | _Problem | None:
         return _Problem("", f"cannot be read: {error.strerror or error}")
 
 
-def _account(row: _Row) -> Account | _Problem:
+def _account(row: _Row, *, with_key: bool) -> Account | _Problem:
     """The account of a row, or what is wrong with it. A value is never repeated: what is misplaced may be a key."""
     given = {name: row.fields[name] for name in _FIELDS if row.fields.get(name) is not None}
     for name, value in given.items():
@@ -142,6 +145,8 @@ def _account(row: _Row) -> Account | _Problem:
     problem = _name_problem(given.get("name", ""))
     if problem:
         return _Problem(row.at("name"), problem)
+    if not with_key:
+        return Account(given["name"], _no_key)
     if ("api_key" in given) == ("api_key_env" in given):
         return _Problem(row.at("api_key"), "an account needs one of api_key and api_key_env")
     source = "api_key" if "api_key" in given else "api_key_env"
@@ -151,6 +156,10 @@ def _account(row: _Row) -> Account | _Problem:
     except ConfigurationError as error:
         unset = key is None
         return _Problem(row.at(source), "names an environment variable that is not set" if unset else error.message)
+
+
+def _no_key() -> str:
+    raise LookupError("the file was read without its keys")
 
 
 def _name_problem(name: str) -> str:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, BinaryIO, Final, Self
 
 import msgspec
@@ -125,7 +126,11 @@ class OutcomeFile:
 
     def write(self, outcome: Outcome) -> None:
         """Append an outcome; it is there when this returns, also if the process is killed then."""
-        self._file.write(line(outcome))
+        self.append(line(outcome))
+
+    def append(self, text: bytes) -> None:
+        """As `write`, of a line as it stands."""
+        self._file.write(text)
         self._file.flush()
 
     def _go_on(self) -> None:
@@ -144,11 +149,13 @@ class OutcomeFile:
                 yield each
 
     def _rewrite(self) -> None:
-        with _successor(self._path) as mended:
+        with successor(self._path) as mended:
             fcntl.flock(mended, fcntl.LOCK_EX)
             mended.writelines(each.text for each in self._fetched_lines())
+            mended.flush()
+            alone = os.fdopen(os.dup(mended.fileno()), "ab")  # has the lock, too
         self._file.close()
-        self._file = mended
+        self._file = alone
 
 
 def check_new(path: Path) -> None:
@@ -163,15 +170,15 @@ def check_new(path: Path) -> None:
 
 def write_whole(path: Path, chunks: Iterable[bytes]) -> None:
     """Write a file at once: whoever looks, also after a crash, finds the one that was there, or the new one whole."""
-    with _successor(path) as file:
+    with successor(path) as file:
         file.writelines(chunks)
-    file.close()
 
 
 @contextmanager
-def _successor(path: Path) -> Iterator[BinaryIO]:
-    """A new file, left open, that takes the place of *path* where the block is left without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def successor(path: Path) -> Iterator[BinaryIO]:
+    """A new file, which takes the place of *path*, whole, where the block is left without an error."""
+    # Several machines may be at the same file, so a process's number does not tell them apart.
+    temporary = path.with_name(f".{path.name}.{token_hex(8)}.tmp")
     file = temporary.open("wb")
     try:
         yield file
@@ -179,10 +186,11 @@ def _successor(path: Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
         with suppress(OSError):  # of a full disk, once more
             file.close()
-        temporary.unlink()
-        raise
 
 
 def _open_alone(path: Path) -> BinaryIO:

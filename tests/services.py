@@ -79,9 +79,9 @@ def nginx(folder: Path, body: bytes, *, rate: int, burst: int) -> Iterator[Nginx
 
 @contextlib.contextmanager
 def redis_server(folder: Path) -> Iterator[str]:
-    """Run a Redis that keeps nothing on disk, for as long as the block lasts; gives its URL."""
+    """Run a Redis for as long as the block lasts; gives its URL. All that is ever written to it is in the folder."""
     port = free_port()
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir", str(folder)]
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes", "--dir", str(folder)]
     process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
     try:
         _wait_for(port)

@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 
@@ -16,10 +17,11 @@ from audiences_async._version import __version__
 from audiences_async.accounts import AccountFile
 from audiences_async.cli import demo as demonstration
 from audiences_async.cli import fetch as fetching
+from audiences_async.cli import worker as working
 from audiences_async.cli.exits import AUTHENTICATION, DONE, FAILED, INTERRUPTED, PARTIAL, USAGE, exit_code
-from audiences_async.cli.output import FileFormat, Format, write
+from audiences_async.cli.output import FileFormat, Format, say, write
 from audiences_async.client import AudiencesClient
-from audiences_async.errors import AudiencesError, printable
+from audiences_async.errors import AudiencesError, ConfigurationError, printable
 from audiences_async.models import AudiencesResponse
 from audiences_async.retrying import RetryPolicy
 from audiences_async.sandbox import Sandbox, many_audiences
@@ -63,7 +65,7 @@ def demo(*, seed: int | None = None) -> None:
         Decides the faults and the waits; the same seed shows the same again. Left out, one is drawn.
     """
     chosen = random.SystemRandom().randrange(10_000) if seed is None else seed
-    _say(f"a sandbox with faults, and a limit of 1 request/s for each account (--seed {chosen}) …")
+    say(f"a sandbox with faults, and a limit of 1 request/s for each account (--seed {chosen}) …")
     demonstration.run(chosen, Console())
 
 
@@ -123,6 +125,8 @@ def fetch(
     max_attempts: int = 5,
     base_url: str | None = None,
     allow_partial: _Flag = False,
+    docket: str | None = None,
+    parts: Path | None = None,
 ) -> int:
     """Fetch every account of a file into another file, each account's audiences or its error.
 
@@ -148,12 +152,23 @@ def fetch(
         Where the service is; else AUDIENCES_BASE_URL, else production.
     allow_partial
         Exit with 0 also where accounts have failed.
+    docket
+        URL of a Redis: let the workers of `audiences worker` fetch; how they do it is theirs to say.
+    parts
+        With --docket: the directory that the workers write to; else the output's name with .parts.
     """
     tally = fetching.Tally()
     try:
-        file = AccountFile(accounts)
+        if docket is not None:
+            _need_docket()
+            if (concurrency, rate, timeout, max_attempts, base_url) != (100, None, 60.0, 5, None):
+                raise ConfigurationError("how accounts are fetched is for `audiences worker` to say, not with --docket")
+        file = AccountFile(accounts, with_keys=docket is None)
         job = fetching.Job(file, out, output, resume, concurrency, rate, timeout, max_attempts, base_url)
-        fetching.run(job, tally)
+        if docket is None:
+            fetching.run(job, tally)
+        else:
+            fetching.run_distributed(job, tally, docket, parts or out.with_name(f"{out.name}.parts"))
     except AudiencesError as error:
         return _complain(error.summary, error.hint, exit_code(error))
     except OSError as error:
@@ -164,8 +179,56 @@ def fetch(
         kept = f"{tally.fetched:,} of {tally.total:,} accounts are fetched and kept"
         return _complain(f"interrupted; {kept}", "the same command with --resume goes on", INTERRUPTED)
     for line in tally.summary():
-        _say(line)
+        say(line)
     return DONE if allow_partial or not tally.failed else PARTIAL
+
+
+@app.command
+def worker(
+    *,
+    docket: str,
+    accounts: Path,
+    out: Path,
+    concurrency: int = 100,
+    account_rate: float | None = None,
+    timeout: float = 60.0,
+    max_attempts: int = 5,
+    base_url: str | None = None,
+) -> int:
+    """Fetch for `audiences fetch --docket`, until interrupted; what is under way then is finished first.
+
+    Parameters
+    ----------
+    docket
+        URL of the Redis. Whoever can write to it can run code here.
+    accounts
+        A TOML, CSV or NDJSON file with the name and the api_key, or the api_key_env, of each account; keys stay here.
+    out
+        A directory that all workers and whoever submits share.
+    concurrency
+        Accounts under way at the same time in this process.
+    account_rate
+        Requests per second of each account, whichever worker sends them; left out, each account is held to what the
+        service grants it.
+    timeout
+        Seconds for each account, every attempt and wait included.
+    max_attempts
+        Requests for each account at the most, the first included.
+    base_url
+        Where the service is; else AUDIENCES_BASE_URL, else production.
+    """
+    try:
+        _need_docket()
+        known = {account.name: account for account in AccountFile(accounts)}
+        settings = working.Settings(docket, known, out, concurrency, account_rate, timeout, max_attempts, base_url)
+        asyncio.run(working.run(settings))
+    except AudiencesError as error:
+        return _complain(error.summary, error.hint, exit_code(error))
+    except OSError as error:
+        return _complain(f"cannot write to {out}: {error.strerror or error}", "", FAILED)
+    except KeyboardInterrupt:
+        pass  # how a worker ends
+    return DONE
 
 
 @app.command
@@ -217,7 +280,7 @@ def sandbox(
             ]
             shown = [] if accounts else [f"AUDIENCES_API_KEY={one.api_key}\n" for one in opened]
             print(f"AUDIENCES_BASE_URL={server.base_url}\n{''.join(shown)}", end="", flush=True)
-            _say("serving until interrupted (Ctrl-C) …")
+            say("serving until interrupted (Ctrl-C) …")
             _wait_forever()
     except KeyboardInterrupt:
         return DONE  # how a server ends
@@ -238,12 +301,13 @@ async def _fetch(key: str | None, base_url: str | None, timeout: float, max_atte
         return await client.get_audiences()
 
 
-def _say(text: str) -> None:
-    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+def _need_docket() -> None:
+    if find_spec("docket") is None:
+        raise ConfigurationError("several machines need an extra: pip install 'audiences_async[docket]'")
 
 
 def _complain(problem: str, hint: str, code: int) -> int:
-    _say(f"error: {printable(problem, limit=2000)}")
+    say(f"error: {printable(problem, limit=2000)}")
     if hint:
-        _say(f"hint: {hint}")
+        say(f"hint: {hint}")
     return code

@@ -2,23 +2,24 @@
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import msgspec
 from attrs import define, field, frozen, validators
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from audiences_async import checks
+from audiences_async import checks, errors
 from audiences_async.accounts import AccountFile
-from audiences_async.cli.output import FileFormat, convert
+from audiences_async.cli.output import FileFormat, convert, say
 from audiences_async.client import AudiencesClient
 from audiences_async.errors import AudiencesError, StatusError, printable
 from audiences_async.models import Failed, Outcome
-from audiences_async.results import OutcomeFile, check_new
+from audiences_async.results import Line, OutcomeFile, check_new
 from audiences_async.retrying import RetryPolicy
 
 _NAMED: Final = 3  # accounts shown for each reason
@@ -78,9 +79,22 @@ class Tally:
     def count(self, outcome: Outcome) -> None:
         """Add what became of an account."""
         if isinstance(outcome, Failed):
-            self.failures[_reason(outcome.error), outcome.error.hint].append(outcome.account.name)
+            error = outcome.error
+            self._fail(outcome.account.name, type(error), error.status if isinstance(error, StatusError) else None)
         else:
             self.fetched += 1
+
+    def count_line(self, line: Line) -> None:
+        """The same of an account that a worker has fetched."""
+        if line.ok:
+            self.fetched += 1
+        else:
+            error = msgspec.json.decode(line.text)["error"]
+            self._fail(line.account, getattr(errors, error["type"], AudiencesError), error["status"])
+
+    def _fail(self, name: str, kind: type[AudiencesError], status: int | None) -> None:
+        reason = kind.__name__ if status is None else f"{kind.__name__} (HTTP {status})"
+        self.failures[reason, kind.hint].append(name)
 
     def summary(self) -> Iterator[str]:
         """What came, and what failed for each reason, the most frequent first."""
@@ -93,13 +107,8 @@ class Tally:
                 yield f"    hint: {hint}"
 
 
-def _reason(error: AudiencesError) -> str:
-    status = f" (HTTP {error.status})" if isinstance(error, StatusError) else ""
-    return f"{type(error).__name__}{status}"
-
-
 def run(job: Job, tally: Tally) -> None:
-    """Fetch what is not fetched yet; *tally* tells how far it came, also where this ends with an error.
+    """Fetch what is not fetched yet, here; *tally* tells how far it came, also where this ends with an error.
 
     Raises:
         AudiencesError: The job cannot begin.
@@ -112,12 +121,37 @@ def run(job: Job, tally: Tally) -> None:
         retry=RetryPolicy(max_attempts=job.max_attempts),
         rate_limit=None if job.rate is None else _SharedRate(job.rate),
     )
+    _run(job, tally, lambda file: _fetch(job, tally, file, client))
+
+
+def run_distributed(job: Job, tally: Tally, url: str, parts: Path) -> None:
+    """As `run`, by the workers of a docket, who write to the directory *parts*."""
+    from audiences_async import distributed  # noqa: PLC0415 - of an optional extra
+
+    names = (account.name for account in job.accounts)
+
+    async def submit(file: OutcomeFile) -> None:
+        with progress(tally) as show:
+
+            def merged(line: Line) -> None:
+                tally.count_line(line)
+                show()
+
+            def idle() -> None:
+                say("no worker is there yet: audiences worker --docket URL --accounts FILE --out DIRECTORY")
+
+            await distributed.submit(url, names, parts, file, on_merged=merged, on_idle=idle)
+
+    _run(job, tally, submit)
+
+
+def _run(job: Job, tally: Tally, fetch: Callable[[OutcomeFile], Coroutine[Any, Any, None]]) -> None:
     if not job.resume:
         check_new(job.out)
     with OutcomeFile(job.checkpoint, resume=job.resume) as file:
         tally.total = len(job.accounts)
         tally.fetched = sum(account.name in file.fetched for account in job.accounts)
-        asyncio.run(_fetch(job, tally, file, client))
+        asyncio.run(fetch(file))
     if job.output != "ndjson":
         convert(job.checkpoint, job.out, job.output)
 

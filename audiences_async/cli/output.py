@@ -35,6 +35,11 @@ def write(response: AudiencesResponse, output: Format | None) -> None:
     sys.stdout.buffer.flush()
 
 
+def say(text: str) -> None:
+    """A line for people, on stderr."""
+    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+
+
 def convert(outcomes: Path, out: Path, output: FileFormat) -> None:
     """Write the NDJSON *outcomes* in another format, whole or not at all; one account in memory at a time.
 

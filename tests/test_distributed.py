@@ -1,0 +1,349 @@
+"""Several workers on a real Redis: every account exactly once, whoever dies, and no key in Redis."""
+
+import asyncio
+import contextlib
+import json
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import COMMAND, KEY, Done, runner
+from services import free_port, missing, redis_server
+
+from audiences_async import Account, AudiencesClient, ConfigurationError, RateLimit, RetryPolicy, distributed, results
+from audiences_async.distributed import DocketError, RedisLimiter
+from audiences_async.results import OutcomeFile
+from audiences_async.sandbox import Answer, Sandbox, many_audiences
+
+pytestmark = pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed")
+
+
+@pytest.fixture
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with redis_server(tmp_path_factory.mktemp("redis")) as url:
+        yield url
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks for what has become of the chunks at every turn."""
+    monkeypatch.setattr(distributed, "_LOOK_EVERY", 0.01)
+    monkeypatch.setattr(distributed, "_ASK_EVERY", 0.02)
+    monkeypatch.setattr(distributed, "_RETRY_AFTER", distributed.timedelta(0))
+
+
+def opened(sandbox: Sandbox, count: int) -> dict[str, Account]:
+    """So many accounts by name, with 3 audiences each."""
+    names = [f"a{number}" for number in range(count)]
+    return {
+        name: sandbox.add_account(name, api_key=f"{KEY}-{name}", audiences=many_audiences(name, 3)) for name in names
+    }
+
+
+def expected(count: int) -> dict[str, list[str]]:
+    return {f"a{number}": [f"a{number}-{audience}" for audience in range(3)] for number in range(count)}
+
+
+def fetched(out: Path) -> dict[str, list[str]]:
+    """The ids of each account of an output, in which each stands once."""
+    told = [json.loads(line) for line in out.read_text().splitlines()]
+    ids = {one["account"]: [audience["id"] for audience in one.get("audiences", ())] for one in told}
+    assert len(ids) == len(told)
+    return ids
+
+
+@contextlib.asynccontextmanager
+async def worker(url: str, accounts: dict[str, Account], out: Path, sandbox: Sandbox) -> AsyncIterator[None]:
+    """A worker in this process, ended with the block."""
+    client = AudiencesClient(base_url=sandbox.base_url, retry=RetryPolicy(max_attempts=1))
+    task = asyncio.create_task(distributed.work(url, accounts, out, client, concurrency=10))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def submitted(url: str, names: list[str], parts: Path, out: Path, **settings: Any) -> list[str]:
+    """Submit, resuming; gives the accounts that were merged."""
+    merged: list[str] = []
+    with OutcomeFile(out, resume=True) as file:
+        await distributed.submit(
+            url,
+            names,
+            parts,
+            file,
+            chunk_size=4,
+            on_merged=lambda line: merged.append(line.account),
+            **{"on_idle": lambda: None, **settings},
+        )
+    return merged
+
+
+def test_a_killed_worker_is_made_up_for(
+    redis: str, sandbox: Sandbox, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Two workers, one killed in the middle of 5,000 accounts: each account once, within 30 s, and no key in Redis."""
+    opened(sandbox, 5_000)
+    accounts, out, parts = tmp_path / "accounts.csv", tmp_path / "out.ndjson", tmp_path / "parts"
+    accounts.write_text("name,api_key\n" + "".join(f"a{number},{KEY}-a{number}\n" for number in range(5_000)))
+    work = [*COMMAND, "worker", "--docket", redis, "--accounts", str(accounts), "--out", str(parts)]
+    work += ["--base-url", sandbox.base_url]
+    fetch = [
+        *COMMAND,
+        "fetch",
+        "--docket",
+        redis,
+        "--accounts",
+        str(accounts),
+        "--out",
+        str(out),
+        "--parts",
+        str(parts),
+    ]
+    with (
+        subprocess.Popen(work) as doomed,
+        subprocess.Popen([*work, "--account-rate", "1000"]) as survivor,
+        subprocess.Popen(fetch, stderr=subprocess.PIPE, text=True) as submitter,
+    ):
+        try:
+            sandbox.wait_for_requests(2_500, timeout=30.0)
+            doomed.send_signal(signal.SIGKILL)
+            _, told = submitter.communicate(timeout=30)
+            survivor.send_signal(signal.SIGTERM)
+            assert survivor.wait(timeout=20) == 0
+        finally:
+            for process in (doomed, survivor, submitter):
+                process.kill()
+    assert (submitter.returncode, told) == (0, "5,000 of 5,000 accounts fetched, 0 failed\n")
+    assert fetched(out) == expected(5_000)
+    assert list(parts.iterdir()) == []
+    written = b"".join(file.read_bytes() for file in tmp_path_factory.getbasetemp().rglob("*.aof"))
+    assert b"a4999" in written
+    assert KEY.encode() not in written
+
+
+async def test_what_a_worker_cannot_do_is_an_error_of_the_account(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
+    """An account that fails, and one that the worker's own file lacks, are lines with errors."""
+    accounts = opened(sandbox, 6)
+    sandbox.script("a1", Answer(403))
+    known = {name: account for name, account in accounts.items() if name != "a2"}
+    async with worker(redis, known, tmp_path / "parts", sandbox):
+        merged = await submitted(redis, list(accounts), tmp_path / "parts", tmp_path / "out")
+    assert sorted(merged) == sorted(accounts)
+    lines = {line.account: json.loads(line.text) for line in results.lines(tmp_path / "out")}
+    assert [name for name, told in lines.items() if not told["ok"]] == ["a2", "a1"]
+    assert lines["a1"]["error"]["status"] == 403
+    assert lines["a2"]["error"]["message"] == "account 'a2': the worker's accounts file does not have it"
+
+
+async def test_resuming_has_only_the_rest_fetched(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
+    """Parts that came while nobody was there to merge them are taken in, and only what is missing is fetched."""
+    accounts = opened(sandbox, 8)
+    sandbox.script("a1", Answer(403))
+    parts, out = tmp_path / "parts", tmp_path / "out"
+    first = asyncio.create_task(submitted(redis, list(accounts), parts, out))
+    async with worker(redis, accounts, parts, sandbox):
+        await asyncio.to_thread(sandbox.wait_for_requests, 1)
+        first.cancel()
+        await asyncio.wait({first})
+        await asyncio.to_thread(sandbox.wait_for_requests, 8)
+    assert sorted(sandbox_names(sandbox)) == sorted(accounts)
+    async with worker(redis, accounts, parts, sandbox):
+        await submitted(redis, list(accounts), parts, out)
+    assert fetched(out) == expected(8)
+    assert sorted(sandbox_names(sandbox)[8:]) == ["a1"]
+    assert list(parts.iterdir()) == []
+
+
+def sandbox_names(sandbox: Sandbox) -> list[str | None]:
+    return [request.account for request in sandbox.requests]
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_part_that_is_nowhere_is_asked_for_again(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
+    """Workers that write elsewhere: the chunk is repeated, and then its accounts are errors that say so."""
+    accounts = opened(sandbox, 2)
+    async with worker(redis, accounts, tmp_path / "elsewhere", sandbox):
+        await submitted(redis, list(accounts), tmp_path / "parts", tmp_path / "out")
+    lines = [json.loads(line.text) for line in results.lines(tmp_path / "out")]
+    assert [line["account"] for line in lines] == ["a0", "a1"]
+    assert lines[0]["error"]["message"].endswith("no worker could write its chunk: the part is not there")
+    assert len(sandbox.requests) == 2 * 3
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_worker_that_cannot_write(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
+    """A chunk whose part cannot be written fails after some attempts, and its accounts say why."""
+    accounts = opened(sandbox, 1)
+    parts = tmp_path / "parts"
+    async with worker(redis, accounts, tmp_path / "gone", sandbox):
+        while not (tmp_path / "gone").exists():
+            await asyncio.sleep(0)
+        (tmp_path / "gone").rmdir()
+        await submitted(redis, list(accounts), parts, tmp_path / "out")
+    (line,) = results.lines(tmp_path / "out")
+    assert "no worker could write its chunk: " in json.loads(line.text)["error"]["message"]
+    assert sandbox.requests == []
+
+
+async def test_a_part_that_lacks_an_account(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
+    """Every account has its line, also where a part, whoever wrote it, does not have it."""
+    accounts = opened(sandbox, 2)
+    parts, out = tmp_path / "parts", tmp_path / "out"
+    job = asyncio.create_task(submitted(redis, list(accounts), parts, out))
+    async with distributed._opened(redis) as docket:
+        while not (snapshot := await docket.snapshot()).future:
+            await asyncio.sleep(0)
+        results.write_whole(parts / snapshot.future[0].key, [b'{"account": "a0", "ok": true, "audiences": []}\n'])
+    await job
+    first, second = (json.loads(line.text) for line in results.lines(out))
+    assert (first["account"], first["ok"]) == ("a0", True)
+    assert second["error"]["message"] == "account 'a1': its chunk's part does not have it"
+
+
+@pytest.mark.usefixtures("quick")
+async def test_without_a_worker_it_says_so(redis: str, tmp_path: Path) -> None:
+    """Whoever submits where no worker is there is told, once, and goes on waiting."""
+    told: list[None] = []
+    waiting = asyncio.Event()
+
+    def idle() -> None:
+        told.append(None)
+        waiting.set()
+
+    job = asyncio.create_task(submitted(redis, ["a0"], tmp_path / "parts", tmp_path / "out", on_idle=idle))
+    await asyncio.wait_for(waiting.wait(), 30)
+    job.cancel()
+    await asyncio.wait({job})
+    assert (job.cancelled(), len(told)) == (True, 1)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_redis_that_goes_away(
+    sandbox: Sandbox, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """While Redis is away, whoever has submitted waits for parts, and is not ended by it."""
+    accounts = opened(sandbox, 1)
+    parts, out = tmp_path / "parts", tmp_path / "out"
+    with redis_server(tmp_path_factory.mktemp("redis")) as url:
+        job = asyncio.create_task(submitted(url, list(accounts), parts, out))
+        async with distributed._opened(url) as docket:
+            while not (snapshot := await docket.snapshot()).future:
+                await asyncio.sleep(0)
+    part = parts / snapshot.future[0].key
+    for _ in range(3):
+        assert not job.done()
+        await asyncio.sleep(0.03)
+    results.write_whole(part, [b'{"account": "a0", "ok": true, "audiences": []}\n'])
+    assert await job == ["a0"]
+
+
+@pytest.mark.parametrize("url", ["nonsense", "redis://u:s3cr3t@[/0", "redis://:s3cr3t@127.0.0.1:1/0?max_connections=x"])
+async def test_a_url_that_cannot_be_used(url: str, tmp_path: Path) -> None:
+    """A wrong URL is a usage error, which does not repeat it."""
+    with pytest.raises(ConfigurationError, match="the URL of the Redis cannot be used") as caught:
+        await submitted(url, ["a0"], tmp_path, tmp_path / "out")
+    assert caught.value.__cause__ is caught.value.__context__ is None
+    with pytest.raises(ConfigurationError, match="the URL of the Redis cannot be used"):
+        distributed.connect(url, 5)
+
+
+async def test_a_redis_that_is_not_there(tmp_path: Path) -> None:
+    """Where nobody listens, both sides end with an error that says what to check."""
+    url = f"redis://127.0.0.1:{free_port()}/0?max_connections=5"
+    with pytest.raises(DocketError, match="Redis cannot be used: .*check the URL of the Redis"):
+        await submitted(url, ["a0"], tmp_path, tmp_path / "out")
+    with pytest.raises(DocketError):
+        await distributed.work(url, {}, tmp_path, AudiencesClient())
+
+
+async def test_one_rate_for_all_processes(redis: str) -> None:
+    """Clients that share a Redis share each account's rate, bursts included; other accounts are not held up."""
+    async with distributed.connect(redis, 10) as one, distributed.connect(redis, 10) as other:
+        limiters = [RedisLimiter(client, RateLimit(rate=100, burst=3)) for client in (one, other)]
+        now = asyncio.get_running_loop().time
+        started = now()
+        times: list[float] = []
+
+        async def ask(number: int) -> None:
+            await limiters[number % 2].acquire("north")
+            times.append(now() - started)
+
+        await asyncio.gather(*map(ask, range(9)))
+        before = now()
+        await limiters[0].acquire("south")
+        assert now() - before < 0.05
+    times.sort()
+    assert times[2] < 0.05
+    assert all(time >= (number - 2) / 100 - 0.002 for number, time in enumerate(times))
+
+
+@pytest.fixture
+def run(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
+    return runner(monkeypatch, capsys)
+
+
+def test_the_command_line_of_both_sides(
+    redis: str, run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys stand in the worker's environment alone; failures are summed up on the submitting side."""
+    for name in ("north", "south"):
+        sandbox.add_account(name, api_key=f"{KEY}-{name}")
+    sandbox.script("south", Answer(403))
+    accounts, out = tmp_path / "accounts.csv", tmp_path / "out"
+    accounts.write_text("name,api_key_env\nnorth,NORTH\nsouth,SOUTH\n")
+    work = [*COMMAND, "worker", "--docket", redis, "--accounts", str(accounts), "--out", f"{out}.parts"]
+    with monkeypatch.context() as patch:
+        patch.setenv("NORTH", f"{KEY}-north")
+        patch.setenv("SOUTH", f"{KEY}-south")
+        process = subprocess.Popen(work, stderr=subprocess.PIPE, text=True)
+    with process:
+        done = run("fetch", "--docket", redis, "--accounts", str(accounts), "--out", str(out))
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=30)
+    assert (process.returncode, told) == (0, "")
+    assert (done.returncode, done.stderr.splitlines()[:2]) == (
+        7,
+        ["1 of 2 accounts fetched, 1 failed", "  1 × ForbiddenError (HTTP 403): south"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["fetch", "--docket", "nonsense", "--out", "{}/out"], 2, "the URL of the Redis cannot be used"),
+        (["fetch", "--docket", "redis://h", "--out", "{}/out", "--rate", "5"], 2, "is for `audiences worker` to say"),
+        (["worker", "--docket", "nonsense", "--out", "{}"], 2, "the URL of the Redis cannot be used"),
+        (["worker", "--docket", "nonsense", "--out", "{}", "--account-rate", "5"], 2, "the URL of the Redis"),
+        (["worker", "--docket", "redis://127.0.0.1:1", "--out", "{}"], 5, "Redis cannot be used"),
+        (["worker", "--docket", "redis://h", "--out", "{}", "--concurrency", "0"], 2, "concurrency must be"),
+        (["worker", "--docket", "redis://h", "--out", "{}", "--account-rate", "0"], 2, "account_rate must be"),
+        (["worker", "--docket", "redis://h", "--out", "{}", "--timeout", "0"], 2, "timeout must be"),
+        (["worker", "--docket", "redis://h", "--out", "/dev/null/parts"], 1, "cannot write to /dev/null/parts"),
+    ],
+)
+def test_wrong_usage(run: Callable[..., Done], tmp_path: Path, arguments: list[str], code: int, told: str) -> None:
+    """What cannot be used is told on one line, with the exit code for its kind."""
+    accounts = tmp_path / "accounts.csv"
+    accounts.write_text(f"name,api_key\nnorth,{KEY}\n")
+    done = run(*(argument.format(tmp_path) for argument in arguments), "--accounts", str(accounts))
+    assert (done.returncode, done.stdout) == (code, "")
+    assert told in done.stderr
+
+
+@pytest.mark.parametrize("command", ["fetch", "worker"])
+def test_without_the_extra(
+    run: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Where Docket is not installed, the command says what to install."""
+    accounts = tmp_path / "accounts.csv"
+    accounts.write_text(f"name,api_key\nnorth,{KEY}\n")
+    monkeypatch.setattr("audiences_async.cli.app.find_spec", lambda name: None)
+    done = run(command, "--docket", "redis://h", "--accounts", str(accounts), "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert "pip install 'audiences_async[docket]'" in done.stderr
