@@ -100,6 +100,7 @@ async def submit(
     parts: Path,
     file: OutcomeFile,
     *,
+    resume: bool = False,
     chunk_size: int = CHUNK_SIZE,
     on_merged: Callable[[results.Line], None],
     on_idle: Callable[[], None],
@@ -113,6 +114,7 @@ async def submit(
         names: Of all accounts of the job, in the same order each time.
         parts: The directory that the workers write to.
         file: Where the outcomes go.
+        resume: Whether parts that are there already are taken in; else they are removed, for they may be old.
         chunk_size: Accounts of a chunk, from 1 up.
         on_merged: Called with each line that is merged.
         on_idle: Called once, where no worker is there.
@@ -127,7 +129,7 @@ async def submit(
     async with _opened(url) as docket:
         docket.register(_elsewhere, names=[_TASK])
         job = _Job(docket, parts, file, on_merged)
-        await job.submit(_chunks(names, chunk_size))
+        await job.submit(_chunks(names, chunk_size), resume=resume)
         await job.finish(on_idle)
 
 
@@ -164,11 +166,11 @@ class _Job:
         self._waiting: dict[str, _Chunk] = {}
         self._submitted: Counter[str] = Counter()
 
-    async def submit(self, chunks: Iterable[_Chunk]) -> None:
+    async def submit(self, chunks: Iterable[_Chunk], *, resume: bool) -> None:
         """Have the chunks fetched, but for what is there already."""
         for chunk in chunks:
             for line in self._taken(chunk):  # of a job that was ended
-                if line.ok:
+                if line.ok and resume:
                     self._append(line)
             missing = [name for name in chunk.names if name not in self._file.fetched]
             if missing:
@@ -179,8 +181,8 @@ class _Job:
         asked = time.monotonic()
         idle = False
         while self._waiting:
-            for chunk in tuple(self._waiting.values()):
-                self._merge(chunk)
+            for part in self._written & self._waiting.keys():
+                self._merge(self._waiting[part])
             if time.monotonic() - asked > _ASK_EVERY:
                 asked = time.monotonic()
                 with suppress(RedisError, DocketError):  # parts are written, and tell, also while Redis is away
@@ -190,6 +192,10 @@ class _Job:
                         on_idle()
             await asyncio.sleep(_LOOK_EVERY)
         self._tidy()
+
+    @property
+    def _written(self) -> set[str]:
+        return {path.name for path in self._parts.iterdir()}
 
     def _tidy(self) -> None:
         """Remove what killed workers have left half written."""
@@ -221,8 +227,6 @@ class _Job:
         self._on_merged(line)
 
     def _merge(self, chunk: _Chunk) -> None:
-        if not (self._parts / chunk.part).exists():
-            return
         missing = set(chunk.names)
         for line in self._taken(chunk):
             missing.discard(line.account)

@@ -1,16 +1,23 @@
 """What the benchmarks share: a lean server in a process of its own, and interleaved, checked, printed measurements."""
 
+import argparse
 import asyncio
 import contextlib
+import gzip
 import json
 import multiprocessing
+import os
 import platform
 import statistics
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 from audiences_async.sandbox import many_audiences
+
+PACKAGES = ("audiences_async", "aiohttp", "attrs", "cattrs", "msgspec", "tenacity")
 
 
 def body(audiences: int, account: str = "bench") -> bytes:
@@ -42,15 +49,19 @@ def _serve(reply: bytes, ready: Connection) -> None:
 
 
 @contextlib.contextmanager
-def server(payload: bytes) -> Iterator[str]:
+def server(payload: bytes, *, gzipped: bool = False) -> Iterator[str]:
     """The base URL of a server, in a process of its own, that answers everything with this body."""
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(payload)
+    sent = gzip.compress(payload) if gzipped else payload
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n" % len(sent)
+    reply = head + (b"Content-Encoding: gzip\r\n" if gzipped else b"") + b"\r\n" + sent
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(head + payload, theirs), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(reply, theirs), daemon=True)
     process.start()
-    yield f"http://127.0.0.1:{ours.recv()}/"
-    process.terminate()
-    process.join()
+    try:
+        yield f"http://127.0.0.1:{ours.recv()}/"
+    finally:
+        process.terminate()
+        process.join()
 
 
 async def in_parallel(call: Callable[[], Awaitable[object]], total: int, at_once: int) -> None:
@@ -63,18 +74,81 @@ async def in_parallel(call: Callable[[], Awaitable[object]], total: int, at_once
     await asyncio.gather(*(worker() for _ in range(at_once)))
 
 
-def environment() -> str:
+def arguments(rounds: int) -> argparse.Namespace:
+    """The command line that the benchmarks share: ``[rounds] [--json FILE]``."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rounds", nargs="?", type=int, default=rounds, help=f"measured rounds (default: {rounds})")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    return parser.parse_args()
+
+
+def machine() -> str:
+    """Processor and system."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} CPUs, {platform.system()}"
+    return f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}"
+
+
+def interpreter() -> str:
+    return f"{platform.python_implementation()} {platform.python_version()}"
+
+
+def environment(*peers: str) -> str:
     """Interpreter, machine and versions, to stand beside every figure."""
-    packages = ("aiohttp", "attrs", "cattrs", "msgspec", "tenacity")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    return f"{platform.python_implementation()} {platform.python_version()}, {platform.machine()}, {versions}"
+    versions = ", ".join(f"{name} {version(name)}" for name in (*PACKAGES, *peers))
+    return f"{interpreter()}; {machine()}; {versions}"
 
 
-def report(title: str, baseline: str, figures: Mapping[str, list[float]], unit: str, scale: float) -> None:
-    """Print medians, spreads and ratios to the baseline; each ratio is the median over rounds."""
-    print(f"\n{title}\n{environment()}")
-    print(f"{'case':40} {'median':>9} {'min':>9} {'max':>9}   ratio to {baseline}")
+def median_ratio(values: list[float], base: list[float]) -> float:
+    """The median over rounds of each round's own ratio."""
+    return statistics.median(value / of for value, of in zip(values, base, strict=True))
+
+
+def report(
+    title: str,
+    baseline: str,
+    figures: Mapping[str, list[float]],
+    unit: str,
+    scale: float,
+    *,
+    also: tuple[str, ...] = (),
+    peers: tuple[str, ...] = (),
+) -> list[dict[str, Any]]:
+    """Print medians, spreads and ratios to the baseline, and to others; return them, for `save`.
+
+    Each ratio is the median over rounds of that round's own ratio.
+    """
+    print(f"\n{title}\n{environment(*peers)}")
+    against = (baseline, *also)
+    print(f"{'case':40} {'median':>9} {'min':>9} {'max':>9} {unit}   ratio to {', to '.join(against)}")
+    records = []
     for name, values in figures.items():
-        ratio = statistics.median(value / base for value, base in zip(values, figures[baseline], strict=True))
-        shown = [scale * pick(values) for pick in (statistics.median, min, max)]
-        print(f"{name:40} {' '.join(f'{value:9.2f}' for value in shown)}   {ratio:.2f}    ({unit})")
+        scaled = [scale * value for value in values]
+        ratios = {other: median_ratio(values, figures[other]) for other in against}
+        shown = " ".join(f"{pick(scaled):9.2f}" for pick in (statistics.median, min, max))
+        print(f"{name:40} {shown} {' ' * len(unit)}   {'  '.join(f'{ratio:.3f}' for ratio in ratios.values())}")
+        records.append(
+            {
+                "table": title,
+                "case": name,
+                "unit": unit,
+                "values": scaled,
+                "median": statistics.median(scaled),
+                "min": min(scaled),
+                "max": max(scaled),
+                "baseline": baseline,
+                "ratio": ratios[baseline],
+                "ratios": ratios,
+            }
+        )
+    return records
+
+
+def save(path: Path | None, records: Iterable[Mapping[str, Any]], *peers: str) -> None:
+    """Write all figures as JSON, if a file was asked for."""
+    if path is not None:
+        versions = {name: version(name) for name in (*PACKAGES, *peers)}
+        found = {"interpreter": interpreter(), "machine": machine(), "versions": versions, "results": list(records)}
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

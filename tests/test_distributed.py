@@ -6,17 +6,21 @@ import json
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command import COMMAND, KEY, Done, runner
+from docket import Docket, Worker
 from services import free_port, missing, redis_server
 
 from audiences_async import Account, AudiencesClient, ConfigurationError, RateLimit, RetryPolicy, distributed, results
 from audiences_async.distributed import DocketError, RedisLimiter
 from audiences_async.results import OutcomeFile
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
+
+A0 = b'{"account": "a0", "ok": true, "audiences": []}\n'
 
 pytestmark = pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed")
 
@@ -32,7 +36,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks for what has become of the chunks at every turn."""
     monkeypatch.setattr(distributed, "_LOOK_EVERY", 0.01)
     monkeypatch.setattr(distributed, "_ASK_EVERY", 0.02)
-    monkeypatch.setattr(distributed, "_RETRY_AFTER", distributed.timedelta(0))
+    monkeypatch.setattr(distributed, "_RETRY_AFTER", timedelta(0))
 
 
 def opened(sandbox: Sandbox, count: int) -> dict[str, Account]:
@@ -70,17 +74,28 @@ async def worker(url: str, accounts: dict[str, Account], out: Path, sandbox: San
 async def submitted(url: str, names: list[str], parts: Path, out: Path, **settings: Any) -> list[str]:
     """Submit, resuming; gives the accounts that were merged."""
     merged: list[str] = []
-    with OutcomeFile(out, resume=True) as file:
+    settings = {"resume": True, "on_idle": lambda: None, **settings}
+    with OutcomeFile(out, resume=settings["resume"]) as file:
         await distributed.submit(
-            url,
-            names,
-            parts,
-            file,
-            chunk_size=4,
-            on_merged=lambda line: merged.append(line.account),
-            **{"on_idle": lambda: None, **settings},
+            url, names, parts, file, chunk_size=4, on_merged=lambda line: merged.append(line.account), **settings
         )
     return merged
+
+
+@contextlib.asynccontextmanager
+async def other_worker(url: str, parts: Path, *wrote: bytes) -> AsyncIterator[None]:
+    """A worker of somebody else's making: whatever the chunk, its part holds the same lines."""
+
+    async def fetch_chunk(part: str, names: list[str]) -> None:
+        results.write_whole(parts / part, wrote)
+
+    async with Docket("audiences", url) as docket:
+        docket.register(fetch_chunk)
+        async with Worker(docket) as one:
+            task = asyncio.create_task(one.run_forever())
+            yield
+            task.cancel()
+            await asyncio.wait({task})
 
 
 def test_a_killed_worker_is_made_up_for(
@@ -88,42 +103,39 @@ def test_a_killed_worker_is_made_up_for(
 ) -> None:
     """Two workers, one killed in the middle of 5,000 accounts: each account once, within 30 s, and no key in Redis."""
     opened(sandbox, 5_000)
+    sandbox.script("a50", Answer(delay=60.0))  # holds up the first chunk, which is still under way at the kill
     accounts, out, parts = tmp_path / "accounts.csv", tmp_path / "out.ndjson", tmp_path / "parts"
     accounts.write_text("name,api_key\n" + "".join(f"a{number},{KEY}-a{number}\n" for number in range(5_000)))
-    work = [*COMMAND, "worker", "--docket", redis, "--accounts", str(accounts), "--out", str(parts)]
-    work += ["--base-url", sandbox.base_url]
-    fetch = [
-        *COMMAND,
-        "fetch",
-        "--docket",
-        redis,
-        "--accounts",
-        str(accounts),
-        "--out",
-        str(out),
-        "--parts",
-        str(parts),
-    ]
-    with (
-        subprocess.Popen(work) as doomed,
-        subprocess.Popen([*work, "--account-rate", "1000"]) as survivor,
-        subprocess.Popen(fetch, stderr=subprocess.PIPE, text=True) as submitter,
-    ):
-        try:
-            sandbox.wait_for_requests(2_500, timeout=30.0)
-            doomed.send_signal(signal.SIGKILL)
-            _, told = submitter.communicate(timeout=30)
-            survivor.send_signal(signal.SIGTERM)
-            assert survivor.wait(timeout=20) == 0
-        finally:
-            for process in (doomed, survivor, submitter):
-                process.kill()
+    common = ["--docket", redis, "--accounts", str(accounts)]
+    work = [*COMMAND, "worker", *common, "--out", str(parts), "--base-url", sandbox.base_url]
+    fetch = [*COMMAND, "fetch", *common, "--out", str(out), "--parts", str(parts)]
+    with contextlib.ExitStack() as stack:
+        submitter = stack.enter_context(started(fetch, stderr=subprocess.PIPE, text=True))
+        doomed = stack.enter_context(started(work))
+        sandbox.wait_for_requests(100, timeout=30.0)
+        survivor = stack.enter_context(started([*work, "--account-rate", "1000"]))
+        sandbox.wait_for_requests(2_500, timeout=30.0)
+        doomed.send_signal(signal.SIGKILL)
+        _, told = submitter.communicate(timeout=30)
+        survivor.send_signal(signal.SIGTERM)
+        assert survivor.wait(timeout=20) == 0
     assert (submitter.returncode, told) == (0, "5,000 of 5,000 accounts fetched, 0 failed\n")
     assert fetched(out) == expected(5_000)
+    assert len(sandbox.seen("a0")) == len(sandbox.seen("a50")) == 2  # the chunk under way was taken up again
     assert list(parts.iterdir()) == []
     written = b"".join(file.read_bytes() for file in tmp_path_factory.getbasetemp().rglob("*.aof"))
     assert b"a4999" in written
     assert KEY.encode() not in written
+
+
+@contextlib.contextmanager
+def started(command: list[str], **settings: Any) -> Iterator["subprocess.Popen[str]"]:
+    """A process of its own, ended with the block."""
+    with subprocess.Popen(command, **settings) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 async def test_what_a_worker_cannot_do_is_an_error_of_the_account(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
@@ -159,8 +171,8 @@ async def test_resuming_has_only_the_rest_fetched(redis: str, sandbox: Sandbox, 
     assert list(parts.iterdir()) == []
 
 
-def sandbox_names(sandbox: Sandbox) -> list[str | None]:
-    return [request.account for request in sandbox.requests]
+def sandbox_names(sandbox: Sandbox) -> list[str]:
+    return [str(request.account) for request in sandbox.requests]
 
 
 @pytest.mark.usefixtures("quick")
@@ -179,30 +191,35 @@ async def test_a_part_that_is_nowhere_is_asked_for_again(redis: str, sandbox: Sa
 async def test_a_worker_that_cannot_write(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
     """A chunk whose part cannot be written fails after some attempts, and its accounts say why."""
     accounts = opened(sandbox, 1)
-    parts = tmp_path / "parts"
-    async with worker(redis, accounts, tmp_path / "gone", sandbox):
-        while not (tmp_path / "gone").exists():
-            await asyncio.sleep(0)
-        (tmp_path / "gone").rmdir()
-        await submitted(redis, list(accounts), parts, tmp_path / "out")
+    async with worker(redis, accounts, Path("/proc"), sandbox):  # a directory that takes no files
+        await submitted(redis, list(accounts), tmp_path / "parts", tmp_path / "out")
     (line,) = results.lines(tmp_path / "out")
     assert "no worker could write its chunk: " in json.loads(line.text)["error"]["message"]
     assert sandbox.requests == []
 
 
-async def test_a_part_that_lacks_an_account(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
+async def test_a_part_that_lacks_an_account(redis: str, tmp_path: Path) -> None:
     """Every account has its line, also where a part, whoever wrote it, does not have it."""
-    accounts = opened(sandbox, 2)
-    parts, out = tmp_path / "parts", tmp_path / "out"
-    job = asyncio.create_task(submitted(redis, list(accounts), parts, out))
-    async with distributed._opened(redis) as docket:
-        while not (snapshot := await docket.snapshot()).future:
-            await asyncio.sleep(0)
-        results.write_whole(parts / snapshot.future[0].key, [b'{"account": "a0", "ok": true, "audiences": []}\n'])
-    await job
-    first, second = (json.loads(line.text) for line in results.lines(out))
+    async with other_worker(redis, tmp_path, A0):
+        await submitted(redis, ["a0", "a1"], tmp_path, tmp_path / "out")
+    first, second = (json.loads(line.text) for line in results.lines(tmp_path / "out"))
     assert (first["account"], first["ok"]) == ("a0", True)
     assert second["error"]["message"] == "account 'a1': its chunk's part does not have it"
+
+
+@pytest.mark.parametrize("resume", [True, False])
+async def test_only_a_job_that_goes_on_takes_in_what_is_there(
+    redis: str, sandbox: Sandbox, tmp_path: Path, *, resume: bool
+) -> None:
+    """A part that an earlier job has left is taken in with --resume, and is nobody's answer without."""
+    accounts = opened(sandbox, 1)
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    (chunk,) = distributed._chunks(accounts, 4)
+    results.write_whole(parts / chunk.part, [A0])
+    async with worker(redis, accounts, parts, sandbox):
+        await submitted(redis, list(accounts), parts, tmp_path / "out", resume=resume)
+    assert fetched(tmp_path / "out") == ({"a0": []} if resume else expected(1))
 
 
 @pytest.mark.usefixtures("quick")
@@ -223,22 +240,18 @@ async def test_without_a_worker_it_says_so(redis: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-async def test_a_redis_that_goes_away(
-    sandbox: Sandbox, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+async def test_a_redis_that_goes_away(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """While Redis is away, whoever has submitted waits for parts, and is not ended by it."""
-    accounts = opened(sandbox, 1)
-    parts, out = tmp_path / "parts", tmp_path / "out"
+    asked = asyncio.Event()
     with redis_server(tmp_path_factory.mktemp("redis")) as url:
-        job = asyncio.create_task(submitted(url, list(accounts), parts, out))
-        async with distributed._opened(url) as docket:
-            while not (snapshot := await docket.snapshot()).future:
-                await asyncio.sleep(0)
-    part = parts / snapshot.future[0].key
+        waiting = {"on_idle": asked.set}
+        job = asyncio.create_task(submitted(url, ["a0"], tmp_path, tmp_path / "out", **waiting))
+        await asyncio.wait_for(asked.wait(), 30)
     for _ in range(3):
         assert not job.done()
         await asyncio.sleep(0.03)
-    results.write_whole(part, [b'{"account": "a0", "ok": true, "audiences": []}\n'])
+    (chunk,) = distributed._chunks(["a0"], 4)
+    results.write_whole(tmp_path / chunk.part, [A0])
     assert await job == ["a0"]
 
 

@@ -4,11 +4,11 @@ import asyncio
 from pathlib import Path
 
 import pytest
-import redis.asyncio
 from conftest import EMPTY_ANSWER
 from services import missing, nginx, redis_server
 
-from audiences_async import Account, AudiencesClient, ConfigurationError, Limiter, RetryPolicy
+from audiences_async import Account, AudiencesClient, ConfigurationError, Limiter, RateLimit, RetryPolicy
+from audiences_async.distributed import RedisLimiter, connect
 from audiences_async.sandbox import Answer, Sandbox
 
 
@@ -27,26 +27,6 @@ class LeakyBucketLimiter:
         over = self._levels[account_name] - self._limit
         if over > 0:
             await asyncio.sleep(over * self._period / self._limit)
-
-
-class RedisLimiter:
-    """One rate for all processes: Redis keeps when each account's next request is due."""
-
-    _NEXT = """
-        local now = redis.call('TIME')
-        now = now[1] * 1000 + math.floor(now[2] / 1000)
-        local due = math.max(tonumber(redis.call('GET', KEYS[1]) or '0'), now)
-        redis.call('SET', KEYS[1], due + ARGV[1], 'PX', due + ARGV[1] - now + 1)
-        return due - now
-    """
-
-    def __init__(self, client: "redis.asyncio.Redis", interval_ms: int) -> None:
-        self._client = client
-        self._interval = interval_ms
-
-    async def acquire(self, account_name: str) -> None:
-        wait = await self._client.eval(self._NEXT, 1, f"pace:{account_name}", self._interval)
-        await asyncio.sleep(int(wait) / 1000)
 
 
 async def test_a_limiter_is_asked_before_every_attempt(sandbox: Sandbox, north: Account, at_once: RetryPolicy) -> None:
@@ -86,11 +66,11 @@ def test_what_is_no_limiter_is_refused() -> None:
 async def test_a_limit_shared_by_clients_through_redis(sandbox: Sandbox, north: Account, tmp_path: Path) -> None:
     """Two clients, as in two processes, keep one account's rate together, and no key reaches Redis."""
     with redis_server(tmp_path) as url:
-        async with redis.asyncio.from_url(url) as store:
-            settings = {"base_url": sandbox.base_url, "rate_limit": RedisLimiter(store, 20)}
+        async with connect(url, 10) as store:
+            settings = {"base_url": sandbox.base_url, "rate_limit": RedisLimiter(store, RateLimit(50))}
             async with AudiencesClient(**settings) as one, AudiencesClient(**settings) as other:  # type: ignore[arg-type]
                 await asyncio.gather(*(client.get_audiences(north) for client in (one, other) * 10))
-            assert await store.keys("*") in ([], [b"pace:north"])
+            assert await store.keys("*") in ([], [b"audiences:pace:north"])
     times = [request.at for request in sandbox.seen("north")]
     assert times[-1] - times[0] >= 0.95 * 19 * 0.020
 

@@ -3,12 +3,14 @@
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import attrs
 import pytest
+from services import missing, redis_server
 
 import audiences_async
 from audiences_async import AudiencesClient, RetryBudget, RetryPolicy
@@ -16,12 +18,17 @@ from audiences_async.errors import AudiencesError
 from audiences_async.sandbox import Sandbox
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PROGRAM = re.compile(r"```python\n(.*?)```", re.DOTALL)
 TABLE_ROW = re.compile(r"^\| `(\w+)` \| ([^|]+) \|", re.MULTILINE)
 
 
 def section(title: str) -> str:
-    return README.split(f"## {title}\n")[1].split("\n## ")[0]
+    return README.split(f"# {title}\n")[1].split("\n## ")[0]
+
+
+def program(title: str, number: int = 0) -> str:
+    programs: list[str] = PROGRAM.findall(section(title))
+    return programs[number]
 
 
 def run(program: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
@@ -36,7 +43,7 @@ def test_the_first_program_runs_as_printed(sandbox: Sandbox, monkeypatch: pytest
     """Pasted into a file, the first program lists the audiences of AUDIENCES_BASE_URL."""
     monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
     monkeypatch.setenv("AUDIENCES_API_KEY", str(sandbox.add_account().api_key))
-    done = run(PROGRAMS[0], tmp_path)
+    done = run(program("audiences_async"), tmp_path)
     assert done.stderr == ""
     assert done.stdout == "31234 Static NE_USA-above50\n45412 Dynamic VIP\n"
 
@@ -62,16 +69,46 @@ def test_the_job_over_a_file_runs_as_printed(sandbox: Sandbox, tmp_path: Path) -
 
 
 def test_the_program_for_many_accounts_runs_as_printed(tmp_path: Path) -> None:
-    """The second program tells two answers and one error, in whichever order they come."""
-    done = run(PROGRAMS[1], tmp_path)
+    """The program tells two answers and one error, in whichever order they come."""
+    done = run(program("Many accounts, one client"), tmp_path)
     south, east, north = sorted(done.stdout.splitlines())
     assert (north, east, done.stderr) == ("north 2", "east 2", "")
     assert south.startswith("account 'south': HTTP 401 Unauthorized")
 
 
+@pytest.mark.parametrize(("number", "told"), [(0, ["north 2", "south 2"]), (1, ["[2, 2]"])])
+def test_a_client_in_a_worker_runs_as_printed(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, told: list[str]
+) -> None:
+    """Under Docket, and under taskiq's hooks, one client serves the tasks of a worker and is closed with it."""
+    monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
+    for name in ("north", "south"):
+        monkeypatch.setenv(f"{name.upper()}_KEY", str(sandbox.add_account(name).api_key))
+    done = run(program("In a worker", number), tmp_path)
+    assert (sorted(done.stdout.splitlines()), done.stderr) == (told, "")
+
+
+@pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed")
+def test_several_machines_as_printed(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first command is a worker, the second one has it fetch every account of the file."""
+    (commands,) = re.findall(r"```sh\n(audiences worker.*?)```", README, re.DOTALL)
+    account = sandbox.add_account("north")
+    (tmp_path / "accounts.csv").write_text(f"name,api_key\nnorth,{account.api_key}\n")
+    monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    with redis_server(tmp_path) as url:
+        printed = commands.replace("redis://host:6379", url).replace("/shared", str(tmp_path))
+        worker, fetch = (shlex.split(line) for line in printed.splitlines())
+        with subprocess.Popen(worker, cwd=tmp_path) as process:
+            done = subprocess.run(fetch, cwd=tmp_path, capture_output=True, text=True, timeout=50, check=False)
+            process.terminate()
+    assert (done.returncode, done.stderr) == (0, "1 of 1 accounts fetched, 0 failed\n")
+    assert '"account":"north","ok":true' in (tmp_path / "audiences.ndjson").read_text()
+
+
 def test_the_program_of_rate_limits_runs_as_printed(tmp_path: Path) -> None:
-    """The third program learns a rate with few requests to spare."""
-    done = run(PROGRAMS[2], tmp_path)
+    """The program learns a rate with few requests to spare."""
+    done = run(program("Rate limits"), tmp_path)
     requests, snapshot = done.stdout.splitlines()
     assert done.stderr == ""
     assert 100 <= int(requests.split()[0]) <= 130
@@ -80,14 +117,14 @@ def test_the_program_of_rate_limits_runs_as_printed(tmp_path: Path) -> None:
 
 def test_the_test_runs_as_printed(pytester: pytest.Pytester) -> None:
     """README's example of a user's test passes."""
-    pytester.makepyfile(PROGRAMS[3])
+    pytester.makepyfile(program("Testing your own code"))
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--asyncio-mode=auto")
     result.assert_outcomes(passed=1)
 
 
 def test_every_program_is_run() -> None:
     """No program in README is left out above."""
-    assert len(PROGRAMS) == 4
+    assert len(PROGRAM.findall(README)) == 6
 
 
 def test_the_defaults_are_true() -> None:

@@ -140,7 +140,7 @@ def run_distributed(job: Job, tally: Tally, url: str, parts: Path) -> None:
             def idle() -> None:
                 say("no worker is there yet: audiences worker --docket URL --accounts FILE --out DIRECTORY")
 
-            await distributed.submit(url, names, parts, file, on_merged=merged, on_idle=idle)
+            await distributed.submit(url, names, parts, file, resume=job.resume, on_merged=merged, on_idle=idle)
 
     _run(job, tally, submit)
 
