@@ -146,7 +146,7 @@ def _account(row: _Row, *, with_key: bool) -> Account | _Problem:
     if problem:
         return _Problem(row.at("name"), problem)
     if not with_key:
-        return Account(given["name"], _no_key)
+        return Account(given["name"], no_key)
     if ("api_key" in given) == ("api_key_env" in given):
         return _Problem(row.at("api_key"), "an account needs one of api_key and api_key_env")
     source = "api_key" if "api_key" in given else "api_key_env"
@@ -158,8 +158,9 @@ def _account(row: _Row, *, with_key: bool) -> Account | _Problem:
         return _Problem(row.at(source), "names an environment variable that is not set" if unset else error.message)
 
 
-def _no_key() -> str:
-    raise LookupError("the file was read without its keys")
+def no_key() -> str:
+    """The key of an account that is known by its name alone."""
+    raise LookupError("keys are the workers' alone")
 
 
 def _name_problem(name: str) -> str:

@@ -26,6 +26,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from audiences_async import checks, results
+from audiences_async.accounts import no_key
 from audiences_async.client import AudiencesClient
 from audiences_async.errors import ConfigurationError, TransportError, printable
 from audiences_async.models import Account, Failed
@@ -259,11 +260,7 @@ async def _elsewhere(part: str, names: list[str]) -> None:
 
 
 def _no_answer(name: str, reason: str) -> bytes:
-    return results.line(Failed(Account(name, _no_key), 0.0, ConfigurationError(reason, account=name)))
-
-
-def _no_key() -> str:
-    raise LookupError("keys are the workers' alone")
+    return results.line(Failed(Account(name, no_key), 0.0, ConfigurationError(reason, account=name)))
 
 
 def connect(url: str, connections: int) -> Redis:

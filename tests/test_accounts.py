@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from audiences_async import Account, ConfigurationError
+from audiences_async import Account, AudiencesClient, ConfigurationError
 from audiences_async.accounts import AccountFile
 
 KEY = "s3cr3t-k3y"
@@ -102,6 +102,17 @@ def test_errors_tell_the_place_and_no_key(
     shown = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
     assert KEY not in shown
     assert caught.value.__cause__ is caught.value.__context__ is None
+
+
+async def test_without_keys(tmp_path: Path) -> None:
+    """Read for its names alone, the file needs no keys, and its accounts cannot be asked for."""
+    path = tmp_path / "accounts.csv"
+    path.write_text("name,api_key_env\nnorth,NOT_SET\n")
+    (account,) = AccountFile(path, with_keys=False)
+    assert account.name == "north"
+    async with AudiencesClient() as client:
+        with pytest.raises(ConfigurationError, match="account 'north': the function for the API key raised LookupError"):
+            await client.get_audiences(account)
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

@@ -199,8 +199,8 @@ async def test_a_worker_that_cannot_write(redis: str, sandbox: Sandbox, tmp_path
 
 
 async def test_a_part_that_lacks_an_account(redis: str, tmp_path: Path) -> None:
-    """Every account has its line, also where a part, whoever wrote it, does not have it."""
-    async with other_worker(redis, tmp_path, A0):
+    """Every account has one line, also where a part, whoever wrote it, does not have it, or has it twice."""
+    async with other_worker(redis, tmp_path, A0, A0):
         await submitted(redis, ["a0", "a1"], tmp_path, tmp_path / "out")
     first, second = (json.loads(line.text) for line in results.lines(tmp_path / "out"))
     assert (first["account"], first["ok"]) == ("a0", True)
@@ -220,6 +220,17 @@ async def test_only_a_job_that_goes_on_takes_in_what_is_there(
     async with worker(redis, accounts, parts, sandbox):
         await submitted(redis, list(accounts), parts, tmp_path / "out", resume=resume)
     assert fetched(tmp_path / "out") == ({"a0": []} if resume else expected(1))
+
+
+async def test_what_a_killed_worker_left_half_written_is_removed(redis: str, tmp_path: Path) -> None:
+    """At the end of a job its own temporary files are gone, and nobody else's."""
+    (chunk,) = distributed._chunks(["a0"], 4)
+    ours, others = tmp_path / f".{chunk.part}.0123456789abcdef.tmp", tmp_path / ".other.ndjson.0123456789abcdef.tmp"
+    ours.touch()
+    others.touch()
+    async with other_worker(redis, tmp_path, A0):
+        await submitted(redis, ["a0"], tmp_path, tmp_path / "out")
+    assert (ours.exists(), others.exists()) == (False, True)
 
 
 @pytest.mark.usefixtures("quick")
@@ -324,6 +335,33 @@ def test_the_command_line_of_both_sides(
         7,
         ["1 of 2 accounts fetched, 1 failed", "  1 × ForbiddenError (HTTP 403): south"],
     )
+
+
+def test_the_submitting_side_interrupted(redis: str, tmp_path: Path) -> None:
+    """Without a worker it says how to start one, and Ctrl-C says how to go on."""
+    accounts = tmp_path / "accounts.csv"
+    accounts.write_text("name,api_key_env\nnorth,NORTH\n")
+    fetch = [*COMMAND, "fetch", "--docket", redis, "--accounts", str(accounts), "--out", str(tmp_path / "out")]
+    with started(fetch, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("no worker is there yet: audiences worker --docket")
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.read()
+        assert process.wait(timeout=30) == 130
+    assert "error: interrupted; 0 of 1 accounts are fetched and kept\nhint: the same command with --resume" in told
+
+
+def test_a_worker_interrupted_before_it_has_begun(
+    run: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the accounts are read ends the worker in silence, as later."""
+
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("audiences_async.cli.app.AccountFile", interrupted)
+    done = run("worker", "--docket", "redis://h", "--accounts", "accounts.csv", "--out", str(tmp_path))
+    assert done == Done(0, "", "")
 
 
 @pytest.mark.parametrize(
