@@ -1,7 +1,8 @@
 """One call: pace, attempt, decide, wait, again. All that a call remembers is here, and ends with it."""
 
 import asyncio
-from typing import Final, Literal, TypeAlias
+from collections.abc import Generator
+from typing import Literal, TypeAlias
 
 from attrs import frozen
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result
@@ -22,8 +23,6 @@ from audiences_async.pacing import Lane, Verdict
 from audiences_async.retrying import RetryPolicy, RetryTokens, wait_full_jitter
 from audiences_async.transport import Transport
 from audiences_async.wire import Reply, Result, read, used_up
-
-_LARGE_BODY: Final = 256 * 1024  # bytes; decoding more than that would hold the event loop too long
 
 _Step: TypeAlias = Literal["fresh-key", "stale-connection", "pace", "retry-after", "backoff"]
 
@@ -131,7 +130,7 @@ class Call:
             reply = await self._transport.attempt(key)
             if not isinstance(reply, Reply):
                 return reply
-            result = await self._read(reply, key)
+            result = await _in_turns(read(reply, key, now=self._settings.clock.wall()))
             if isinstance(result, TooManyRequestsError):
                 verdict, pause = "throttled", result.retry_after
             else:
@@ -139,12 +138,6 @@ class Call:
             return result
         finally:
             self._lane.release(turn, verdict, pause=pause)
-
-    async def _read(self, reply: Reply, key: ApiKey) -> Result:
-        now = self._settings.clock.wall()
-        if len(reply.body) > _LARGE_BODY:
-            return await asyncio.to_thread(read, reply, key, now=now)
-        return read(reply, key, now=now)
 
     async def _current_key(self) -> ApiKey:
         if self._key is not None and self._key is not self._refused_key:
@@ -249,6 +242,17 @@ class Call:
 def out_of_time(timeout: float) -> DeadlineExceededError:
     """The error of a call that was not answered within its *timeout*, in seconds."""
     return DeadlineExceededError(f"no answer within timeout={timeout:.6g} s")
+
+
+async def _in_turns(steps: Generator[None, None, Result]) -> Result:
+    """The result of the steps, between which others run."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        await asyncio.sleep(0)
 
 
 def _result_of(state: RetryCallState) -> Result:

@@ -5,7 +5,7 @@ Field names are the service's own: https://api.commbox.io/ (GET /audiences).
 
 from collections.abc import Iterator, Mapping
 from datetime import datetime
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 from attrs import field, frozen
 
@@ -56,6 +56,23 @@ class Account:
         return self._credential
 
 
+class _Nothing(dict[str, Any]):
+    """A dict that is empty and stays so, for all audiences to share: 100,000 dicts keep the garbage collector busy."""
+
+    __slots__ = ()
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("this mapping cannot be changed")
+
+    __setitem__ = __ior__ = setdefault = update = _refuse
+
+    def __reduce__(self) -> str:
+        return "NOTHING"  # copied and pickled, it is the same one
+
+
+NOTHING: Final[Mapping[str, Any]] = _Nothing()
+
+
 @frozen(weakref_slot=False)
 class StaticAudience:
     """An audience with a fixed list of users.
@@ -74,7 +91,7 @@ class StaticAudience:
     name: str
     created_time: datetime
     user_count: int
-    extra: Mapping[str, Any] = field(factory=dict[str, Any], hash=False)
+    extra: Mapping[str, Any] = field(default=NOTHING, hash=False)
 
 
 @frozen(weakref_slot=False)
@@ -93,7 +110,7 @@ class DynamicAudience:
     id: str
     name: str
     created_time: datetime
-    extra: Mapping[str, Any] = field(factory=dict[str, Any], hash=False)
+    extra: Mapping[str, Any] = field(default=NOTHING, hash=False)
 
 
 @frozen(weakref_slot=False)
@@ -112,7 +129,7 @@ class UnknownAudience:
     id: str | None = None
     name: str | None = None
     created_time: datetime | None = None
-    raw: Mapping[str, Any] = field(factory=dict[str, Any], hash=False)
+    raw: Mapping[str, Any] = field(default=NOTHING, hash=False)
 
 
 Audience: TypeAlias = StaticAudience | DynamicAudience | UnknownAudience

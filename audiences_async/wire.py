@@ -6,7 +6,7 @@ HTTP's own rules are RFC 9110's: https://www.rfc-editor.org/rfc/rfc9110.
 import email.utils
 import ipaddress
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from datetime import UTC
 from typing import Final, TypeAlias
 
@@ -25,7 +25,7 @@ from audiences_async.errors import (
     status_error,
 )
 from audiences_async.models import AudiencesResponse
-from audiences_async.structuring import decode, description_of, parse, response_time_of
+from audiences_async.structuring import decoding, description_of, parse, response_time_of
 
 PRODUCTION: Final = "https://api.commbox.io/"
 """The vendor's published base URL: https://api.commbox.io/."""
@@ -133,8 +133,8 @@ def request_headers(key: ApiKey) -> CIMultiDict[str]:
     )
 
 
-def read(reply: Reply, key: ApiKey, *, now: float) -> Result:
-    """The audiences in a reply, or the error it stands for, without the key.
+def read(reply: Reply, key: ApiKey, *, now: float) -> Generator[None, None, Result]:
+    """The audiences in a reply, or the error it stands for, without the key; in steps, as `decoding` gives them.
 
     Args:
         reply: The reply.
@@ -150,7 +150,7 @@ def read(reply: Reply, key: ApiKey, *, now: float) -> Result:
         body = key.redact_start(reply.body, MAX_ERROR_BODY)
         return ResponseTooLargeError(f"the reply's body is above max_body_bytes={reply.exceeded}", body=body)
     try:
-        return decode(reply.body)
+        return (yield from decoding(reply.body))
     except StatusError as error:
         return _refusal(reply, key, now, status=error.status)
     except InvalidResponseError as error:

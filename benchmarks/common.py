@@ -10,6 +10,7 @@ import os
 import platform
 import statistics
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from audiences_async.sandbox import many_audiences
 
+CREATED = datetime(2025, 10, 1, 9, 10, tzinfo=UTC)  # of all audiences of the sandbox
 PACKAGES = ("audiences_async", "aiohttp", "attrs", "cattrs", "msgspec", "tenacity")
 
 
@@ -24,6 +26,22 @@ def body(audiences: int, account: str = "bench") -> bytes:
     """A 200's body with so many audiences."""
     envelope = {"status": "200", "description": "Audiences retrieved", "response_time": "2026-02-11T12:00:00.000Z"}
     return json.dumps(envelope | {"data": list(many_audiences(account, audiences))}).encode()
+
+
+def check(decoded: Any, reply: bytes) -> None:
+    """Every field of every record is what was sent; time as text where the case leaves it as text."""
+    sent = json.loads(reply)["data"]
+    plain = isinstance(decoded, dict)
+    got = decoded["data"] if plain else decoded.data
+    assert len(got) == len(sent)
+    for record, expected in zip(got, sent, strict=True):
+        if plain:
+            assert record == expected
+            continue
+        assert type(record).__name__.removesuffix("Audience").endswith(expected["type"])
+        assert (record.id, record.name) == (expected["id"], expected["name"])
+        assert record.created_time == CREATED
+        assert getattr(record, "user_count", None) == expected.get("user_count")
 
 
 class _Fixed(asyncio.Protocol):

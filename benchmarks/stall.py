@@ -11,8 +11,7 @@ from functools import partial
 from typing import Any
 
 import aiohttp
-from common import arguments, body, report, save, server
-from decode import PEERS, check
+from common import arguments, body, check, report, save, server
 
 from audiences_async import AudiencesClient, structuring
 
@@ -82,9 +81,9 @@ def main() -> None:
         with server(payload, gzipped=gzipped) as base_url:
             stalls, times = asyncio.run(measure(base_url, payload, options.rounds))
         size = f"{RECORDS:,} records ({len(payload) / 1e6:.1f} MB{words})"
-        records += report(f"longest event loop stall, {size}", BLOCKING, stalls, "ms", 1e3, peers=PEERS)
-        records += report(f"time of the call, {size}", BLOCKING, times, "ms", 1e3, peers=PEERS)
-    save(options.json, records, *PEERS)
+        records += report(f"longest event loop stall, {size}", BLOCKING, stalls, "ms", 1e3)
+        records += report(f"time of the call, {size}", BLOCKING, times, "ms", 1e3)
+    save(options.json, records)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The body of a 200 into models."""
 
+import copy
 import json
+import pickle
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -19,8 +21,9 @@ from audiences_async import (
     StatusError,
     TooManyRequestsError,
     UnknownAudience,
+    structuring,
 )
-from audiences_async.structuring import MAX_PROBLEMS, decode, record
+from audiences_async.structuring import MAX_PROBLEMS, decode, decoding, record
 
 STATIC = {"id": "1", "name": "one", "created_time": "2025-10-01T09:10:00Z", "user_count": 7, "type": "Static"}
 DYNAMIC = {"id": "2", "name": "two", "created_time": "2025-10-01T09:10:00Z", "type": "Dynamic"}
@@ -269,6 +272,27 @@ def test_record_of_a_time_in_another_zone() -> None:
     assert record(audience)["created_time"] == "2025-01-01T10:00:00.000005Z"
 
 
+def test_a_large_body_is_decoded_in_steps() -> None:
+    """A body of any size is decoded in steps, as the same audiences and with the same paths as at a stretch."""
+    many = [STATIC | {"id": str(number)} for number in range(5000)]
+    steps = decoding(body(*many))
+    assert sum(1 for _ in steps) > 4
+    assert [audience.id for audience in decode(body(*many))] == [row["id"] for row in many]
+    many[4321] = STATIC | {"id": None}
+    assert problems(body(*many)) == ("$.data[4321].id: expected a non-empty string, got null",)
+
+
+def test_what_is_shared_cannot_be_changed() -> None:
+    """Audiences without further fields share one empty extra, which takes nothing in, and survives copies."""
+    one, other = decode(body(STATIC, DYNAMIC))
+    assert one.extra is other.extra is copy.deepcopy(one).extra is pickle.loads(pickle.dumps(one)).extra
+    assert (one.extra, json.dumps(one.extra)) == ({}, "{}")
+    extra: Any = one.extra
+    for change in (lambda: extra.update(x=1), lambda: extra.setdefault("x", 1), lambda: extra.__setitem__("x", 1)):
+        with pytest.raises(TypeError, match="this mapping cannot be changed"):
+            change()
+
+
 json_values = st.recursive(
     st.none()
     | st.booleans()
@@ -309,6 +333,57 @@ def test_any_json_record_is_read_or_refused(change: dict[str, Any], drop: bool) 
         assert all(problem.startswith("$.data[0].") for problem in error.problems)
     else:
         assert audience.type == row["type"]
+
+
+odd_times = st.sampled_from(
+    ["2025-10-01T09:10:00Z", "2025-10-01 09:10", "2025-10-01T09:10:00.1234567+02:00", "2025-10-01T09:10:00+01:60",
+     "2025-10-01T09:10:00Z\n2025-10-01T09:10:00Z", "2025-02-30T00:00:00Z", "0001-01-01T00:00:00+00:01", "", "soon"]
+)  # fmt: skip
+near_rows = st.builds(
+    lambda row, change, gone: {name: value for name, value in (row | change).items() if name not in gone},
+    statics | dynamics | st.builds(lambda row, time: row | {"created_time": time}, statics, odd_times),
+    st.just({}) | st.dictionaries(mutations, json_values | odd_times, max_size=2),
+    st.sets(mutations, max_size=1),
+)
+envelopes = st.fixed_dictionaries(
+    {"data": st.lists(near_rows | json_values, max_size=4) | json_values},
+    optional={
+        "status": st.sampled_from(["200", 200, 503, True, None]),
+        "description": json_values,
+        "next": json_values,
+    },
+)
+
+
+@given(envelopes.map(lambda sent: json.dumps(sent).encode()) | st.lists(near_rows, max_size=6).map(lambda r: body(*r)))
+def test_every_way_through_reads_the_same(sent: bytes) -> None:
+    """The short way, the way in pieces and the reference alone come to the same answer or the same error."""
+    ways = [verdict(sent)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(structuring, "_AT_ONCE", 64)
+        ways.append(verdict(sent))
+        patch.setattr(structuring, "_plain_records", refused)
+        ways.append(verdict(sent))
+        patch.setattr(structuring, "_AT_ONCE", 1 << 20)
+        patch.setattr(structuring, "_plain_envelope", refused)
+        ways.append(verdict(sent))
+    assert ways == [ways[0]] * 4
+
+
+def refused(text: bytes) -> Any:
+    raise ValueError("no plain records today")
+
+
+def verdict(sent: bytes) -> Any:
+    """The answer with the classes in it and its hashes, or the error with all that it tells."""
+    try:
+        response = decode(sent)
+    except StatusError as error:
+        return type(error), error.status, error.description
+    except InvalidResponseError as error:
+        return error.problems
+    assert pickle.loads(pickle.dumps(response)) == response
+    return response, repr(response), [(type(audience), hash(audience)) for audience in response]
 
 
 @given(st.binary(max_size=200) | json_values.map(lambda value: json.dumps(value).encode()))

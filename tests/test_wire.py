@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from conftest import SAMPLES
+from conftest import SAMPLES, whole
 from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -33,7 +33,7 @@ NOON = datetime(2026, 2, 11, 12, tzinfo=UTC).timestamp()
 
 def reply(status: int, body: bytes = b"", exceeded: int | None = None, **headers: str) -> Result:
     proxied = CIMultiDictProxy(CIMultiDict({name.replace("_", "-"): value for name, value in headers.items()}))
-    return read(Reply(status, proxied, body, exceeded), KEY, now=NOON)
+    return whole(read(Reply(status, proxied, body, exceeded), KEY, now=NOON))
 
 
 def test_request_headers() -> None:
