@@ -14,7 +14,7 @@ from attrs import frozen
 from audiences_async import checks, jobs
 from audiences_async.call import Call, CallSettings, out_of_time
 from audiences_async.clock import Clock
-from audiences_async.credentials import ApiKey, KeySource
+from audiences_async.credentials import ApiKey, KeySource, Secret
 from audiences_async.errors import AudiencesError, ClientClosedError, ConfigurationError, DeadlineExceededError
 from audiences_async.events import EventHook
 from audiences_async.models import Account, AudiencesResponse, Failed, Fetched, Outcome
@@ -105,9 +105,10 @@ class AudiencesClient:
         on_event: EventHook | None = None,
         clock: Clock = Clock(),  # noqa: B008 - a frozen value
     ) -> None:
-        # The plain key leaves this frame's locals before anything can raise: tracebacks may print locals.
+        # What may hold a secret leaves this frame's locals before anything can raise: tracebacks may print locals.
         key = None if api_key is None else ApiKey(api_key)
-        del api_key
+        base, via = Secret(_base_url(base_url)), None if proxy is None else Secret(proxy)
+        del api_key, base_url, proxy
         self._default = _default_account(key)
         self._timeout = checks.seconds("timeout", timeout)
         checks.instance("retry", retry, RetryPolicy)
@@ -119,16 +120,16 @@ class AudiencesClient:
         self._rate_limit = rate_limit
         self._tokens = RetryTokens(budget)
         self._call_settings = CallSettings(retry, self._tokens, clock, on_event)
-        _check_pool(session, max_connections, ssl, proxy)
+        _check_pool(session, max_connections, ssl, via)
         if session is not None:
             check_session(session)
         self._transport_settings = TransportSettings(
-            endpoint=endpoint(_base_url(base_url), allow_http=allow_http),
+            endpoint=endpoint(base, allow_http=allow_http),
             attempt_timeout=checks.seconds("attempt_timeout", attempt_timeout),
             max_body_bytes=checks.count("max_body_bytes", max_body_bytes),
             max_connections=max_connections or DEFAULT_MAX_CONNECTIONS,
             ssl=ssl,
-            proxy=None if proxy is None else proxy_url(proxy),
+            proxy=None if via is None else proxy_url(via),
             session=session,
         )
         self._key_sources: WeakValueDictionary[tuple[str, int], KeySource] = WeakValueDictionary()
@@ -376,7 +377,7 @@ def _check_pool(
     session: "aiohttp.ClientSession | None",
     max_connections: int | None,
     ssl: tls.SSLContext | None,
-    proxy: str | None,
+    proxy: Secret | None,
 ) -> None:
     own = {"max_connections": max_connections, "ssl": ssl, "proxy": proxy}
     given = [name for name, value in own.items() if value is not None]

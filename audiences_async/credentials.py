@@ -1,13 +1,15 @@
 """The API key: behind a mask, and fresh where a function gives it."""
 
 import asyncio
+import base64
 import html
 import inspect
 import json
 import re
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
-from typing import Final, TypeAlias
+from html.entities import codepoint2name
+from typing import Any, Final, Self, TypeAlias
 from urllib.parse import quote, quote_plus
 
 from audiences_async.errors import ConfigurationError
@@ -17,57 +19,86 @@ KeyProvider: TypeAlias = Callable[[], str | Awaitable[str]]
 
 MASK: Final = "***"
 
-# What .NET's encoders escape beyond what JSON and HTML need; the service is a .NET one.
-_DOTNET_JSON: Final = "\"&'+<>`"
-_DOTNET_HTML: Final = "+`"
 _TELLING: Final = 4  # characters of a key that may stand at a cut without telling anything
+# Letters and digits stand for themselves in every text; what else a key has may be escaped, and escaped once more.
+_RUN: Final = re.compile("[A-Za-z0-9]+")
+_PIECES: Final = re.compile(r"[A-Za-z0-9]+|\\+|.", re.DOTALL)
+_BACKSLASHES: Final = r"\\*+"
 
 
-class ApiKey:
-    """An API key that does not print; `reveal` is the only way to its text.
+class Secret:
+    """A text that does not print; `reveal` is the only way to it.
 
     Not a ``str``: slices and joins of one would be plain text again.
     """
 
-    __slots__ = ("_text", "before")
+    __slots__ = ("_text",)
 
-    def __init__(self, text: str, *, before: "ApiKey | None" = None) -> None:
+    def __init__(self, text: str) -> None:
         self._text = text
-        self.before: ApiKey | None = before
-        """The key that this one took the place of; a late reply may still echo it."""
 
     def __repr__(self) -> str:
-        return f"ApiKey('{MASK}')"
+        return f"{type(self).__name__}('{MASK}')"
 
     def __eq__(self, other: object) -> bool:
-        return self._text == other._text if isinstance(other, ApiKey) else NotImplemented
+        return self._text == other._text if isinstance(other, Secret) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self._text)
 
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _not_pickled, ()
+
     def reveal(self) -> str:
-        """The key's text."""
+        """The text itself."""
         return self._text
+
+
+def _not_pickled() -> KeyProvider:
+    """What takes the place of a secret in a pickle."""
+    return _without_key
+
+
+def _without_key() -> str:
+    raise LookupError("API keys are not pickled; make the account anew where its key is known")
+
+
+class ApiKey(Secret):
+    """An API key."""
+
+    __slots__ = ("before",)
+
+    def __init__(self, text: str, *, before: "ApiKey | None" = None) -> None:
+        super().__init__(text)
+        self.before: ApiKey | None = before
+        """The key that this one took the place of; a late reply may still echo it."""
 
     def redact(self, text: str) -> str:
         """The same text with every occurrence of the key masked, however a server may have escaped it."""
-        redacted = _finder(self._text).sub(MASK, text)
-        return redacted if self.before is None else self.before.redact(redacted)
+        lowered = text.lower()
+        if any(part in lowered for part in _parts(self._text)):
+            text = _finder(self._text).sub(MASK, text)
+        return text if self.before is None else self.before.redact(text)
 
     def redact_start(self, body: bytes, limit: int) -> bytes:
-        """The first *limit* bytes of a body, as `redact`; a key that the cut would leave a part of is masked too."""
+        """The first *limit* bytes of a body, as `redact`; a key that is cut off at their end is masked too."""
         start = body[:limit]
         for encoding in ("utf-16-le", "utf-16-be"):
             start = start.replace(self._text.encode(encoding), MASK.encode(encoding))
-        text = self.redact(start.decode(errors="surrogateescape"))
-        if len(body) >= limit:
-            text = self._without_cut_key(text)
+        text = self._without_cut_key(self.redact(start.decode(errors="surrogateescape")))
         return text.encode(errors="surrogateescape")
 
     def _without_cut_key(self, text: str) -> str:
-        for spelling in _spellings(self._text):
-            for length in range(min(len(spelling) - 1, len(text)), _TELLING - 1, -1):
-                if text.endswith(spelling[:length]):
+        end = text[-2 * max(map(len, _forms(self._text))) :].lower()
+        for form in _forms(self._text):
+            for length in range(min(len(form) - 1, len(end)), _TELLING - 1, -1):
+                if end.endswith(form[:length]):
                     return text[:-length] + MASK
         return text
 
@@ -97,31 +128,66 @@ class ApiKey:
 
 
 @lru_cache(maxsize=64)
-def _spellings(text: str) -> tuple[str, ...]:
-    """The key as it is, and as servers escape it in JSON, URLs and HTML; longest first."""
-    plain_json = json.dumps(text)[1:-1]
-    spelled = {
-        text,
-        plain_json,
-        plain_json.replace("/", r"\/"),
-        _escaped(text, _DOTNET_JSON, r"\u{:04X}"),
-        quote(text, safe=""),
-        quote(text),
-        quote_plus(text),
-        html.escape(text),
-        _escaped(html.escape(text), _DOTNET_HTML, "&#x{:X};"),
-        str(text.encode())[2:-1],
-    }
-    return tuple(sorted(spelled, key=len, reverse=True))
+def _parts(text: str) -> tuple[str, ...]:
+    """In lower case, what stands in every text that has the key in it, in one form or another."""
+    longest = max(_RUN.findall(text), key=len, default="")
+    return (longest.lower(), _base64(text).lower(), _base64(text, url=True).lower())
 
 
 @lru_cache(maxsize=64)
 def _finder(text: str) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, _spellings(text))), re.IGNORECASE)
+    spelled = "".join(map(_pattern, _PIECES.findall(text)))
+    # Once, at the start of a run of backslashes: no text takes more than linear time.
+    start = r"(?<!\\)" if text.startswith("\\") else ""
+    forms = (start + spelled.removeprefix(_BACKSLASHES), re.escape(_base64(text)), re.escape(_base64(text, url=True)))
+    return re.compile("|".join(forms), re.IGNORECASE)
 
 
-def _escaped(text: str, characters: str, form: str) -> str:
-    return "".join(form.format(ord(c)) if c in characters or c > "\x7f" else c for c in text)
+@lru_cache(maxsize=64)
+def _forms(text: str) -> tuple[str, ...]:
+    """In lower case, the forms in which a key may be cut off: escaped once, each character in the same way."""
+    ways = zip(*(_spellings(character) for character in text), strict=True)
+    return tuple({"".join(way).lower() for way in ways})
+
+
+def _pattern(piece: str) -> str:
+    """A pattern for a piece of the key, which may have been escaped more than once."""
+    if _RUN.fullmatch(piece):
+        return piece
+    if piece.startswith("\\"):
+        escaped = "|".join(re.escape(spelling) for spelling in _spellings("\\") if not spelling.startswith("\\"))
+        return rf"(?:\\{{{len(piece)},}}+|(?:{_BACKSLASHES}(?:u005c|{escaped})){{{len(piece)}}})"
+    spelled = {spelling.removeprefix("\\") for spelling in _spellings(piece)}
+    alternatives = "|".join(re.escape(each).replace(r"\\", r"\\++") for each in sorted(spelled))
+    return f"{_BACKSLASHES}(?:{alternatives})"
+
+
+def _spellings(character: str) -> tuple[str, ...]:
+    """The character as it is, and as servers escape it in JSON, JavaScript, URLs, HTML and Python's ``repr``."""
+    if _RUN.fullmatch(character):
+        return (character,) * 12
+    utf16 = character.encode("utf-16-be").hex()
+    utf8 = character.encode()
+    return (
+        character,
+        json.dumps(character)[1:-1],
+        json.dumps(character, ensure_ascii=False)[1:-1],
+        "".join(rf"\u{utf16[at : at + 4]}" for at in range(0, len(utf16), 4)),
+        "".join(f"%{byte:02x}" for byte in utf8),
+        quote(character),
+        quote_plus(character),
+        html.escape(character),
+        f"&#{ord(character)};",
+        f"&#x{ord(character):x};",
+        f"&{codepoint2name.get(ord(character), 'apos')};",
+        "".join(rf"\x{byte:02x}" if byte > 126 else chr(byte) for byte in utf8),
+    )
+
+
+def _base64(text: str, *, url: bool = False) -> str:
+    """Without the characters at the end that depend on what follows."""
+    encoded = base64.b64encode(text.encode(), altchars=b"-_" if url else None).decode()
+    return encoded.rstrip("=")[: len(text.encode()) * 4 // 3]
 
 
 class KeySource:

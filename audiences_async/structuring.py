@@ -39,8 +39,8 @@ _AT_ONCE: Final = 128 * 1024  # bytes that are decoded at a stretch: a milliseco
 _SHOWN_TEXT: Final = 40
 _BOM: Final = b"\xef\xbb\xbf"
 _NOT_JSON: Final = (MsgspecError, UnicodeDecodeError, RecursionError)
-# Date and time, in ISO 8601's extended format. `fromisoformat` alone also reads dates without a time, weeks, and offsets
-# of 60 minutes; what else it reads changes from one Python to the next.
+# Date and time, in ISO 8601's extended format. `fromisoformat` alone also reads dates without a time, weeks, and
+# offsets of 60 minutes; what else it reads changes from one Python to the next.
 _TIME: Final = r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?"
 _DATE_AND_TIME: Final = re.compile(rf"{_TIME}(?:Z|[+-](?:[01]\d|2[0-3]):?[0-5]\d)?", re.ASCII)
 _WITHOUT_OFFSET: Final = re.compile(rf"{_TIME}Z?", re.ASCII)

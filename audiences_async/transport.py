@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import aiohttp
 from aiohttp import hdrs
 from attrs import field, frozen
+from multidict import CIMultiDictProxy
 from yarl import URL
 
 from audiences_async import checks
@@ -30,7 +31,7 @@ _NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None, connect=None, sock_connec
 DEFAULT_MAX_CONNECTIONS: Final = 100
 _ERROR_BODY_TIMEOUT: Final = 1.0  # s; the status has decided already
 _INFLATED_PIECE: Final = 256 * 1024
-_ENCODINGS: Final = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+_CODINGS: Final = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 
 @frozen
@@ -249,12 +250,15 @@ class _Exchange:
     async def _read(self, cap: int) -> bool:
         """Read the body, inflated; ``False`` where it is above the cap, of which no more is kept."""
         assert self._response is not None
-        encoding = self._response.headers.get(hdrs.CONTENT_ENCODING, "identity").strip().lower()
-        if encoding in {"", "identity"}:
+        headers = self._response.headers
+        if hdrs.TRANSFER_ENCODING in headers and _codings(headers, hdrs.TRANSFER_ENCODING) != "chunked":
+            raise aiohttp.ClientPayloadError("its Transfer-Encoding was not asked for")
+        coding = _codings(headers, hdrs.CONTENT_ENCODING) if hdrs.CONTENT_ENCODING in headers else "identity"
+        if coding in {"", "identity"}:
             return await self._read_plain(cap)
-        if encoding not in _ENCODINGS:
-            raise aiohttp.ClientPayloadError(f"Content-Encoding {printable(encoding)!r} was not asked for")
-        return await self._read_deflated(cap, _Inflater(_ENCODINGS[encoding]))
+        if coding not in _CODINGS:
+            raise aiohttp.ClientPayloadError(f"Content-Encoding {printable(coding)!r} was not asked for")
+        return await self._read_deflated(cap, _Inflater(_CODINGS[coding]))
 
     async def _read_plain(self, cap: int) -> bool:
         assert self._response is not None
@@ -263,7 +267,7 @@ class _Exchange:
         async for chunk in self._response.content.iter_any():
             self._body += chunk
             if len(self._body) > cap:
-                del self._body[cap:]
+                self._keep_start(cap)
                 return False
         return True
 
@@ -271,15 +275,24 @@ class _Exchange:
         assert self._response is not None
         async for chunk in self._response.content.iter_any():
             inflater.feed(chunk)
-            while piece := inflater.piece():
+            while (piece := inflater.piece()) is not None:
                 self._body += piece
                 if len(self._body) > cap:
-                    del self._body[cap:]
+                    self._keep_start(cap)
                     return False
-                if len(piece) == _INFLATED_PIECE:
-                    await asyncio.sleep(0)  # a bomb holds the event loop for one piece at a stretch
+                if len(piece) in {0, _INFLATED_PIECE}:
+                    await asyncio.sleep(0)  # a bomb, or a chain of nothing, holds the event loop for one piece
         inflater.finish()
         return True
+
+    def _keep_start(self, cap: int) -> None:
+        """Of a body that is too large, an error shows as much as of any."""
+        del self._body[min(cap, MAX_ERROR_BODY) :]
+
+
+def _codings(headers: CIMultiDictProxy[str], name: str) -> str:
+    """All codings of a header that may come more than once."""
+    return ", ".join(headers.getall(name)).strip().lower()
 
 
 class _Inflater:
@@ -289,25 +302,29 @@ class _Inflater:
         self._wbits = wbits
         self._waiting = b""
         self._zlib: zlib._Decompress | None = None
+        self._members = 0
 
     def feed(self, chunk: bytes) -> None:
         self._waiting += chunk
 
-    def piece(self) -> bytes:
-        """The next piece; empty where more has to be fed first."""
-        while self._waiting:
-            if self._zlib is None:
-                self._zlib = zlib.decompressobj(self._wbits_for(self._waiting))
-            piece = self._zlib.decompress(self._waiting, _INFLATED_PIECE)
-            self._waiting = self._zlib.unconsumed_tail
-            if self._zlib.eof:
-                # What follows may be another member: RFC 1952, section 2.2.
-                self._waiting, self._zlib = self._zlib.unused_data.lstrip(b"\0"), None
-            if piece:
-                return piece
-        return b""
+    def piece(self) -> bytes | None:
+        """The next piece, which may be empty; ``None`` where more has to be fed first."""
+        if self._members and self._zlib is None:
+            self._waiting = self._waiting.lstrip(b"\0")  # padding
+        if not self._waiting:
+            return None
+        if self._zlib is None:
+            self._zlib = zlib.decompressobj(self._wbits_for(self._waiting))
+        piece = self._zlib.decompress(self._waiting, _INFLATED_PIECE)
+        self._waiting = self._zlib.unconsumed_tail
+        if self._zlib.eof:
+            # What follows may be another member: RFC 1952, section 2.2.
+            self._waiting, self._zlib = self._zlib.unused_data, None
+            self._members += 1
+        return piece
 
     def finish(self) -> None:
+        """Refuse what was cut short."""
         if self._zlib is not None:
             raise zlib.error("the compressed body is cut short")
 

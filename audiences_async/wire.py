@@ -10,12 +10,12 @@ from collections.abc import Generator, Mapping
 from datetime import UTC
 from typing import Final, TypeAlias
 
-from attrs import frozen
+from attrs import field, frozen
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from audiences_async._version import __version__
-from audiences_async.credentials import ApiKey
+from audiences_async.credentials import ApiKey, Secret
 from audiences_async.errors import (
     AudiencesError,
     ConfigurationError,
@@ -60,34 +60,34 @@ class Reply:
     """
 
     status: int
-    headers: CIMultiDictProxy[str]
-    body: bytes
+    headers: CIMultiDictProxy[str] = field(repr=False)  # either may echo the key
+    body: bytes = field(repr=False)
     exceeded: int | None = None
 
 
-def endpoint(base_url: str, *, allow_http: bool) -> URL:
-    """The URL of ``/audiences`` below *base_url*.
+def endpoint(base_url: Secret, *, allow_http: bool) -> URL:
+    """The URL of ``/audiences`` below *base_url*, which may hold a password: by mistake, and so it is kept hidden.
 
     Raises:
         ConfigurationError: No absolute http(s) URL, one with credentials, query or fragment, or plain ``http://`` to
             a host that is not loopback, unless *allow_http*.
     """
     url = _url("base_url", base_url)
-    # The URL is not repeated in the message where it may hold a password.
     if url.raw_user is not None or url.raw_password is not None:
+        del url
         raise ConfigurationError("base_url must not hold credentials; the API key goes to api_key")
     if url.scheme not in {"http", "https"} or not url.host:
-        raise ConfigurationError(f"base_url must be an absolute https:// URL, got {base_url!r}")
+        raise ConfigurationError(f"base_url must be an absolute https:// URL, got '{url}'")
     if url.raw_query_string or url.raw_fragment:
-        raise ConfigurationError(f"base_url must have no query and no fragment, got {base_url!r}")
+        raise ConfigurationError(f"base_url must have no query and no fragment, got '{url}'")
     if url.scheme == "http" and not allow_http and not _is_loopback(url.host):
         raise ConfigurationError(
-            f"base_url {base_url!r} would send the API key in the clear; use https://, or accept it by allow_http=True"
+            f"base_url '{url}' would send the API key in the clear; use https://, or accept it by allow_http=True"
         )
     return url / "audiences"
 
 
-def proxy_url(proxy: str) -> URL:
+def proxy_url(proxy: Secret) -> URL:
     """The URL of an HTTP proxy, which may hold its password and is therefore never repeated in a message.
 
     Raises:
@@ -95,21 +95,26 @@ def proxy_url(proxy: str) -> URL:
     """
     url = _url("proxy", proxy)
     if url.scheme not in {"http", "https"} or not url.host:
+        del url
         raise ConfigurationError("proxy must be an absolute http:// or https:// URL")
     return url
 
 
-def _url(name: str, given: str) -> URL:
-    try:
-        url = URL(given)
-        sound = url.host is None or not any(
-            c.isspace() or not c.isprintable() for c in given
-        )  # reading a host decodes it
-    except (TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise ConfigurationError(f"{name} is not a URL") from None
+def _url(name: str, given: Secret) -> URL:
+    url = _parsed(given)
+    if url is None:
+        raise ConfigurationError(f"{name} is not a URL")
     return url
+
+
+def _parsed(given: Secret) -> URL | None:
+    try:
+        url = URL(given.reveal())
+        # Reading the host decodes it.
+        unsound = url.host is not None and any(c.isspace() or not c.isprintable() for c in given.reveal())
+    except (TypeError, ValueError):
+        return None
+    return None if unsound else url
 
 
 def _is_loopback(host: str) -> bool:
@@ -164,7 +169,7 @@ def _refusal(reply: Reply, key: ApiKey, now: float, *, status: int | None = None
         reply.status if status is None else status,
         key.redact(description_of(envelope)),
         response_time=response_time_of(envelope),
-        headers=CIMultiDict((name, key.redact(value)) for name, value in reply.headers.items()),
+        headers=CIMultiDict((key.redact(name), key.redact(value)) for name, value in reply.headers.items()),
         body=key.redact_start(reply.body, MAX_ERROR_BODY),
         retry_after=_wait_asked(reply, now),
     )

@@ -510,7 +510,6 @@ def _status_lines() -> Iterator[Fault]:
         "HTTP/1.10": b"HTTP/1.10 200 OK",
         "http in lower case": b"http/1.1 200 OK",
         "Shoutcast": b"ICY 200 OK",
-        "RTSP": b"RTSP/1.0 200 OK",
         "a request": b"GET / HTTP/1.1",
     }
     for name, line in lines.items():
@@ -521,7 +520,9 @@ def _status_lines() -> Iterator[Fault]:
     yield Fault("status line without a reason", _says(b"HTTP/1.1 200" + rest), Value(1))
     yield Fault("status line of HTTP/1.0", _says(b"HTTP/1.0 200 OK" + rest, then="close"), Value(1))
     yield Fault("a reason in UTF-8", _says("HTTP/1.1 200 schön".encode() + rest), Value(1))
-    yield _retried("a NUL in the reason", _says(b"HTTP/1.1 200 O\0K" + rest))
+    # aiohttp's parser does not tell these from what they should be; what follows is whole and sound.
+    yield Fault("status line: RTSP", _says(b"RTSP/1.0 200 OK" + rest), Value(1))
+    yield Fault("a NUL in the reason", _says(b"HTTP/1.1 200 O\0K" + rest), Value(1))
 
 
 def _lengths_told() -> Iterator[Fault]:
@@ -605,7 +606,6 @@ def _lengths_kept() -> Iterator[Fault]:
     yield Fault("a second answer after an error", _says(reply(b"", b"404 No") + reply(EMPTY)), refusal(404))
     yield Fault("no length, whole, FIN", _says(head() + ONE, **close), Value(1))
     yield Fault("no length, cut, FIN", _says(head() + ONE[:-1], **close), UNREADABLE)
-    yield _retried("no length, whole, RST", _says(head() + ONE, then="reset"))
     yield _slow("no length, whole, and silence", _says(head() + ONE, then="hang"))
     yield Fault("no body at all, FIN", _says(head(), **close), UNREADABLE)
 
@@ -639,7 +639,7 @@ def _chunked() -> Iterator[Fault]:
         yield _retried(f"chunked: {name}", _says(start + body, then="close"))
     yield _slow("chunked: endless size", _goes_on(start, b"0" * 4096))
     yield _slow("chunked: endless extension", _goes_on(start + b"5;x=", b"x" * 4096))
-    yield _slow("chunked: endless trailer", _goes_on(start + chunk(ONE) + b"0\r\nX: ", b"x" * 4096))
+    yield _retried("chunked: endless trailer", _goes_on(start + chunk(ONE) + b"0\r\nX: ", b"x" * 4096))
     yield _retried("chunked: endless trailers", _goes_on(start + chunk(ONE) + b"0\r\n", b"X: 1\r\n" * 800),
                    most_sent=KERNEL)
     yield Fault("chunked: an extension and a trailer",
@@ -716,8 +716,11 @@ def _bodiless() -> Iterator[Fault]:
         outcome = UNREADABLE if number < 300 else refusal(number)
         yield Fault(f"{number} without a body", _says(head(status=status), then="close"), outcome)
         yield Fault(f"{number} with length 0", _keep(b"", status), outcome)
-        yield Fault(f"{number} with a body", _keep(ONE, status), outcome)
-        yield Fault(f"{number} with a chunked body", _says(head(CHUNKED, status=status) + chunk(ONE) + LAST), outcome)
+        # Where the status allows no body, what follows the head in the same segment is no reply, nor is then the head.
+        fault = Fault if number in {205, 206} else _retried
+        outcome = outcome if number in {205, 206} else NO_REPLY
+        yield fault(f"{number} with a body", _keep(ONE, status), outcome)
+        yield fault(f"{number} with a chunked body", _says(head(CHUNKED, status=status) + chunk(ONE) + LAST), outcome)
     yield Fault("206 of a range", _keep(ONE[:9], b"206 Partial Content", b"Content-Range: bytes 0-8/99"), UNREADABLE)
 
 
@@ -832,8 +835,10 @@ def _error_bodies() -> Iterator[Fault]:
         yield fault("one byte every 100 ms", _drips(head(length(99), status=status), b"x" * 99), **hangs)
         yield fault("a body that is cut", _says(head(length(99), status=status) + b"half", then="close"))
         yield fault("a body that is reset", _says(head(length(99), status=status) + b"half", then="reset"))
-        yield fault("a body that is no chunk", _says(head(CHUNKED, status=status) + b"xyz\r\n", then="close"))
-        yield fault("a body longer than told", _says(reply(b"no", status) + b"garbage"))
+        # In the same segment as the head, what is no HTTP spoils the head too.
+        spoiled = _says(head(CHUNKED, status=status) + b"xyz\r\n", then="close")
+        yield _retried(f"{number} with a body that is no chunk", spoiled)
+        yield _retried(f"{number} with a body longer than told", _says(reply(b"no", status) + b"garbage"))
         yield fault("a body that is not gzip", _keep(ONE, status, GZIP))
         yield fault("a cut gzip body", _keep(gzip.compress(ONE)[:-9], status, GZIP))
         yield fault("an encoding not asked for", _keep(ONE, status, b"Content-Encoding: br"))
@@ -931,8 +936,10 @@ def _html() -> Iterator[Fault]:
     known = {status.value for status in HTTPStatus if status.value >= 200}
     for status in sorted(known | {218, 299, 306, 399, 420, 430, 440, 444, 494, 499, 509, 520, 522, 525, 530, 599, 600, 999}):
         outcome = UNREADABLE if status < 300 else refusal(status)
+        outcome = NO_REPLY if status in {204, 304} else outcome  # which have no body
         serve = _keep(html, b"%d Odd" % status, b"Content-Type: text/html")
-        yield Fault(f"HTML with {status}", serve, outcome, 2 if status in _RETRIED else 1, family="HTML in every status")
+        requests = 2 if status in _RETRIED | {204, 304} else 1
+        yield Fault(f"HTML with {status}", serve, outcome, requests, family="HTML in every status")
 
 
 def _contradictions() -> Iterator[Fault]:

@@ -24,7 +24,7 @@ from audiences_async import (
     TooManyRequestsError,
     UnauthorizedError,
 )
-from audiences_async.credentials import ApiKey
+from audiences_async.credentials import ApiKey, Secret
 from audiences_async.wire import MAX_ERROR_BODY, Reply, Result, endpoint, proxy_url, read, request_headers, retry_after
 
 KEY = ApiKey("key+with/odd&signs")
@@ -258,7 +258,7 @@ def test_any_retry_after_is_sane_or_ignored(value: str) -> None:
 )
 def test_endpoint(base_url: str, expected: str) -> None:
     """The endpoint is /audiences below the base URL; plain http is for loopback."""
-    assert str(endpoint(base_url, allow_http=False)) == expected
+    assert str(endpoint(Secret(base_url), allow_http=False)) == expected
 
 
 @pytest.mark.parametrize(
@@ -283,21 +283,21 @@ def test_endpoint(base_url: str, expected: str) -> None:
 def test_endpoint_that_cannot_be_used(base_url: Any) -> None:
     """What is no absolute https URL is refused, plain http to another host above all."""
     with pytest.raises(ConfigurationError, match="base_url"):
-        endpoint(base_url, allow_http=False)
+        endpoint(Secret(base_url), allow_http=False)
 
 
 def test_plain_http_on_request() -> None:
     """allow_http opens plain http to any host."""
-    assert str(endpoint("http://gateway.internal/", allow_http=True)) == "http://gateway.internal/audiences"
+    assert str(endpoint(Secret("http://gateway.internal/"), allow_http=True)) == "http://gateway.internal/audiences"
 
 
 def test_a_password_in_a_url_never_prints() -> None:
     """A URL that holds a password is refused, or misread, without being repeated."""
     with pytest.raises(ConfigurationError, match="credentials") as caught:
-        endpoint("https://user:hunter2@api.commbox.io/", allow_http=False)
+        endpoint(Secret("https://user:hunter2@api.commbox.io/"), allow_http=False)
     assert "hunter2" not in str(caught.value)
     with pytest.raises(ConfigurationError, match="proxy") as caught:
-        proxy_url("socks5://user:hunter2@proxy/")
+        proxy_url(Secret("socks5://user:hunter2@proxy/"))
     assert "hunter2" not in str(caught.value)
 
 
@@ -305,4 +305,4 @@ def test_a_password_in_a_url_never_prints() -> None:
 def test_proxy_that_is_no_url(proxy: Any) -> None:
     """A proxy that is no URL is refused."""
     with pytest.raises(ConfigurationError, match="proxy is not a URL"):
-        proxy_url(proxy)
+        proxy_url(Secret(proxy))
