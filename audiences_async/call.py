@@ -22,7 +22,7 @@ from audiences_async.models import AudiencesResponse
 from audiences_async.pacing import Lane, Verdict
 from audiences_async.retrying import RetryPolicy, RetryTokens, wait_full_jitter
 from audiences_async.transport import Transport
-from audiences_async.wire import Reply, Result, read, used_up
+from audiences_async.wire import Reply, Result, read, read_plain, used_up
 
 _Step: TypeAlias = Literal["fresh-key", "stale-connection", "pace", "retry-after", "backoff"]
 
@@ -130,7 +130,9 @@ class Call:
             reply = await self._transport.attempt(key)
             if not isinstance(reply, Reply):
                 return reply
-            result = await _in_turns(read(reply, key, now=self._settings.clock.wall()))
+            result: Result | None = read_plain(reply)
+            if result is None:
+                result = await _in_turns(read(reply, key, now=self._settings.clock.wall()))
             if isinstance(result, TooManyRequestsError):
                 verdict, pause = "throttled", result.retry_after
             else:

@@ -4,9 +4,9 @@ import asyncio
 import os
 import ssl as tls
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Final, Self
 from weakref import WeakValueDictionary
 
 from attrs import frozen
@@ -15,6 +15,7 @@ from audiences_async import checks, jobs
 from audiences_async.call import Call, CallSettings, out_of_time
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, KeySource, Secret
+from audiences_async.deadlines import Deadlines, Scope
 from audiences_async.errors import AudiencesError, ClientClosedError, ConfigurationError, DeadlineExceededError
 from audiences_async.events import EventHook
 from audiences_async.models import Account, AudiencesResponse, Failed, Fetched, Outcome
@@ -134,8 +135,8 @@ class AudiencesClient:
         )
         self._key_sources: WeakValueDictionary[tuple[str, int], KeySource] = WeakValueDictionary()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._wire: tuple[Transport, Pacer] | None = None
-        self._scopes: dict[asyncio.Timeout, asyncio.Task[Any] | None] = {}
+        self._wire: tuple[Transport, Pacer, Deadlines] | None = None
+        self._scopes: set[Scope] = set()
         self._idle: asyncio.Event | None = None
         self._closed = False
 
@@ -172,7 +173,7 @@ class AudiencesClient:
                 comes later than that. Where the *wait* after an attempt does not fit, that attempt's error is raised at
                 once, with ``stop_reason="deadline"``.
         """
-        transport, pacer = self._open()
+        transport, pacer, deadlines = self._open()
         account = self._checked(account)
         limit = self._timeout if timeout is None else checks.seconds("timeout", timeout)
         lane = pacer.lane(account)
@@ -186,7 +187,7 @@ class AudiencesClient:
         )
         lane.users += 1
         try:
-            result = await self._bounded(call, limit)
+            result = await self._bounded(call, deadlines, limit)
         finally:
             lane.users -= 1
         if isinstance(result, AudiencesError):
@@ -264,20 +265,22 @@ class AudiencesClient:
             return
         self._check_loop()
         self._closed = True
-        transport, pacer = self._wire
+        transport, pacer, deadlines = self._wire
         try:
             await self._end_calls()
         finally:
             pacer.cancel()
+            deadlines.cancel()
             await transport.close()
 
-    def _open(self) -> tuple[Transport, Pacer]:
+    def _open(self) -> tuple[Transport, Pacer, Deadlines]:
         if self._closed:
             raise ClientClosedError("the client is closed; make a new one")
         self._check_loop()
         if self._wire is None:
-            transport = Transport(self._transport_settings)
-            self._wire = transport, self._new_pacer(Slots(transport.connections))
+            deadlines = Deadlines()
+            transport = Transport(self._transport_settings, deadlines)
+            self._wire = transport, self._new_pacer(Slots(transport.connections)), deadlines
         return self._wire
 
     def _new_pacer(self, slots: Slots) -> Pacer:
@@ -319,11 +322,11 @@ class AudiencesClient:
 
         return fetch
 
-    async def _bounded(self, call: Call, limit: float) -> AudiencesResponse | AudiencesError:
-        scope = asyncio.timeout(limit)
+    async def _bounded(self, call: Call, deadlines: Deadlines, limit: float) -> AudiencesResponse | AudiencesError:
+        scope = deadlines.within(limit)
         try:
-            async with scope:
-                self._scopes[scope] = asyncio.current_task()
+            with scope:
+                self._scopes.add(scope)
                 return await call.run()
         except (ConfigurationError, ClientClosedError, DeadlineExceededError) as error:
             return call.cut_off(error, error.stop_reason)
@@ -332,16 +335,15 @@ class AudiencesClient:
                 return call.cut_off(ClientClosedError("the client was closed while the call ran"), "final")
             return call.cut_off(out_of_time(limit), "deadline")
         finally:
-            self._scopes.pop(scope, None)
+            self._scopes.discard(scope)
             if self._idle is not None and not self._scopes:
                 self._idle.set()
 
     async def _end_calls(self) -> None:
         for scope in self._scopes:
-            with suppress(RuntimeError):  # expired already, and on its way out
-                scope.reschedule(0.0)
+            scope.expire()
         # A key function may close the client that asks it: its own call cannot be waited for.
-        if self._scopes and asyncio.current_task() not in self._scopes.values():
+        if self._scopes and asyncio.current_task() not in {scope.task for scope in self._scopes}:
             self._idle = self._idle or asyncio.Event()
             await self._idle.wait()
 

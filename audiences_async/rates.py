@@ -123,8 +123,11 @@ class LearnedRate:
         return self._next_at - now
 
     def backlog(self, now: float, ahead: int) -> float:
-        """Seconds until a request may go that has so many others before it; kindly, for the rate may yet grow."""
-        return 0.0 if self.rate is None else max(0.0, self._next_at - now) + 0.8 * ahead / self.rate
+        """Seconds until a request may go that has so many others before it, if the rate grows with each of them."""
+        if self.rate is None:
+            return 0.0
+        shrink = 1 / (1 + self._growth)  # of the time between two requests
+        return max(0.0, self._next_at - now) + (1 - shrink**ahead) / (1 - shrink) / self.rate
 
     def sent(self, now: float) -> None:
         """A request goes."""

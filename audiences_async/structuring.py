@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
 import attrs
 from cattrs import BaseValidationError, Converter, transform_error
@@ -31,6 +31,7 @@ from audiences_async.models import (
 
 _T = TypeVar("_T")
 _Hook: TypeAlias = Callable[[Any, Any], Any]
+_Many: TypeAlias = tuple[Audience, ...]
 
 MAX_PROBLEMS: Final = 20
 """As many problems of one body are told; a body of 100,000 wrong records must not hold the event loop."""
@@ -44,6 +45,7 @@ _NOT_JSON: Final = (MsgspecError, UnicodeDecodeError, RecursionError)
 _TIME: Final = r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?"
 _DATE_AND_TIME: Final = re.compile(rf"{_TIME}(?:Z|[+-](?:[01]\d|2[0-3]):?[0-5]\d)?", re.ASCII)
 _WITHOUT_OFFSET: Final = re.compile(rf"{_TIME}Z?", re.ASCII)
+_USUAL_SHAPE: Final = "0000-00-00T00:00:00Z"
 _TO_ZEROS: Final = str.maketrans("123456789", "0" * 9)
 # No field of the service has this name: it carries the fields beyond the documented ones to `extra`.
 _EXTRA: Final = "\0extra"
@@ -67,21 +69,33 @@ def decode(body: bytes) -> AudiencesResponse:
         StatusError: The envelope's own status is 300 or more.
         InvalidResponseError: It is not JSON, or breaks the schema; every problem (up to 20) is told with its path.
     """
+    response = decode_plain(body)
     steps = decoding(body)
-    while True:
+    while response is None:
         try:
             next(steps)
         except StopIteration as end:
-            response: AudiencesResponse = end.value
-            return response
+            response = end.value
+    return response
+
+
+def decode_plain(body: bytes) -> AudiencesResponse | None:
+    """As `decode`, of a body that is not large and has nothing but plain records in it; ``None`` for any other."""
+    if len(body) > _AT_ONCE:
+        return None
+    try:
+        envelope = _plain_envelope(body)
+        status = _status(envelope.status)
+        time = None if envelope.response_time is None else _utc(envelope.response_time, None)
+        data = _structure_many(envelope.data, _Many)
+    except Exception:  # noqa: BLE001 - the reference tells what is wrong, if anything
+        return None
+    return AudiencesResponse(status, envelope.description or "", time, data) if status < 300 else None
 
 
 def decoding(body: bytes) -> Generator[None, None, AudiencesResponse]:
     """As `decode`, in steps of a few milliseconds at most, for a body of any size."""
     text = body.removeprefix(_BOM)
-    if len(text) <= _AT_ONCE:
-        with suppress(Exception):  # not plain; the reference tells what is wrong with it, if anything
-            return _plain(text)
     problems: list[str] = []
     envelope, data = _envelope(text, problems)
     yield
@@ -146,7 +160,7 @@ class _Envelope(Struct, forbid_unknown_fields=True):
     status: str | int
     data: list[_Record]
     description: str | None = None
-    response_time: Any = None
+    response_time: str | None = None
 
 
 _any: Final = Decoder().decode
@@ -155,15 +169,6 @@ _members: Final = Decoder(dict[str, Raw]).decode
 _value: Final = Decoder(Raw).decode
 _plain_envelope: Final = Decoder(_Envelope).decode
 _plain_records: Final = Decoder(list[_Record]).decode
-
-
-def _plain(text: bytes) -> AudiencesResponse:
-    envelope = _plain_envelope(text)
-    status = _status(envelope.status)
-    if status >= 300:
-        raise _ProblemError("a status below 300", status)
-    data = _CONVERTER.structure(envelope.data, tuple[Audience, ...])
-    return AudiencesResponse(status, envelope.description or "", _read(_utc, envelope.response_time), data)
 
 
 def _envelope(text: bytes, problems: list[str]) -> tuple[AudiencesResponse, Raw | None]:
@@ -208,11 +213,11 @@ def _rows(data: Raw | None, problems: list[str]) -> list[Raw]:
 def _piece(rows: Sequence[Raw], first: int, problems: list[str]) -> list[Audience]:
     """The audiences of some rows, the first of which has the index *first*; or their problems."""
     with suppress(Exception):  # not plain
-        return list(_CONVERTER.structure(_plain_records(b"[" + b",".join(rows) + b"]"), tuple[Audience, ...]))
+        return list(_structure_many(_plain_records(b"[" + b",".join(rows) + b"]"), _Many))
     audiences: list[Audience] = []
     for index, row in enumerate(rows, first):
         try:
-            audiences.append(_CONVERTER.structure(_any(row), Audience))  # type: ignore[arg-type]
+            audiences.append(_structure(_any(row), Audience))
         except Exception:  # noqa: BLE001 - cattrs raises what its hooks raise; the second look tells what and where
             problems += _problems_of(row, f"$.data[{index}]")
             if len(problems) >= MAX_PROBLEMS:
@@ -223,7 +228,7 @@ def _piece(rows: Sequence[Raw], first: int, problems: list[str]) -> list[Audienc
 def _problems_of(row: Raw, path: str) -> list[str]:
     """The second look, at a record that is known to be wrong: what is wrong, and where."""
     try:
-        _DETAILED.structure(_any(row), Audience)  # type: ignore[arg-type]
+        _structure_detailed(_any(row), Audience)
     except _NOT_JSON as error:
         return [f"{path}: {_reason(error)}"]
     except _ProblemError as problem:
@@ -382,35 +387,29 @@ _Static: Final = _twin(StaticAudience)
 _Dynamic: Final = _twin(DynamicAudience)
 
 
-def _plain_static(plain: _Record, created_time: datetime) -> StaticAudience:
-    if plain.user_count is UNSET:
-        raise _ProblemError("an integer", ...)
-    audience: Any = _Static(plain.id, plain.name, created_time, plain.user_count, NOTHING)
-    audience.__class__ = StaticAudience
-    return cast("StaticAudience", audience)
-
-
-def _plain_dynamic(plain: _Record, created_time: datetime) -> DynamicAudience:
-    extra = NOTHING if plain.user_count is UNSET else {"user_count": plain.user_count}
-    audience: Any = _Dynamic(plain.id, plain.name, created_time, extra)
-    audience.__class__ = DynamicAudience
-    return cast("DynamicAudience", audience)
-
-
-_PLAIN: Final[Mapping[str, Callable[[_Record, datetime], Audience]]] = {
-    StaticAudience.type: _plain_static,
-    DynamicAudience.type: _plain_dynamic,
-}
-
-
 def _many_hook(records: Sequence[_Record], _: Any) -> tuple[Audience, ...]:
-    times = _all_utc([plain.created_time for plain in records])
-    return tuple([_PLAIN[plain.type](plain, time) for plain, time in zip(records, times, strict=True)])
+    audiences: list[Any] = []
+    for plain, time in zip(records, _all_utc([plain.created_time for plain in records]), strict=True):
+        count = plain.user_count
+        if plain.type == "Static":
+            if count is UNSET:
+                raise _ProblemError("an integer", ...)
+            audience = _Static(plain.id, plain.name, time, count, NOTHING)
+            audience.__class__ = StaticAudience
+        else:
+            extra = NOTHING if count is UNSET else {"user_count": count}
+            audience = _Dynamic(plain.id, plain.name, time, extra)
+            audience.__class__ = DynamicAudience
+        audiences.append(audience)
+    return tuple(audiences)
 
 
 def _all_utc(values: Sequence[str]) -> list[datetime]:
     """As `_utc`, of many: it looks at their few different shapes, digits aside, in place of each."""
-    shapes = set("\n".join(values).translate(_TO_ZEROS).splitlines())
+    shape = "\n".join(values).translate(_TO_ZEROS)
+    if shape == "\n".join([_USUAL_SHAPE] * len(values)):
+        return list(map(datetime.fromisoformat, values))
+    shapes = set(shape.splitlines())
     if not all(map(_WITHOUT_OFFSET.fullmatch, shapes)):
         return [_utc(value, None) for value in values]
     times = map(datetime.fromisoformat, values)
@@ -431,9 +430,12 @@ def _converter(*, detailed: bool) -> Converter:
         return hook(sent, None) if hook else _unknown(sent)
 
     converter.register_structure_hook(Audience, union_hook)
-    converter.register_structure_hook_func(lambda kind: kind == tuple[Audience, ...], _many_hook)
+    converter.register_structure_hook_func(lambda kind: kind == _Many, _many_hook)
     return converter
 
 
 _CONVERTER: Final = _converter(detailed=False)
-_DETAILED: Final = _converter(detailed=True)
+# Looked up now, so that no request pays for it.
+_structure: Final[_Hook] = _CONVERTER.get_structure_hook(Audience)
+_structure_many: Final[_Hook] = _CONVERTER.get_structure_hook(_Many)
+_structure_detailed: Final[_Hook] = _converter(detailed=True).get_structure_hook(Audience)

@@ -4,6 +4,7 @@ import asyncio
 import re
 import ssl as tls
 import zlib
+from contextvars import ContextVar
 from typing import Final
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -15,6 +16,7 @@ from yarl import URL
 
 from audiences_async import checks
 from audiences_async.credentials import ApiKey
+from audiences_async.deadlines import Deadlines
 from audiences_async.errors import (
     AttemptTimeoutError,
     ClientClosedError,
@@ -24,7 +26,7 @@ from audiences_async.errors import (
     printable,
 )
 from audiences_async.models import Account
-from audiences_async.wire import MAX_ERROR_BODY, Reply, request_headers
+from audiences_async.wire import FIXED_HEADERS, MAX_ERROR_BODY, Reply, authorization
 
 # Our own deadlines rule: aiohttp's round up to whole seconds above 5 s, and count the wait for a connection.
 _NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
@@ -91,14 +93,29 @@ def check_cookies(session: aiohttp.ClientSession, account: Account) -> None:
         raise ConfigurationError(message, account=account.name)
 
 
+_DISCONNECTED: Final = "the connection was closed or reset before a reply came"
+_current: ContextVar["_Exchange"] = ContextVar("exchange")
+"""The exchange of this task, for where aiohttp tells nothing of it."""
+
+
+async def _begin(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """Innermost middleware, where the pool is not ours."""
+    _current.get().begin("a middleware of the session would have sent the request twice")
+    try:
+        return await send(request)
+    except aiohttp.ClientConnectorError:
+        raise  # never sent, and never sent again by aiohttp
+    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+        raise _NotAgainError(_DISCONNECTED) from None
+
+
 class _Connector(aiohttp.TCPConnector):
-    """A pool that can tell which requests went out on a used connection."""
+    """A pool that lets each exchange know its connection, and gives it no second one."""
 
     def __init__(self, ssl: tls.SSLContext | None) -> None:
         # No limit here: the pacer's slots bound the connections, and waiting for one is no part of an attempt.
         super().__init__(limit=0, ssl=True if ssl is None else ssl)
         self._used: WeakSet[object] = WeakSet()
-        self.reused: WeakSet[aiohttp.ClientRequest] = WeakSet()
 
     async def connect(
         self,
@@ -106,56 +123,57 @@ class _Connector(aiohttp.TCPConnector):
         traces: list[aiohttp.tracing.Trace],
         timeout: aiohttp.ClientTimeout,
     ) -> aiohttp.connector.Connection:
+        exchange = _current.get()
+        exchange.begin(_DISCONNECTED)
         connection = await super().connect(req, traces, timeout)
         while connection.protocol is not None and connection.protocol.should_close:
             # Data came while it was idle: aiohttp would give it out as the answer to this request.
             connection.close()
             connection = await super().connect(req, traces, timeout)
-        if connection.protocol in self._used:
-            self.reused.add(req)
-        else:
-            self._used.add(connection.protocol)
+        exchange.protocol = protocol = connection.protocol
+        exchange.reused = protocol in self._used
+        if not exchange.reused:
+            self._used.add(protocol)
         return connection
 
 
-class _DisconnectedError(Exception):
-    """The peer went away before it replied, as a class that aiohttp does not send again on its own."""
-
-    def __init__(self, error: Exception, *, reused: bool) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.reused = reused
+class _NotAgainError(Exception):
+    """aiohttp, or a middleware, would send the request again without a word: that is for the client to decide."""
 
 
 class Transport:
     """One session on one event loop, and its connection slots."""
 
-    def __init__(self, settings: TransportSettings) -> None:
+    def __init__(self, settings: TransportSettings, deadlines: Deadlines) -> None:
         """Must run inside the event loop that will use it."""
         self._settings = settings
-        self._connector: _Connector | None = None
+        self._deadlines = deadlines
+        self._middlewares: tuple[aiohttp.ClientMiddlewareType, ...] = ()
         if settings.session is None:
-            self._connector = _Connector(settings.ssl)
             # The jar that keeps nothing: one account's cookie never goes out with another account's key.
             self._session = aiohttp.ClientSession(
-                connector=self._connector, cookie_jar=aiohttp.DummyCookieJar(), proxy=settings.proxy
+                connector=_Connector(settings.ssl),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers=FIXED_HEADERS,
+                proxy=settings.proxy,
             )
+            self._headers: dict[str, str] = {}
             connections = settings.max_connections
-            self._outer_middlewares: tuple[aiohttp.ClientMiddlewareType, ...] = ()
         else:
             self._session = settings.session
             # aiohttp does not tell the loop of a session in public.
             if getattr(self._session, "_loop", None) not in {None, asyncio.get_running_loop()}:
                 raise ClientClosedError("the session given to the client belongs to another event loop")
-            connections = _limit_of(settings.session.connector)
+            self._headers = dict(FIXED_HEADERS)
             # Middlewares of a request replace those of the session, and aiohttp does not tell the latter in public.
-            self._outer_middlewares = tuple(getattr(settings.session, "_middlewares", ()))
+            self._middlewares = (*getattr(settings.session, "_middlewares", ()), _begin)
+            connections = _limit_of(settings.session.connector)
         self.connections: int = connections
         """How many attempts may be under way at once; waiting for one is no part of it."""
 
     async def close(self) -> None:
         """Close the session if it is our own. May be called again."""
-        if self._connector is not None:
+        if self._settings.session is None:
             await self._session.close()
 
     async def attempt(self, key: ApiKey) -> Reply | TransportError:
@@ -165,20 +183,32 @@ class Transport:
         """
         if self._session.closed:
             raise ClientClosedError("the session given to the client was closed")
-        exchange = _Exchange(self._settings, self._connector)
+        exchange = _Exchange()
+        _current.set(exchange)
+        scope = self._deadlines.within(self._settings.attempt_timeout)
         try:
-            async with asyncio.timeout(self._settings.attempt_timeout) as scope:
-                return await exchange.run(self._session, key, self._outer_middlewares)
+            with scope:
+                exchange.response = await self._session.request(
+                    hdrs.METH_GET,
+                    self._settings.endpoint,
+                    headers={**self._headers, hdrs.AUTHORIZATION: authorization(key)},
+                    allow_redirects=False,
+                    raise_for_status=False,
+                    auto_decompress=False,
+                    timeout=_NO_TIMEOUT,
+                    middlewares=self._middlewares,
+                )
+                return await exchange.read(self._settings.max_body_bytes)
         except asyncio.CancelledError as cancelled:
             cancelled.__context__ = None
             raise cancelled.with_traceback(None) from None
         except Exception as error:  # noqa: BLE001 - aiohttp raises far more than ClientError, bugs of its own included
             if exchange.refused:
                 return exchange.reply()
-            if scope.expired():
+            if scope.expired:
                 limit = self._settings.attempt_timeout
                 return AttemptTimeoutError(f"no whole reply within attempt_timeout={limit:g} s")
-            return _failure(error, key)
+            return _failure(error, key, reused=exchange.reused)
         finally:
             exchange.close()
 
@@ -186,71 +216,58 @@ class Transport:
 class _Exchange:
     """One request and what has been read of its reply."""
 
-    def __init__(self, settings: TransportSettings, connector: _Connector | None) -> None:
-        self._settings = settings
-        self._connector = connector
-        self._sent = False
-        self._response: aiohttp.ClientResponse | None = None
+    __slots__ = ("_begun", "_body", "protocol", "response", "reused")
+
+    def __init__(self) -> None:
+        self._begun = False
         self._body = bytearray()
+        self.response: aiohttp.ClientResponse | None = None
+        self.protocol: aiohttp.client_proto.ResponseHandler | None = None
+        """Where it went, on our own pool."""
+        self.reused: bool = False
+        """Whether that was a connection that another exchange has used before."""
+
+    def begin(self, again: str) -> None:
+        """The request goes out now, which it may do once.
+
+        Raises:
+            _NotAgainError: It has done so before, which means what *again* says.
+        """
+        if self._begun:
+            raise _NotAgainError(again)
+        self._begun = True
 
     @property
     def refused(self) -> bool:
         """Whether the status alone decides, however much of the body can be read."""
-        return self._response is not None and self._response.status != 200
+        return self.response is not None and self.response.status != 200
 
     def reply(self, *, exceeded: int | None = None) -> Reply:
         """What has been read."""
-        assert self._response is not None
-        return Reply(self._response.status, self._response.headers, bytes(self._body), exceeded)
+        assert self.response is not None
+        return Reply(self.response.status, self.response.headers, bytes(self._body), exceeded)
 
     def close(self) -> None:
         """Give back a connection that was read to its end; drop any other."""
-        if self._response is not None:
-            self._response.close()
+        if self.response is not None:
+            self.response.close()
+            # aiohttp takes a 101 without Upgrade for an answer, and the connection back for the next request.
+            if self.response.status < 200 and self.protocol is not None:
+                self.protocol.close()
 
-    async def run(
-        self,
-        session: aiohttp.ClientSession,
-        key: ApiKey,
-        middlewares: tuple[aiohttp.ClientMiddlewareType, ...],
-    ) -> Reply:
-        """Send, and read the whole reply."""
-        self._response = response = await session.request(
-            hdrs.METH_GET,
-            self._settings.endpoint,
-            headers=request_headers(key),
-            allow_redirects=False,
-            raise_for_status=False,
-            auto_decompress=False,
-            timeout=_NO_TIMEOUT,
-            middlewares=(*middlewares, self._send_once),
-        )
-        if response.status != 200:
-            async with asyncio.timeout(_ERROR_BODY_TIMEOUT):
-                await self._read(MAX_ERROR_BODY)
-            return self.reply()
-        cap = self._settings.max_body_bytes
-        return self.reply(exceeded=None if await self._read(cap) else cap)
-
-    async def _send_once(
-        self, request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType
-    ) -> aiohttp.ClientResponse:
-        """Innermost middleware: what aiohttp, or a middleware, would send again is an attempt of ours instead."""
-        if self._sent:
-            raise aiohttp.ClientError("a middleware sent the request twice")
-        self._sent = True
-        try:
-            return await send(request)
-        except aiohttp.ClientConnectorError:
-            raise  # never sent, and never sent again by aiohttp
-        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
-            reused = self._connector is not None and request in self._connector.reused
-            raise _DisconnectedError(error, reused=reused) from None
+    async def read(self, cap: int) -> Reply:
+        """The whole reply; of a 200 at most *cap* bytes."""
+        assert self.response is not None
+        if self.response.status == 200:
+            return self.reply(exceeded=None if await self._read(cap) else cap)
+        async with asyncio.timeout(_ERROR_BODY_TIMEOUT):
+            await self._read(MAX_ERROR_BODY)
+        return self.reply()
 
     async def _read(self, cap: int) -> bool:
         """Read the body, inflated; ``False`` where it is above the cap, of which no more is kept."""
-        assert self._response is not None
-        headers = self._response.headers
+        assert self.response is not None
+        headers = self.response.headers
         if hdrs.TRANSFER_ENCODING in headers and _codings(headers, hdrs.TRANSFER_ENCODING) != "chunked":
             raise aiohttp.ClientPayloadError("its Transfer-Encoding was not asked for")
         coding = _codings(headers, hdrs.CONTENT_ENCODING) if hdrs.CONTENT_ENCODING in headers else "identity"
@@ -261,10 +278,10 @@ class _Exchange:
         return await self._read_deflated(cap, _Inflater(_CODINGS[coding]))
 
     async def _read_plain(self, cap: int) -> bool:
-        assert self._response is not None
-        if (self._response.content_length or 0) > cap:
+        assert self.response is not None
+        if (self.response.content_length or 0) > cap:
             cap = min(cap, MAX_ERROR_BODY)  # the start will do
-        async for chunk in self._response.content.iter_any():
+        while chunk := await self.response.content.readany():
             self._body += chunk
             if len(self._body) > cap:
                 self._keep_start(cap)
@@ -272,8 +289,8 @@ class _Exchange:
         return True
 
     async def _read_deflated(self, cap: int, inflater: "_Inflater") -> bool:
-        assert self._response is not None
-        async for chunk in self._response.content.iter_any():
+        assert self.response is not None
+        while chunk := await self.response.content.readany():
             inflater.feed(chunk)
             while (piece := inflater.piece()) is not None:
                 self._body += piece
@@ -334,7 +351,7 @@ class _Inflater:
         return -zlib.MAX_WBITS if raw else self._wbits
 
 
-def _failure(error: Exception, key: ApiKey) -> ConnectionFailedError:
+def _failure(error: Exception, key: ApiKey, *, reused: bool) -> ConnectionFailedError:
     """Our error for whatever kept a readable reply from coming."""
     match error:
         case aiohttp.ClientConnectorCertificateError():
@@ -342,10 +359,8 @@ def _failure(error: Exception, key: ApiKey) -> ConnectionFailedError:
             return ConnectionFailedError(reason, transient=False)
         case aiohttp.ClientConnectorError():
             return ConnectionFailedError(f"cannot connect to {error.host}:{error.port}: {error.os_error}")
-        case _DisconnectedError():
-            what = "reset" if isinstance(error.error, OSError) else "closed"
-            reason = f"connection {what} before a reply came: {_said(error.error, key)}"
-            return ConnectionFailedError(reason, stale_connection=error.reused)
+        case _NotAgainError():
+            return ConnectionFailedError(str(error), stale_connection=reused)
         case aiohttp.ClientResponseError():
             # `status` is aiohttp's word for what it could not parse, not the server's.
             return ConnectionFailedError(f"the reply is not HTTP: {_unquoted(error.message, key)}")

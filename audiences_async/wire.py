@@ -11,7 +11,7 @@ from datetime import UTC
 from typing import Final, TypeAlias
 
 from attrs import field, frozen
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDict, CIMultiDictProxy, istr
 from yarl import URL
 
 from audiences_async._version import __version__
@@ -25,7 +25,7 @@ from audiences_async.errors import (
     status_error,
 )
 from audiences_async.models import AudiencesResponse
-from audiences_async.structuring import decoding, description_of, parse, response_time_of
+from audiences_async.structuring import decode_plain, decoding, description_of, parse, response_time_of
 
 PRODUCTION: Final = "https://api.commbox.io/"
 """The vendor's published base URL: https://api.commbox.io/."""
@@ -39,6 +39,11 @@ Result: TypeAlias = AudiencesResponse | AudiencesError
 # RFC 9110, section 10.2.3: Retry-After = HTTP-date / delay-seconds. Fractions are not in it, and are seen.
 _DELAY_SECONDS: Final = re.compile(r"[0-9]{1,20}(?:\.[0-9]{0,20})?")
 _RATE_LIMIT: Final = re.compile(r";\s*r=0\s*;\s*t=([0-9]{1,5})\s*(?:[,;]|$)")
+# Every answer is looked at for these: a name that is made once is found faster.
+_COMBINED: Final = istr("RateLimit")
+_REMAINING_AND_RESET: Final = tuple(
+    (istr(f"{prefix}-Remaining"), istr(f"{prefix}-Reset")) for prefix in ("RateLimit", "X-RateLimit")
+)
 _LONGEST_RESET: Final = 86_400.0  # seconds; a day
 # RFC 9110, section 5.6.7: IMF-fixdate, and the two obsolete forms that must still be read.
 _HTTP_DATE: Final = re.compile(
@@ -126,16 +131,22 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def request_headers(key: ApiKey) -> CIMultiDict[str]:
-    """The headers of the request; the only place where the key is written out."""
-    return CIMultiDict(
-        {
-            "Authorization": f"Bearer {key.reveal()}",
-            "Accept": "application/json",
-            "Accept-Encoding": "gzip, deflate",
-            "User-Agent": f"audiences_async/{__version__}",
-        }
-    )
+FIXED_HEADERS: Final[Mapping[str, str]] = {
+    "Accept": "application/json",
+    "Accept-Encoding": "gzip, deflate",
+    "User-Agent": f"audiences_async/{__version__}",
+}
+"""The headers that every request has, beside `authorization`."""
+
+
+def authorization(key: ApiKey) -> str:
+    """The value of the ``Authorization`` header; the only place where the key is written out."""
+    return f"Bearer {key.reveal()}"
+
+
+def read_plain(reply: Reply) -> AudiencesResponse | None:
+    """The audiences in a reply as it should be; ``None`` where it takes `read` to tell."""
+    return decode_plain(reply.body) if reply.status == 200 and reply.exceeded is None else None
 
 
 def read(reply: Reply, key: ApiKey, *, now: float) -> Generator[None, None, Result]:
@@ -214,18 +225,18 @@ def used_up(headers: Mapping[str, str], *, now: float) -> float | None:
     with and without ``X-``; a reset is in seconds from now or, where it is too large for that, in seconds since 1970
     (https://datatracker.ietf.org/doc/draft-ietf-httpapi-ratelimit-headers/).
     """
-    combined = headers.get("RateLimit")
+    combined = headers.get(_COMBINED)
     if combined is not None:
         found = _RATE_LIMIT.search(combined)
         return None if found is None else float(found[1])
-    for prefix in ("RateLimit", "X-RateLimit"):
-        if headers.get(f"{prefix}-Remaining", "").strip() == "0":
-            return _reset(headers, prefix, now)
+    for remaining, reset in _REMAINING_AND_RESET:
+        if headers.get(remaining, "").strip() == "0":
+            return _reset(headers, reset, now)
     return None
 
 
-def _reset(headers: Mapping[str, str], prefix: str, now: float) -> float | None:
-    value = headers.get(f"{prefix}-Reset", "").strip()
+def _reset(headers: Mapping[str, str], name: str, now: float) -> float | None:
+    value = headers.get(name, "").strip()
     if not _DELAY_SECONDS.fullmatch(value):
         return None
     reset = float(value)

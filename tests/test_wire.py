@@ -25,7 +25,7 @@ from audiences_async import (
     UnauthorizedError,
 )
 from audiences_async.credentials import ApiKey, Secret
-from audiences_async.wire import MAX_ERROR_BODY, Reply, Result, endpoint, proxy_url, read, request_headers, retry_after
+from audiences_async.wire import MAX_ERROR_BODY, Reply, Result, authorization, endpoint, proxy_url, read, retry_after
 
 KEY = ApiKey("key+with/odd&signs")
 NOON = datetime(2026, 2, 11, 12, tzinfo=UTC).timestamp()
@@ -34,14 +34,6 @@ NOON = datetime(2026, 2, 11, 12, tzinfo=UTC).timestamp()
 def reply(status: int, body: bytes = b"", exceeded: int | None = None, **headers: str) -> Result:
     proxied = CIMultiDictProxy(CIMultiDict({name.replace("_", "-"): value for name, value in headers.items()}))
     return whole(read(Reply(status, proxied, body, exceeded), KEY, now=NOON))
-
-
-def test_request_headers() -> None:
-    """The request carries the bearer token and asks for what can be read."""
-    headers = request_headers(KEY)
-    assert headers["Authorization"] == "Bearer key+with/odd&signs"
-    assert headers["Accept"] == "application/json"
-    assert headers["User-Agent"].startswith("audiences_async/")
 
 
 @pytest.mark.parametrize(

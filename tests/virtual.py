@@ -11,6 +11,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey
+from audiences_async.deadlines import Deadlines
 from audiences_async.errors import TransportError
 from audiences_async.transport import TransportSettings
 from audiences_async.wire import Reply
@@ -76,7 +77,7 @@ class Service:
     connections: int = 100
     seen: list[tuple[float, str, int]] = field(factory=list)
 
-    def __call__(self, settings: TransportSettings) -> "Service":
+    def __call__(self, settings: TransportSettings, deadlines: Deadlines) -> "Service":
         """Be made in the place of a `Transport`."""
         return self
 

@@ -1,0 +1,1161 @@
+"""Cancelling and closing, in every state of a call: at once, nothing more sent, and nothing left behind."""
+
+import asyncio
+import gc
+import gzip
+import json
+import random
+import re
+import socket
+import ssl as tls
+import stat
+import subprocess
+import sys
+import textwrap
+import time as blocking
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Final
+
+import aiohttp
+import pytest
+import trustme
+from attrs import Factory, define, field
+from blockbuster import BlockingError, blockbuster_ctx
+
+from audiences_async import (
+    Account,
+    AudiencesClient,
+    AudiencesResponse,
+    ClientClosedError,
+    ConfigurationError,
+    ConnectionFailedError,
+    DeadlineExceededError,
+    Event,
+    Fetched,
+    RateLimit,
+    RetryPolicy,
+)
+from audiences_async.clock import Clock
+from audiences_async.events import AttemptFinished
+from audiences_async.sandbox import Answer, Sandbox, many_audiences
+
+SEED: Final = 20261125
+AT_ONCE: Final = 0.05  # s, in which a cancelled call comes back
+A_FEW_TURNS: Final = 10  # of the event loop, which never waits in them
+HANGS: Final = Answer(delay=30.0)
+CONNECTIONS: Final = 5  # of a client under load; fewer than its calls, so that they queue
+
+
+# --- what is left behind
+
+
+def others() -> set["asyncio.Task[Any]"]:
+    """Tasks that are not the test's own."""
+    return {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
+
+
+def all_done(tasks: Iterable["asyncio.Task[Any]"]) -> bool:
+    return all(task.done() for task in tasks)
+
+
+def busy(client: AudiencesClient) -> int:
+    """Calls that wait for a turn or have one."""
+    return sum(pace.waiting + pace.in_flight for pace in client.snapshot().accounts)
+
+
+def open_sockets() -> set[int]:
+    """The inodes of this process's sockets."""
+    inodes = set()
+    for path in Path("/dev/fd").iterdir():
+        with suppress(OSError):  # the listing's own
+            known = path.stat()
+            if stat.S_ISSOCK(known.st_mode):
+                inodes.add(known.st_ino)
+    return inodes
+
+
+async def turns(reached: Callable[[], object], most: int) -> int:
+    """How many turns of the event loop it takes until something is so; it never waits in them."""
+    for number in range(most + 1):
+        if reached():
+            return number
+        await asyncio.sleep(0)
+    raise AssertionError(f"not within {most} turns of the event loop; tasks: {others()}")
+
+
+async def in_time(reached: Callable[[], object], *, seconds: float = 5.0) -> None:
+    """Let others run until something is so."""
+    async with asyncio.timeout(seconds):
+        while not reached():  # noqa: ASYNC110 - nothing tells of what happens inside a call
+            await asyncio.sleep(0)
+
+
+async def none_left(sockets: set[int]) -> None:
+    """No socket is left beyond these; they close in the loop's and the server's next turns."""
+    await in_time(lambda: not open_sockets() - sockets, seconds=1.0)
+
+
+def awaited(task: "asyncio.Task[Any]") -> list[str]:
+    """The names of the functions that a task waits in, the outermost first."""
+    names: list[str] = []
+    at: Any = task.get_coro()
+    while at is not None:
+        code = getattr(at, "cr_code", None) or getattr(at, "gi_code", None)
+        if code is None:  # what `__await__` of a coroutine gives does not tell what it wraps
+            at = next((held for held in gc.get_referents(at) if hasattr(held, "cr_code")), None)
+        else:
+            names.append(code.co_qualname)
+            at = getattr(at, "cr_await", None) or getattr(at, "gi_yieldfrom", None)
+    return names
+
+
+# --- one call, held in a state
+
+
+def reply(status: bytes, body: bytes, *headers: bytes) -> bytes:
+    return b"\r\n".join([b"HTTP/1.1 " + status, b"Content-Length: %d" % len(body), *headers, b"", body])
+
+
+def answer_of(*ids: str, padding: int = 0) -> bytes:
+    common = {"name": "", "created_time": "2025-10-01T09:10:00Z", "type": "Dynamic", "padding": "x" * padding}
+    return json.dumps({"status": "200", "data": [{"id": each, **common} for each in ids]}).encode()
+
+
+HEALED: Final = reply(b"200 OK", answer_of("healed"))
+HALF: Final = -10  # bytes that are missing
+
+
+@define(eq=False)
+class Scene:
+    """A call that is held in some state, by a server without tasks, or by a function that the client calls.
+
+    `heal` ends all holding: from then on the client can be served as it should be.
+    """
+
+    own_session: bool
+    monkeypatch: pytest.MonkeyPatch
+    listener: socket.socket
+    calls: list["asyncio.Task[AudiencesResponse]"] = field(factory=list)
+    requests: int = 0
+    _now: float = 1000.0
+    _host: str = "127.0.0.1"
+    _healed: asyncio.Event = field(factory=asyncio.Event)
+    _reply: bytes = b""
+    _tls: tls.SSLContext | None = None
+    _server: asyncio.Server | None = None
+    _client: AudiencesClient | None = None
+    _session: aiohttp.ClientSession | None = None
+    _fillers: list[socket.socket] = field(factory=list)
+
+    # the client and its calls
+
+    @property
+    def client(self) -> AudiencesClient:
+        """The client, once it is open."""
+        assert self._client is not None
+        return self._client
+
+    def open(self, *, connections: int | None = None, ssl: tls.SSLContext | None = None, **settings: Any) -> None:
+        """Make the client, on a session of its own or on a given one."""
+        if self.own_session:
+            settings |= {"max_connections": connections, "ssl": ssl}
+        else:
+            connector = aiohttp.TCPConnector(limit=connections or 100, ssl=ssl or True)
+            self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+            settings["session"] = self._session
+        port = self.listener.getsockname()[1]
+        url = f"http{'s' if ssl else ''}://{self._host}:{port}/"
+        clock = Clock(monotonic=lambda: self._now, wall=lambda: self._now, sleep=self.sleep, random=lambda: 1.0)
+        self._client = AudiencesClient(base_url=url, timeout=5000.0, clock=clock, **settings)
+
+    async def call(self, waits_in: str = "", account: Account | None = None) -> None:
+        """Start a call, and let it come to where it waits in this function; empty means that it has not begun."""
+        call = asyncio.create_task(self.client.get_audiences(account or Account("north", "key")))
+        self.calls.append(call)
+        if waits_in:
+            await in_time(lambda: waits_in in awaited(call))
+
+    async def sound(self) -> None:
+        """The next call is answered as it should be."""
+        response = await self.client.get_audiences(Account("next", "key"), timeout=4000.0)
+        assert [audience.id for audience in response] == ["healed"]
+
+    # what holds
+
+    async def serve(self, reply: bytes = b"") -> None:
+        """Accept connections, and say this to every request."""
+        self._reply = reply
+        if self._server is None:
+            loop = asyncio.get_running_loop()
+            self._server = await loop.create_server(lambda: _Peer(self), sock=self.listener, ssl=self._tls)
+
+    async def hold(self) -> None:
+        await self._healed.wait()
+
+    async def key(self) -> str:
+        await self.hold()
+        return "key"
+
+    async def acquire(self, account_name: str) -> None:
+        await self.hold()
+
+    async def sleep(self, seconds: float) -> None:
+        if seconds:
+            await self.hold()
+            self._now += seconds
+
+    def resolve_slowly(self) -> None:
+        """Let names be looked up by a server that does not answer."""
+        self._host = "localhost"
+
+        async def getaddrinfo(host: str, port: int, **_: Any) -> list[Any]:
+            await self.hold()
+            return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("127.0.0.1", port))]
+
+        self.monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
+
+    def fill_backlog(self) -> None:
+        """Let the kernel take no further connection; what it then does with one is Linux's way."""
+        self.listener.listen(0)
+        filler = socket.create_connection(self.listener.getsockname())
+        self._fillers.append(filler)
+
+    def handshake(self) -> tls.SSLContext:
+        """A context that trusts the server, which does not say a word before it is healed."""
+        authority = trustme.CA()
+        self._tls = tls.SSLContext(tls.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(self._tls)
+        trusting = tls.create_default_context()
+        authority.configure_trust(trusting)
+        self.listener.listen(10)
+        return trusting
+
+    async def heal(self) -> None:
+        """Hold nothing any more."""
+        self._healed.set()
+        for filler in self._fillers:
+            filler.close()
+        await self.serve(HEALED)
+
+    async def close(self) -> None:
+        """Close the client, and then the given session, which is still open."""
+        await self.client.aclose()
+        if self._session is not None:
+            assert not self._session.closed
+            await self._session.close()
+
+    async def leave(self) -> None:
+        """End what may be left, of a failed test too."""
+        await self.heal()
+        assert self._server is not None
+        self._server.close()
+        if self._client is not None:
+            await self._client.aclose()
+        if self._session is not None:
+            await self._session.close()
+
+
+class _Peer(asyncio.Protocol):
+    """Says the same to each request."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        self._heard = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        *heads, self._heard = (self._heard + data).split(b"\r\n\r\n")
+        self._scene.requests += len(heads)
+        self._transport.write(self._scene._reply * len(heads))
+
+
+async def _not_begun(scene: Scene) -> None:
+    scene.open()
+    await scene.call()
+
+
+async def _key(scene: Scene) -> None:
+    scene.open()
+    await scene.call("Scene.key", Account("north", scene.key))
+
+
+async def _key_of_another_call(scene: Scene) -> None:
+    account = Account("north", scene.key)
+    scene.open()
+    await scene.call("Scene.key", account)
+    await scene.call("Lock.acquire", account)
+
+
+async def _fresh_key(scene: Scene) -> None:
+    asked: list[int] = []
+
+    async def key() -> str:
+        asked.append(1)
+        return "old" if len(asked) == 1 else await scene.key()
+
+    scene.open()
+    await scene.serve(reply(b"401 Unauthorized", b""))
+    await scene.call("Scene.key", Account("north", key))
+
+
+async def _slots(scene: Scene) -> None:
+    scene.open(connections=1)
+    await scene.serve()
+    await scene.call("ClientResponse.start", Account("south", "key"))
+    await scene.call("Lane._queued")
+
+
+async def _window(scene: Scene) -> None:
+    scene.open()
+    await scene.serve()
+    for _ in range(2):  # as many go at once while nothing is known of the account
+        await scene.call("ClientResponse.start")
+    await scene.call("Lane._queued")
+
+
+async def _rate(scene: Scene) -> None:
+    scene.open(rate_limit=RateLimit(0.001))
+    await scene.serve()
+    await scene.call("ClientResponse.start")
+    await scene.call("Lane._queued")
+
+
+async def _pause(scene: Scene) -> None:
+    scene.open()
+    await scene.serve(reply(b"429 Too Many", b"", b"Retry-After: 60"))
+    await scene.call("Scene.sleep")
+    await scene.call("Lane._queued")
+
+
+async def _limiter(scene: Scene) -> None:
+    scene.open(rate_limit=scene)
+    await scene.call("Lane._queued")
+
+
+async def _resolving(scene: Scene) -> None:
+    scene.resolve_slowly()
+    scene.open()
+    await scene.call("TCPConnector._resolve_host")
+
+
+async def _connecting(scene: Scene) -> None:
+    scene.fill_backlog()
+    scene.open()
+    await scene.call("BaseSelectorEventLoop.sock_connect")
+
+
+async def _handshake(scene: Scene) -> None:
+    scene.open(ssl=scene.handshake())
+    await scene.call("BaseEventLoop._create_connection_transport")
+    await in_time(lambda: scene.client.snapshot().accounts[0].in_flight == 1)
+
+
+async def _headers(scene: Scene) -> None:
+    scene.open()
+    await scene.serve()
+    await scene.call("ClientResponse.start")
+    await in_time(lambda: scene.requests)
+
+
+async def _body(scene: Scene) -> None:
+    scene.open()
+    await scene.serve(HEALED[:HALF])
+    await scene.call("_Exchange._read_plain")
+
+
+async def _packed_body(scene: Scene) -> None:
+    scene.open()
+    packed = reply(b"200 OK", gzip.compress(answer_of("a")), b"Content-Encoding: gzip")
+    await scene.serve(packed[:HALF])
+    await scene.call("_Exchange._read_deflated")
+
+
+async def _error_body(scene: Scene) -> None:
+    scene.open()
+    await scene.serve(reply(b"404 Not Found", b"x" * 100)[:HALF])
+    await scene.call("_Exchange._read_plain")
+
+
+async def _decoding(scene: Scene) -> None:
+    scene.open()
+    await scene.serve(reply(b"200 OK", answer_of(*map(str, range(2000)), padding=1000)))
+    await scene.call("_in_turns")
+
+
+async def _backoff(scene: Scene) -> None:
+    scene.open()
+    await scene.serve(reply(b"500 Error", b""))
+    await scene.call("Scene.sleep")
+
+
+STATES: Final[dict[str, Callable[[Scene], Awaitable[None]]]] = {
+    "not begun": _not_begun,
+    "waiting for the key function": _key,
+    "waiting for another call to get the key": _key_of_another_call,
+    "waiting for a fresh key after a 401": _fresh_key,
+    "queueing for a connection": _slots,
+    "queueing for a reply to others of the account": _window,
+    "queueing at a known rate": _rate,
+    "queueing in a pause after a 429": _pause,
+    "waiting for a limiter": _limiter,
+    "resolving": _resolving,
+    "connecting": _connecting,
+    "in the TLS handshake": _handshake,
+    "waiting for the headers": _headers,
+    "reading the body": _body,
+    "reading a packed body": _packed_body,
+    "reading the body of an error": _error_body,
+    "decoding, a piece at a time": _decoding,
+    "waiting to try again": _backoff,
+}
+
+IN_EVERY_STATE: Final = pytest.mark.parametrize(
+    ("scene", "state"),
+    # A given session's look-ups are its own: other requests of its owner may wait for the same one.
+    [*(("own", state) for state in STATES), *(("given", state) for state in STATES if state != "resolving")],
+    indirect=["scene"],
+)
+
+
+@pytest.fixture
+async def scene(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
+    """A scene whose client has its "own" session, or a "given" one."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        scene = Scene(request.param == "own", monkeypatch, listener)
+        yield scene
+        await scene.leave()
+
+
+@IN_EVERY_STATE
+async def test_a_call_is_cancelled_at_once_in_every_state(scene: Scene, state: str) -> None:
+    """A cancelled call comes back in a few turns, sends nothing more, leaves nothing and hurts nobody."""
+    sockets = open_sockets()
+    await STATES[state](scene)
+    client, requests, call = scene.client, scene.requests, scene.calls[-1]
+    for ended in (call, *scene.calls[:-1]):  # then those that stood in its way
+        started = perf_counter()
+        assert ended.cancel()
+        await turns(ended.done, A_FEW_TURNS)
+        assert perf_counter() - started <= AT_ONCE
+        assert ended.cancelled()
+    assert busy(client) == 0
+    await turns(lambda: not others(), A_FEW_TURNS)
+    await scene.heal()
+    await scene.sound()
+    assert scene.requests == requests + 1
+    await scene.close()
+    await none_left(sockets)
+
+
+@IN_EVERY_STATE
+async def test_closing_ends_calls_in_every_state(scene: Scene, state: str) -> None:
+    """Calls under way when the client is closed end with ClientClosedError, and so does every call after that."""
+    sockets = open_sockets()
+    await STATES[state](scene)
+    client, requests = scene.client, scene.requests
+    async with asyncio.timeout(1.0):
+        await asyncio.gather(client.aclose(), client.aclose())
+    for call in scene.calls:
+        with pytest.raises(ClientClosedError):
+            await call
+    assert busy(client) == 0
+    await turns(lambda: not others(), A_FEW_TURNS)
+    await scene.heal()
+    for attempt in (client.get_audiences(Account("next", "key")), client.fetch_all([Account("next", "key")])):
+        with pytest.raises(ClientClosedError, match="the client is closed"):
+            await attempt
+    assert scene.requests == requests
+    await scene.close()
+    await none_left(sockets)
+
+
+@pytest.mark.parametrize("scene", ["own"], indirect=True)
+async def test_a_cancelled_close_closes_all_the_same(scene: Scene) -> None:
+    """Where aclose() is cancelled while a call holds on, the client is closed, and the call ends with it."""
+    ended = asyncio.Event()
+
+    async def key() -> str:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await ended.wait()
+        raise AssertionError
+
+    sockets = open_sockets()
+    scene.open()
+    await scene.serve()
+    await scene.call("ClientResponse.start")
+    await scene.call(key.__qualname__, Account("south", key))
+    first, second = scene.calls
+    closing = asyncio.create_task(scene.client.aclose())
+    await in_time(first.done)
+    assert not closing.done()
+    closing.cancel()
+    await turns(closing.done, A_FEW_TURNS)
+    assert closing.cancelled()
+    ended.set()
+    for call in (first, second):
+        with pytest.raises(ClientClosedError):
+            await call
+    await scene.close()
+    await none_left(sockets)
+
+
+# --- random moments under load
+
+
+@define
+class Steps:
+    """Time that moves when somebody sleeps, and sleeps that take some turns of the event loop."""
+
+    chance: random.Random
+    now: float = 1000.0
+
+    @property
+    def clock(self) -> Clock:
+        return Clock(lambda: self.now, lambda: self.now, self.sleep, self.chance.random)
+
+    async def sleep(self, seconds: float) -> None:
+        until = self.now + seconds
+        for _ in range(self.chance.randint(1, 30)):
+            await asyncio.sleep(0)
+        self.now = max(self.now, until)
+
+
+@define(eq=False)
+class Told:
+    """What a client told of its accounts, and of calls that were cancelled."""
+
+    attempts: Counter[str] = field(factory=Counter)
+    cancelled: set["asyncio.Task[Any]"] = field(factory=set)
+    late: list[Event] = field(factory=list)
+
+    def __call__(self, event: Event) -> None:
+        self.attempts[event.account] += isinstance(event, AttemptFinished)
+        if asyncio.current_task() in self.cancelled:
+            self.late.append(event)
+
+
+@define(eq=False)
+class Load:
+    """A client under load: accounts that together meet every state, and what is known of what they sent."""
+
+    sandbox: Sandbox
+    number: int
+    slow: Answer
+    chance: random.Random = Factory(lambda self: random.Random(SEED + self.number), takes_self=True)
+    told: Told = field(factory=Told)
+    client: AudiencesClient = Factory(lambda self: self._client(), takes_self=True)
+    accounts: list[Account] = Factory(lambda self: self._accounts(), takes_self=True)
+
+    def _client(self) -> AudiencesClient:
+        return AudiencesClient(
+            base_url=self.sandbox.base_url,
+            timeout=10_000.0,
+            budget=None,
+            max_connections=CONNECTIONS,
+            on_event=self.told,
+            clock=Steps(self.chance).clock,
+        )
+
+    def account(self, kind: str, *script: Answer) -> Account:
+        """An account of its own for this load, whose audiences carry its name."""
+        name = f"{kind}-{self.number}"
+        account = self.sandbox.add_account(name, audiences=many_audiences(name, 3))
+        self.sandbox.script(name, *script)
+        return account
+
+    def _accounts(self) -> list[Account]:
+        paced = self.account("paced", Answer(429), Answer(200), Answer(429))
+        accounts = [
+            paced, paced, paced, paced,
+            self.account("asked", Answer(429, retry_after=2), Answer(429, retry_after=0.5)),
+            self.account("slow", self.slow), self.account("slower", self.slow),
+            self.account("failing", Answer(500), Answer(503, b""), Answer(500)),
+            self.account("reset", Answer(failure="reset"), Answer(failure="reset")),
+            self.account("halved", Answer(failure="reset-in-body"), Answer(failure="cut-body")),
+            self.account("large", Answer(200, LARGE)), self.account("larger", Answer(500), Answer(200, LARGE)),
+            self.account("packed", Answer(200, PACKED, headers={"Content-Encoding": "gzip"})),
+            self._keyed("keyed"), self._keyed("rekeyed", Answer(401)),
+        ]  # fmt: skip
+        self.chance.shuffle(accounts)
+        return accounts
+
+    def _keyed(self, kind: str, *script: Answer) -> Account:
+        account = self.account(kind, *script)
+
+        async def key() -> str:
+            for _ in range(self.chance.randint(1, 30)):
+                await asyncio.sleep(0)
+            return str(account.api_key)
+
+        return Account(account.name, key)
+
+    async def moment(self) -> None:
+        """Let things happen for a while: some requests, and some turns of the event loop."""
+        requests = len(self.sandbox.requests) + self.chance.randint(0, self.chance.randint(0, 16))
+        await in_time(lambda: len(self.sandbox.requests) >= requests)
+        for _ in range(self.chance.randint(0, 60)):
+            await asyncio.sleep(0)
+
+    def on_the_wire(self) -> Counter[str]:
+        """Requests of each account that may have gone out by now."""
+        in_flight = Counter({pace.account: pace.in_flight for pace in self.client.snapshot().accounts})
+        return self.told.attempts + in_flight
+
+    async def all_is_free(self) -> None:
+        """As many calls as there are connections get one at once, and each is answered as it should be."""
+        accounts = [self.account(f"next{number}") for number in range(CONNECTIONS)]
+        calls = [asyncio.create_task(self.client.get_audiences(account)) for account in accounts]
+        await turns(lambda: busy(self.client) == CONNECTIONS, 1)
+        assert sum(pace.in_flight for pace in self.client.snapshot().accounts) == CONNECTIONS
+        for account, call in zip(accounts, calls, strict=True):
+            right(account, await call)
+
+
+LARGE: Final = json.dumps(
+    {"status": "200", "data": [{**each, "name": "x" * 2000} for each in many_audiences("large", 300)]}
+).encode()
+PACKED: Final = gzip.compress(b'{"status": "200", "data": [' + b" " * 2**20 + b"]}")
+
+
+def right(account: Account, response: AudiencesResponse) -> None:
+    """The response is whole, and this account's."""
+    kind = account.name.partition("-")[0]
+    if kind.startswith("large"):
+        assert [audience.id for audience in response] == [f"large-{n}" for n in range(300)]
+    elif kind == "packed":
+        assert len(response) == 0
+    else:
+        assert [audience.id for audience in response] == [f"{account.name}-{n}" for n in range(3)]
+
+
+KINDS_OF_WAITING: Final = {
+    "key": {"Load._keyed.<locals>.key"},
+    "turn": {"Lane._queued"},
+    "connecting": {"BaseSelectorEventLoop.sock_connect", "BaseEventLoop._create_connection_transport"},
+    "headers": {"ClientResponse.start"},
+    "body": {"_Exchange._read"},
+    "decoding": {"_in_turns"},
+    "backoff": {"Steps.sleep"},
+}
+
+
+def kind_of_waiting(task: "asyncio.Task[Any]") -> str:
+    functions = set(awaited(task))
+    return next((kind for kind, of in KINDS_OF_WAITING.items() if functions & of), "elsewhere")
+
+
+@pytest.fixture
+async def complaints() -> AsyncIterator[list[dict[str, Any]]]:
+    """What the event loop has to complain about; nothing, at the end of the test."""
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    yield complaints
+    gc.collect()
+    assert complaints == []
+
+
+def only_what_was_told(sandbox: Sandbox, told: Counter[str], numbers: range) -> None:
+    """No account of the loads with these numbers sent more than that, by the server's record."""
+    sent = Counter(str(request.account) for request in sandbox.requests)
+    known = {name: count for name, count in sent.items() if int(name.partition("-")[2]) in numbers}
+    late = {name: count for name, count in known.items() if count > told[name] and not name.startswith("next")}
+    assert known
+    assert late == {}
+
+
+@pytest.mark.usefixtures("complaints")
+async def test_calls_are_cancelled_at_once_at_any_moment(sandbox: Sandbox) -> None:
+    """At 200 moments under load, all calls are cancelled: at once, nothing sent after it, and nothing left behind."""
+    met: Counter[str] = Counter()
+    took: list[float] = []
+    allowed: Counter[str] = Counter()
+    for number in range(200):
+        sockets = open_sockets()
+        load = Load(sandbox, number, HANGS)
+        calls = [asyncio.create_task(load.client.get_audiences(account)) for account in load.accounts]
+        await load.moment()
+        for call in calls:
+            if not call.done():
+                met[kind_of_waiting(call)] += 1
+        allowed += load.on_the_wire()
+        took.append(await cancelled(load, {call for call in calls if not call.done()}))
+        await load.all_is_free()
+        await load.client.aclose()
+        await none_left(sockets)
+        assert load.told.late == []
+    only_what_was_told(sandbox, allowed, range(200))
+    assert set(KINDS_OF_WAITING) <= set(met), met
+    assert sorted(took)[-3] <= AT_ONCE, "twice at most may the machine have been busy with others"
+
+
+async def cancelled(load: Load, running: set["asyncio.Task[Any]"]) -> float:
+    """Cancel these, which are all that run; seconds until the last has come back, with nothing left of it."""
+    started = perf_counter()
+    load.told.cancelled |= running
+    for task in running:
+        assert task.cancel()
+    await turns(partial(all_done, running), A_FEW_TURNS)
+    took = perf_counter() - started
+    assert all(task.cancelled() for task in running)
+    assert busy(load.client) == 0
+    await turns(lambda: not others(), A_FEW_TURNS)
+    return took
+
+
+@pytest.mark.usefixtures("complaints")
+async def test_cancelled_calls_do_not_hurt_the_others(sandbox: Sandbox) -> None:
+    """At 60 moments under load, a random half of the calls is cancelled: every other one is answered as it should."""
+    for number in range(60):
+        sockets = open_sockets()
+        load = Load(sandbox, number, Answer(delay=0.01))
+        calls = [asyncio.create_task(load.client.get_audiences(account)) for account in load.accounts]
+        await load.moment()
+        doomed = {call for call in calls if load.chance.random() < 0.5 and call.cancel()}
+        await turns(partial(all_done, doomed), A_FEW_TURNS)
+        assert all(call.cancelled() for call in doomed)
+        async with asyncio.timeout(5.0):
+            for account, call in zip(load.accounts, calls, strict=True):
+                if call not in doomed:
+                    right(account, await call)
+        assert busy(load.client) == 0
+        await turns(lambda: not others(), A_FEW_TURNS)
+        await load.all_is_free()
+        await load.client.aclose()
+        await none_left(sockets)
+
+
+@pytest.mark.usefixtures("complaints")
+async def test_jobs_are_cancelled_at_once_at_any_moment(sandbox: Sandbox) -> None:
+    """At 200 moments a job is cancelled, a stream or fetch_all: at once, and with all that it had begun."""
+    took: list[float] = []
+    allowed: Counter[str] = Counter()
+    for number in range(200):
+        sockets = open_sockets()
+        load = Load(sandbox, number, HANGS)
+        job = asyncio.create_task(
+            streamed(load, allowed) if number % 2 else load.client.fetch_all(source(load), concurrency=8)
+        )
+        await load.moment()
+        assert not job.done()
+        took.append(await cancelled(load, {job}))
+        await load.all_is_free()
+        await load.client.aclose()
+        await none_left(sockets)
+    only_what_was_told(sandbox, allowed, range(1, 200, 2))  # from inside the streams
+    assert sorted(took)[-3] <= AT_ONCE, "twice at most may the machine have been busy with others"
+
+
+async def source(load: Load) -> AsyncIterator[Account]:
+    """The accounts, some of them after a turn of the event loop."""
+    for account in load.accounts:
+        if load.chance.random() < 0.3:
+            await asyncio.sleep(0)
+        yield account
+
+
+async def streamed(load: Load, allowed: Counter[str]) -> None:
+    """A job, and what it may have sent by the time at which the cancellation comes to it."""
+    async with load.client.stream(source(load), concurrency=8) as outcomes:
+        try:
+            async for outcome in outcomes:
+                assert isinstance(outcome, Fetched), outcome
+                right(outcome.account, outcome.response)
+        finally:
+            allowed.update(load.on_the_wire())
+
+
+@pytest.mark.parametrize("after", range(4))
+async def test_a_job_that_is_cancelled_twice_leaves_no_task(sandbox: Sandbox, after: int) -> None:
+    """A second cancellation, some turns after the first one, takes nothing back: every task has ended."""
+    load = Load(sandbox, after, HANGS)
+    job = asyncio.create_task(streamed(load, Counter()))
+    await asyncio.to_thread(sandbox.wait_for_requests, 6)
+    job.cancel()
+    for _ in range(after):
+        await asyncio.sleep(0)
+    job.cancel()
+    await turns(job.done, A_FEW_TURNS)
+    assert job.cancelled()
+    await turns(lambda: not others(), A_FEW_TURNS)
+    assert busy(load.client) == 0
+    await load.all_is_free()
+    await load.client.aclose()
+
+
+@pytest.mark.usefixtures("complaints")
+async def test_a_client_is_closed_at_any_moment(sandbox: Sandbox) -> None:
+    """At 60 moments under load the client is closed: each call has its answer or ends with ClientClosedError."""
+    told: Counter[str] = Counter()
+    ended: Counter[type[BaseException] | None] = Counter()
+    for number in range(60):
+        sockets = open_sockets()
+        load = Load(sandbox, number, HANGS)
+        calls = [asyncio.create_task(load.client.get_audiences(account)) for account in load.accounts]
+        await load.moment()
+        async with asyncio.timeout(1.0):
+            await asyncio.gather(load.client.aclose(), load.client.aclose())
+        assert all(call.done() for call in calls)
+        assert busy(load.client) == 0
+        await turns(lambda: not others(), A_FEW_TURNS)
+        await none_left(sockets)
+        for account, call in zip(load.accounts, calls, strict=True):
+            error = call.exception()
+            ended[None if error is None else type(error)] += 1
+            if error is None:
+                right(account, call.result())
+        told += load.told.attempts
+    only_what_was_told(sandbox, told, range(60))
+    assert set(ended) == {None, ClientClosedError}
+
+
+# --- other loops, other processes, and the end of the interpreter
+
+OTHER_LOOP: Final = "the client belongs to another event loop; make one client for each loop"
+
+PREAMBLE: Final = """
+import asyncio, os, signal, sys, threading, time
+from audiences_async import Account, AudiencesClient, ClientClosedError
+url = sys.argv[1]
+north, slow = Account("north", "sandbox-key-north"), Account("slow", "sandbox-key-slow")
+async def until_sent(client, count=1):
+    while sum(pace.in_flight for pace in client.snapshot().accounts) < count:
+        await asyncio.sleep(0)
+"""
+
+
+def run(sandbox: Sandbox, program: str, *, code: int = 0) -> tuple[list[str], str]:
+    """The lines that a program of its own prints, and what is on its stderr, with every warning shown or raised."""
+    sandbox.add_account("north")
+    sandbox.add_account("slow")
+    sandbox.script("slow", *[HANGS] * 20)
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", PREAMBLE + textwrap.dedent(program), sandbox.base_url],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout.splitlines(), done.stderr
+
+
+def only_others_warn(stderr: str) -> None:
+    """Nothing but aiohttp's and asyncio's own warnings of what was never closed: no line of ours is in a traceback."""
+    assert "Unclosed" in stderr
+    heads = [line for line in stderr.splitlines() if not line.startswith((" ", "Traceback", "ResourceWarning"))]
+    assert all(head.startswith("Exception ignored in") for head in heads), stderr
+    assert not re.search(r'File ".*audiences_async', stderr), stderr
+
+
+def test_a_loop_that_was_closed_before_the_client(sandbox: Sandbox) -> None:
+    """A client whose loop is gone says so to a call, a job and aclose() on another loop, and nothing hangs."""
+    out, err = run(
+        sandbox,
+        """
+        client = AudiencesClient(base_url=url)
+        asyncio.run(client.get_audiences(north))
+        for use in (client.get_audiences(north), client.fetch_all([north]), client.aclose()):
+            try:
+                asyncio.run(use)
+            except ClientClosedError as error:
+                print(error)
+        """,
+    )
+    assert out == [OTHER_LOOP] * 3
+    only_others_warn(err)
+
+
+async def test_a_client_used_from_another_thread(sandbox: Sandbox, north: Account) -> None:
+    """A loop of another thread is another loop, also while the first one runs, which goes on as before."""
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        await client.get_audiences(north)
+        for use in (client.get_audiences(north), client.fetch_all([north]), client.aclose()):
+            with pytest.raises(ClientClosedError, match=OTHER_LOOP):
+                await asyncio.to_thread(asyncio.run, use)
+        assert len(await client.get_audiences(north)) == 2
+    assert len(sandbox.requests) == 2
+
+
+def test_a_client_used_in_a_forked_process(sandbox: Sandbox) -> None:
+    """In a child process the client says that it belongs to another loop, and the parent's goes on as before."""
+    out, err = run(
+        sandbox,
+        """
+        async def main():
+            async with AudiencesClient(base_url=url) as client:
+                await client.get_audiences(north)
+                call = asyncio.create_task(client.get_audiences(slow))
+                await until_sent(client)
+                child = os.fork()
+                if child == 0:
+                    for use in (client.get_audiences(north), client.fetch_all([north]), client.aclose()):
+                        try:
+                            asyncio.run(use)
+                        except ClientClosedError as error:
+                            print(error, flush=True)
+                    os._exit(0)
+                assert os.waitpid(child, 0)[1] == 0
+                print(len(await client.get_audiences(north)))
+                call.cancel()
+                await asyncio.wait([call])
+
+        asyncio.run(main())
+        """,
+    )
+    assert (out, err) == ([OTHER_LOOP] * 3 + ["2"], "")
+
+
+def test_a_client_first_used_in_a_forked_process(sandbox: Sandbox) -> None:
+    """A client that was made before the fork, and not used before it, serves parent and child, each with its own."""
+    out, err = run(
+        sandbox,
+        """
+        client = AudiencesClient(base_url=url)
+
+        async def main():
+            async with client:
+                print(len(await client.get_audiences(north)), flush=True)
+
+        child = os.fork()
+        if child:
+            assert os.waitpid(child, 0)[1] == 0
+        asyncio.run(main())
+        """,
+    )
+    assert (out, err) == (["2", "2"], "")
+
+
+def test_a_forked_process_that_ends_does_not_touch_its_parents_client(sandbox: Sandbox) -> None:
+    """A child that leaves a client alone, and ends as programs do, costs its parent's next call nothing."""
+    out, _ = run(
+        sandbox,
+        """
+        client = AudiencesClient(base_url=url)
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(client.get_audiences(north))
+        child = os.fork()
+        if child == 0:
+            sys.exit()
+        assert os.waitpid(child, 0)[1] == 0
+        try:
+            print(len(loop.run_until_complete(client.get_audiences(north, timeout=2.0))))
+        finally:
+            loop.run_until_complete(client.aclose())
+            loop.close()
+        """,
+    )
+    assert out == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [
+        pytest.param(
+            """
+            async def main():
+                async with AudiencesClient(base_url=url) as client:
+                    async with asyncio.TaskGroup() as group:
+                        for account in (slow, slow, north, slow):
+                            group.create_task(client.get_audiences(account))
+                        await until_sent(client, 3)
+                        sys.exit(3)
+
+            asyncio.run(main())
+            """,
+            3,
+            id="exit",
+        ),
+        pytest.param(
+            """
+            async def main():
+                async with AudiencesClient(base_url=url) as client:
+                    async with asyncio.TaskGroup() as group:
+                        for account in (slow, slow, north, slow):
+                            group.create_task(client.get_audiences(account))
+                        await until_sent(client, 3)
+                        os.kill(os.getpid(), signal.SIGINT)
+
+            try:
+                asyncio.run(main())
+            except KeyboardInterrupt:
+                sys.exit(130)
+            """,
+            130,
+            id="interrupt",
+        ),
+        pytest.param(
+            """
+            async def main():
+                client = AudiencesClient(base_url=url)
+                calls = [asyncio.create_task(client.get_audiences(account)) for account in (slow, slow, north, slow)]
+                await until_sent(client, 2)
+                await client.aclose()
+                for result in await asyncio.gather(*calls, return_exceptions=True):
+                    assert isinstance(result, ClientClosedError)
+
+            asyncio.run(main())
+            """,
+            0,
+            id="closed under calls",
+        ),
+        pytest.param(
+            """
+            async def main():
+                async with AudiencesClient(base_url=url) as client:
+                    async with client.stream([north, *[slow] * 9], concurrency=4) as outcomes:
+                        async for outcome in outcomes:
+                            sys.exit(3)
+
+            asyncio.run(main())
+            """,
+            3,
+            id="exit from a job",
+        ),
+        pytest.param(
+            """
+            async def main():
+                async with AudiencesClient(base_url=url) as client:
+                    await client.stream([north, *[slow] * 9], concurrency=4).__aenter__()
+                    await until_sent(client, 2)
+
+            asyncio.run(main())
+            """,
+            0,
+            id="a job that is never left",
+        ),
+        pytest.param(
+            """
+            client = AudiencesClient(base_url=url)
+            asyncio.run(client.aclose())
+            unused = AudiencesClient(base_url=url)
+            """,
+            0,
+            id="never used",
+        ),
+        pytest.param(
+            """
+            client = AudiencesClient(base_url=url)
+            threading.Thread(target=asyncio.run, args=[client.get_audiences(slow)], daemon=True).start()
+            while not client.snapshot().accounts:
+                time.sleep(0.01)
+            """,
+            0,
+            id="a daemon thread",
+        ),
+    ],
+)
+def test_the_interpreter_ends_in_silence(sandbox: Sandbox, program: str, code: int) -> None:
+    """With calls or a job still running when the program ends, nothing is on stderr, and nothing hangs."""
+    assert run(sandbox, program, code=code)[1] == ""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(
+            """
+            async def main():
+                client = AudiencesClient(base_url=url)
+                await client.get_audiences(north)
+
+            asyncio.run(main())
+            """,
+            id="local",
+        ),
+        pytest.param(
+            """
+            client = AudiencesClient(base_url=url)
+            asyncio.run(client.get_audiences(north))
+            """,
+            id="global",
+        ),
+        pytest.param(
+            """
+            client = AudiencesClient(base_url=url, max_connections=1)
+
+            async def main():
+                await client.get_audiences(north)
+                for _ in range(3):
+                    calls.append(asyncio.create_task(client.get_audiences(slow)))
+                await until_sent(client)
+
+            calls = []
+            asyncio.run(main())
+            """,
+            id="under calls",
+        ),
+    ],
+)
+def test_a_client_that_is_never_closed(sandbox: Sandbox, program: str) -> None:
+    """Of a client that its user never closed only aiohttp and asyncio warn, when it is collected."""
+    _, err = run(sandbox, program)
+    only_others_warn(err)
+
+
+# --- blocking calls
+
+
+@pytest.fixture
+def no_blocking() -> Iterator[None]:
+    """Whatever blocks the event loop anywhere below our code raises an error."""
+    with blockbuster_ctx("audiences_async", excluded_modules=["audiences_async.sandbox"]):
+        yield
+
+
+@pytest.mark.usefixtures("no_blocking")
+async def test_blocking_is_noticed(sandbox: Sandbox) -> None:
+    """What the next tests rely on: a blocking call below our code is an error."""
+
+    def key() -> str:
+        blocking.sleep(0.001)
+        return "key"
+
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        with pytest.raises(ConfigurationError) as caught:
+            await client.get_audiences(Account("north", key))
+    assert isinstance(caught.value.__cause__, BlockingError)
+
+
+@pytest.mark.usefixtures("no_blocking")
+async def test_nothing_of_ours_blocks_the_event_loop(sandbox: Sandbox) -> None:
+    """Calls, retries, pauses, large bodies, keys, failures, a job and the close: none of them blocks."""
+    load = Load(sandbox, 0, Answer(delay=0.01))
+    refused, late = load.account("refused", *[Answer(400)] * 2), load.account("late", HANGS)
+    async with load.client as client:
+        responses = await asyncio.gather(*map(client.get_audiences, load.accounts))
+        for account, response in zip(load.accounts, responses, strict=True):
+            right(account, response)
+        with pytest.raises(DeadlineExceededError):
+            await client.get_audiences(late, timeout=0.05)
+        assert [outcome.ok for outcome in await client.fetch_all([*load.accounts, refused])] == [True] * 15 + [False]
+        async with client.stream([*load.accounts, refused]) as outcomes:
+            assert sum([outcome.ok async for outcome in outcomes]) == 15
+        running = asyncio.create_task(client.get_audiences(load.account("running", HANGS)))
+        await in_time(lambda: busy(client) == 1)
+    assert isinstance(running.exception(), ClientClosedError)
+
+
+@pytest.mark.parametrize("scene", ["own"], indirect=True)
+@pytest.mark.usefixtures("no_blocking")
+async def test_tls_and_names_do_not_block_either(scene: Scene, at_once: RetryPolicy) -> None:
+    """Neither the first call over TLS, with a context of ours or the system's, nor a look-up of a name blocks."""
+    trusting = scene.handshake()
+    await scene.serve(HEALED)
+    scene.open(ssl=trusting)
+    await scene.sound()
+    await scene.client.aclose()
+    url = f"https://localhost:{scene.listener.getsockname()[1]}/"
+    async with AudiencesClient("key", base_url=url, retry=at_once) as client:
+        with pytest.raises(ConnectionFailedError, match="certificate is not trusted"):
+            await client.get_audiences()

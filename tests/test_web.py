@@ -1,0 +1,268 @@
+"""A client in a web app: each recipe runs as printed, in a process of its own, and is asked over real sockets."""
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import sys
+from asyncio.subprocess import DEVNULL, Process
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import aiohttp
+import pytest
+from attrs import define, field, frozen
+from conftest import RawConnection, RawServer
+from services import free_port
+
+from audiences_async.sandbox import Answer, Sandbox
+
+README: Final = Path("/tmp/web/recipes.md")
+
+UVICORN: Final = ["FastAPI", "Litestar", "Starlette"]
+FRAMEWORKS: Final = ["aiohttp.web", *UVICORN]
+
+CLIENT: Final = "AudiencesClient()"
+"""How the recipes make their client."""
+CLIENT_OF_MANY: Final = CLIENT
+"""The client that 500 handlers ask at once. With one that shares answers, `UPSTREAM_REQUESTS` is 1."""
+UPSTREAM_REQUESTS: Final = 250
+"""What comes of 500 such handlers, 250 of which lose their clients while they queue."""
+ONE_ATTEMPT: Final = "AudiencesClient(attempt_timeout=0.3, retry=RetryPolicy(max_attempts=1))"
+KEY: Final = "key-of-the-app"
+
+Raw: TypeAlias = Callable[[Callable[[RawConnection], Awaitable[None]]], Awaitable[RawServer]]
+
+
+@frozen
+class Got:
+    """What an app answered."""
+
+    status: int
+    body: Any
+    retry_after: str | None = None
+
+
+@define
+class Upstream:
+    """A service that holds its answers back until it may give them."""
+
+    base_url: str = ""
+    asked: list[RawConnection] = field(factory=list[RawConnection])
+    may_answer: asyncio.Event = field(factory=asyncio.Event)
+
+    async def serve(self, connection: RawConnection) -> None:
+        """Answer the requests of one connection."""
+        while True:
+            await connection.request()
+            self.asked.append(connection)
+            await self.may_answer.wait()
+            await connection.answer()
+
+    def cut_off(self) -> int:
+        """How many connections with a request have been closed by the other side."""
+        return len({id(connection) for connection in self.asked if connection.reader.at_eof()})
+
+    async def wait_for_requests(self, count: int) -> None:
+        """Return when so many requests have come."""
+        await eventually(lambda: len(self.asked) == count)
+
+
+@frozen
+class App:
+    """A running recipe."""
+
+    port: int
+    process: Process
+    stderr: Path
+    session: aiohttp.ClientSession
+
+    async def get(self) -> Got:
+        """Ask for the audiences."""
+        async with self.session.get(f"http://127.0.0.1:{self.port}/audiences") as response:
+            return Got(response.status, await response.json(), response.headers.get("Retry-After"))
+
+    async def gets(self, count: int) -> list[Got]:
+        """Ask so many times at once."""
+        return await asyncio.gather(*(self.get() for _ in range(count)))
+
+    def traced(self, words: str) -> int:
+        """How often uvicorn's trace has these words."""
+        return self.stderr.read_text().count(words)
+
+    def listens(self) -> bool:
+        """Whether it takes connections."""
+        with socket.socket() as sock:
+            return sock.connect_ex(("127.0.0.1", self.port)) == 0
+
+    async def ended(self) -> None:
+        """Return when the process has ended well, with not a word but of uvicorn's trace."""
+        async with asyncio.timeout(10):
+            assert await self.process.wait() in {0, -signal.SIGTERM}
+        told = self.stderr.read_text().splitlines()
+        assert [line for line in told if not line.startswith(("TRACE:", "INFO:"))] == []
+
+
+@pytest.fixture
+async def upstream(raw: Raw) -> Upstream:
+    """A service that holds its answers back."""
+    upstream = Upstream()
+    upstream.base_url = (await raw(upstream.serve)).base_url
+    return upstream
+
+
+async def eventually(holds: Callable[[], bool]) -> None:
+    """Return when this holds; within 10 s it must."""
+    for _ in range(1000):
+        if holds():
+            return
+        await asyncio.sleep(0.01)
+    raise TimeoutError("it did not come to hold")
+
+
+def recipe(framework: str, changes: Mapping[str, str]) -> str:
+    """The first program below the framework's heading, with these of its words replaced."""
+    programs = rf"^#+ {re.escape(framework)}$.*?^```python$(.*?)^```$"
+    (program,) = re.findall(programs, README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    for old, new in changes.items():
+        assert program.count(old) == 1
+        program = program.replace(old, new)
+    return f"from audiences_async import RetryPolicy\n{program}" if "RetryPolicy" in program else program
+
+
+@asynccontextmanager
+async def running(
+    framework: str,
+    folder: Path,
+    base_url: str,
+    changes: Mapping[str, str] | None = None,
+    *,
+    key: str = KEY,
+    log_level: str = "warning",
+) -> AsyncIterator[App]:
+    """Run a recipe: it listens when the block begins, is told to end when the block ends, and ends well."""
+    port = free_port()
+    if framework in UVICORN:
+        pytest.importorskip(framework.lower())
+        pytest.importorskip("uvicorn")
+        command = ["-m", "uvicorn", "main:app", f"--port={port}", f"--log-level={log_level}"]
+        program = recipe(framework, changes or {})
+    else:
+        command = ["main.py"]
+        program = recipe(framework, {**(changes or {}), "port=8080": f"port={port}"})
+    (folder / "main.py").write_text(program)
+    environment = {**os.environ, "AUDIENCES_BASE_URL": base_url, "AUDIENCES_API_KEY": key}
+    stderr = folder / "stderr"
+    with stderr.open("wb") as file:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-W", "error", *command, cwd=folder, env=environment, stdout=DEVNULL, stderr=file
+        )
+    try:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            app = App(port, process, stderr, session)
+            await eventually(lambda: app.listens() or process.returncode is not None)
+            assert process.returncode is None, stderr.read_text()
+            yield app
+            if process.returncode is None:
+                process.terminate()
+            await app.ended()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+async def test_each_outcome_has_its_status(framework: str, sandbox: Sandbox, tmp_path: Path) -> None:
+    """Audiences come as 200, and each error as its status, with Retry-After where it is known and never the key."""
+    sandbox.add_account(api_key=KEY)
+    refused = [
+        (Answer(401), 502, None, "HTTP 401 Unauthorized"),
+        (Answer(501), 502, None, "HTTP 501 Not Implemented"),
+        (Answer(200, f"no JSON, but {KEY}"), 502, None, "the reply cannot be read"),
+        (Answer(failure="reset"), 502, None, "before a reply came"),
+        (Answer(delay=1.0), 504, None, "no whole reply within attempt_timeout=0.3 s"),
+        (Answer(429), 429, None, "HTTP 429 Too Many Requests"),
+        (Answer(429, {"status": 429, "description": KEY}, retry_after=7.2), 429, "8", "HTTP 429 Too Many Requests"),
+        (Answer(), 504, "8", "which does not fit into the call's timeout"),  # never asked for: the account is paused
+    ]
+    async with running(framework, tmp_path, sandbox.base_url, {CLIENT: ONE_ATTEMPT}) as app:
+        names = [{"id": "31234", "name": "NE_USA-above50"}, {"id": "45412", "name": "VIP"}]
+        assert await app.get() == Got(200, names)
+        for answer, status, retry_after, words in refused:
+            sandbox.script("default", answer)
+            got = await app.get()
+            assert (got.status, got.retry_after, list(got.body)) == (status, retry_after, ["error"])
+            assert words in got.body["error"]
+            assert KEY not in got.body["error"]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+async def test_an_app_without_a_key_answers_500(framework: str, upstream: Upstream, tmp_path: Path) -> None:
+    """An app whose environment has no key starts, and says what is missing."""
+    async with running(framework, tmp_path, upstream.base_url, key="") as app:
+        got = await app.get()
+    assert (got.status, got.retry_after) == (500, None)
+    assert got.body["error"].startswith("no account: give get_audiences() one")
+    assert upstream.asked == []
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+async def test_the_deadline_holds_and_bounds_the_shutdown(framework: str, upstream: Upstream, tmp_path: Path) -> None:
+    """A handler whose call hangs answers 504 at its deadline, and an app that is told to end waits no longer."""
+    async with running(framework, tmp_path, upstream.base_url, {"timeout=3.0": "timeout=0.5"}) as app:
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        getting = asyncio.create_task(app.get())
+        await upstream.wait_for_requests(1)
+        app.process.terminate()
+        got = await getting
+        assert 0.5 <= clock() - began < 1.5
+        assert (got.status, got.retry_after) == (504, None)
+        assert "no answer within timeout=0.5 s" in got.body["error"]
+        await app.ended()
+        assert clock() - began < 2.5
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+async def test_who_leaves_and_a_shutdown_end_no_other_call(framework: str, upstream: Upstream, tmp_path: Path) -> None:
+    """Of 20 calls under way 5 lose their clients and end; told to end, the app takes no more and answers the rest."""
+    async with running(framework, tmp_path, upstream.base_url) as app:
+        upstream.may_answer.set()
+        await app.gets(20)
+        await app.gets(20)  # now the client lets 20 go at once
+        upstream.may_answer.clear()
+        getting = [asyncio.create_task(app.get()) for _ in range(20)]
+        await upstream.wait_for_requests(60)
+        for task in getting[:5]:
+            task.cancel()
+        await eventually(lambda: upstream.cut_off() == 5)
+        getting += [asyncio.create_task(app.get()) for _ in range(5)]  # in their place
+        await upstream.wait_for_requests(65)
+        app.process.terminate()
+        await eventually(lambda: not app.listens())
+        assert upstream.cut_off() == 5
+        upstream.may_answer.set()
+        assert await asyncio.gather(*getting[5:]) == [Got(200, [])] * 20
+        await app.ended()
+
+
+@pytest.mark.parametrize("framework", UVICORN)
+async def test_500_handlers_of_which_250_are_left_alone(framework: str, upstream: Upstream, tmp_path: Path) -> None:
+    """Of 500 handlers that ask at once 250 end when their clients go, and the other 250 get their answers."""
+    changes = {"timeout=3.0": "timeout=30.0", CLIENT: CLIENT_OF_MANY}
+    async with running(framework, tmp_path, upstream.base_url, changes, log_level="trace") as app:
+        staying = [asyncio.create_task(app.get()) for _ in range(2)]
+        await upstream.wait_for_requests(min(2, UPSTREAM_REQUESTS))  # as many as a new client lets go at once
+        leaving = [asyncio.create_task(app.get()) for _ in range(250)]
+        staying += [asyncio.create_task(app.get()) for _ in range(248)]
+        await eventually(lambda: app.traced("Started scope") == 500 + 1)  # and the lifespan
+        for task in leaving:
+            task.cancel()
+        await eventually(lambda: app.traced("Completed") == 250)
+        upstream.may_answer.set()
+        assert await asyncio.gather(*staying) == [Got(200, [])] * 250
+    assert len(upstream.asked) == UPSTREAM_REQUESTS
