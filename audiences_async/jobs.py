@@ -112,6 +112,7 @@ class Results(AsyncIterator[R], Generic[T, R]):
             if len(self._workers) < self._concurrency:
                 self._start_worker()  # one by one: a job of three accounts starts no hundred tasks
             self._done.put_nowait((await self._work(item[0]),))
+            await asyncio.sleep(0)  # what else is ready goes first: replies are read together, and requests sent so
 
     async def _next(self) -> tuple[T] | None:
         async with self._reading:

@@ -41,6 +41,9 @@ class Account:
             credential.validate(account=name)
         self.__attrs_init__(name, credential)
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # of which there is one for each call; that of a key takes longer
+
     def __repr__(self) -> str:
         # Half made where its arguments are refused: a traceback with locals must still be able to print it.
         return f"Account({getattr(self, 'name', '?')!r})"

@@ -24,7 +24,7 @@ _IDLE: Final = 1.0  # s without a request, after which an account counts as idle
 _LONGEST_PAUSE: Final = 86_400.0  # s; who asks for more has mistaken the unit
 _NO_TIME: Final = 1e-9  # s; less than a clock can tell
 _KEPT_LANES: Final = 4096
-_LOOKED_AT: Final = 8  # lanes that are looked at for each new one
+_LOOKED_AT: Final = 2  # lanes that are looked at for each new one
 
 
 @runtime_checkable

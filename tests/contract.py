@@ -53,7 +53,7 @@ SCHEMA: Final[dict[str, Any]] = {
 }
 """The contract of a 200 that is read as a value. An integer is one that is written as one: 100.0 is none."""
 
-_Strict: Final = validators.extend(
+_Strict: Final = validators.extend(  # type: ignore[no-untyped-call]
     Draft202012Validator,
     type_checker=Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int),
 )

@@ -14,13 +14,13 @@ import struct
 import sys
 import threading
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Final, Literal, NoReturn, Self, TypeAlias
+from typing import Any, Final, Literal, Self, TypeAlias
 
 import trustme
 from attrs import define, field, frozen
@@ -72,7 +72,7 @@ _HEALED: Final = envelope({**STATIC, "id": HEALED_ID})
 # --- the raw server
 
 
-class _Over(Exception):
+class _Over(Exception):  # noqa: N818 - no error
     """The server is done with this connection."""
 
 
@@ -141,9 +141,7 @@ class FaultServer:
     _tasks: set["asyncio.Task[Any]"] = field(factory=set)
 
     async def start(self) -> None:
-        self._listener = await asyncio.start_server(
-            self._handle, "127.0.0.1", 0, ssl=self.tls_context, limit=MIB
-        )
+        self._listener = await asyncio.start_server(self._handle, "127.0.0.1", 0, ssl=self.tls_context, limit=MIB)
         self.port = self._listener.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
@@ -366,11 +364,13 @@ def bomb(kind: Literal["gzip", "deflate", "raw deflate"], mib: int) -> bytes:
     if kind == "raw deflate":
         return raw
     if kind == "deflate":
-        check = functools.reduce(lambda value, data: zlib.adler32(data, value), itertools.repeat(spaces, mib),
-                                 zlib.adler32(EMPTY))
+        check = functools.reduce(
+            lambda value, data: zlib.adler32(data, value), itertools.repeat(spaces, mib), zlib.adler32(EMPTY)
+        )
         return b"\x78\xda" + raw + struct.pack(">I", check)
-    check = functools.reduce(lambda value, data: zlib.crc32(data, value), itertools.repeat(spaces, mib),
-                             zlib.crc32(EMPTY))
+    check = functools.reduce(
+        lambda value, data: zlib.crc32(data, value), itertools.repeat(spaces, mib), zlib.crc32(EMPTY)
+    )
     size = (len(EMPTY) + mib * MIB) % 2**32
     return b"\x1f\x8b\x08\0\0\0\0\0\x02\xff" + raw + struct.pack("<II", check, size)
 
@@ -581,7 +581,7 @@ def _header_lines() -> Iterator[Fault]:
     yield _retried("a reason of 1 MiB", _keep(ONE, b"200 " + b"x" * MIB))
     # RFC 9112, section 2.2: a recipient may take a single LF for the end of a line.
     yield Fault("bare LF for every end of line", _says(head(length(len(ONE))).replace(b"\r", b"") + ONE), Value(1))
-    endless = {"most_sent": KERNEL}
+    endless: dict[str, Any] = {"most_sent": KERNEL}
     yield _retried("endless garbage", _goes_on(b"", b"\xa5" * 4096), **endless)
     yield _retried("an endless reason", _goes_on(b"HTTP/1.1 200 ", b"x" * 4096), **endless)
     yield _retried("an endless header", _goes_on(b"HTTP/1.1 200 OK\r\nX-Long: ", b"x" * 4096), **endless)
@@ -640,17 +640,23 @@ def _chunked() -> Iterator[Fault]:
     yield _slow("chunked: endless size", _goes_on(start, b"0" * 4096))
     yield _slow("chunked: endless extension", _goes_on(start + b"5;x=", b"x" * 4096))
     yield _retried("chunked: endless trailer", _goes_on(start + chunk(ONE) + b"0\r\nX: ", b"x" * 4096))
-    yield _retried("chunked: endless trailers", _goes_on(start + chunk(ONE) + b"0\r\n", b"X: 1\r\n" * 800),
-                   most_sent=KERNEL)
-    yield Fault("chunked: an extension and a trailer",
-                _says(start + b"%x;a=b\r\n" % len(ONE) + ONE + b"\r\n0\r\nX-Sum: 1\r\n\r\n"), Value(1))
+    yield _retried(
+        "chunked: endless trailers", _goes_on(start + chunk(ONE) + b"0\r\n", b"X: 1\r\n" * 800), most_sent=KERNEL
+    )
+    yield Fault(
+        "chunked: an extension and a trailer",
+        _says(start + b"%x;a=b\r\n" % len(ONE) + ONE + b"\r\n0\r\nX-Sum: 1\r\n\r\n"),
+        Value(1),
+    )
     yield Fault("chunked: a byte a chunk", _says(start + b"".join(chunk(bytes([b])) for b in ONE) + LAST), Value(1))
     yield _retried("chunked: garbage after the last chunk", _says(start + chunk(ONE) + LAST + b"garbage"))
     yield _retried("Transfer-Encoding unknown", _says(head(b"Transfer-Encoding: rot13") + ONE, then="close"))
     yield _retried("chunked twice", _says(head(CHUNKED, CHUNKED) + chunk(chunk(ONE) + LAST) + LAST, then="close"))
     packed = gzip.compress(ONE)
-    yield _retried("Transfer-Encoding: gzip, not asked for",
-                   _says(head(b"Transfer-Encoding: gzip, chunked") + chunk(packed) + LAST))
+    yield _retried(
+        "Transfer-Encoding: gzip, not asked for",
+        _says(head(b"Transfer-Encoding: gzip, chunked") + chunk(packed) + LAST),
+    )
 
 
 def _connections() -> Iterator[Fault]:
@@ -680,10 +686,22 @@ def _connections() -> Iterator[Fault]:
     yield _slow("silence in the body", _says(half, then="hang"))
     packed = reply(gzip.compress(ONE), b"200 OK", GZIP)
     yield _slow("silence in a packed body", _says(packed[:-9], then="hang"))
-    yield Fault("silence longer than the call's time", _says(then="hang"), Refused(DeadlineExceededError), 1,
-                seconds=2.3, settings={"timeout": 0.3})
-    yield Fault("silence in the first attempt only", _first_connection(_says(then="hang"), good), Value(1), 2,
-                seconds=2.3, settings=_HANGS)
+    yield Fault(
+        "silence longer than the call's time",
+        _says(then="hang"),
+        Refused(DeadlineExceededError),
+        1,
+        seconds=2.3,
+        settings={"timeout": 0.3},
+    )
+    yield Fault(
+        "silence in the first attempt only",
+        _first_connection(_says(then="hang"), good),
+        Value(1),
+        2,
+        seconds=2.3,
+        settings=_HANGS,
+    )
     yield _slow("one byte every 100 ms from the first on", _drips(b"", reply()))
     yield _slow("one byte every 100 ms of the body", _drips(half, reply()[-10:]))
     yield _slow("one byte every 100 ms of a chunk's size", _drips(head(CHUNKED), b"0" * 30))
@@ -701,12 +719,16 @@ def _informational() -> Iterator[Fault]:
     yield _slow("100 and silence", _says(goes_on, then="hang"))
     yield _retried("100 and FIN", _says(goes_on, then="close"))
     yield _slow("100 for ever", _goes_on(b"", goes_on * 20), fewer=True)
-    yield Fault("101 unasked, then silence",
-                _says(head(b"Upgrade: h2c", b"Connection: Upgrade", status=b"101 Switching Protocols"), then="hang"),
-                UNREADABLE)
-    yield Fault("101 unasked, then FIN",
-                _says(head(b"Upgrade: h2c", b"Connection: Upgrade", status=b"101 Switching Protocols") + ONE,
-                      then="close"), UNREADABLE)
+    yield Fault(
+        "101 unasked, then silence",
+        _says(head(b"Upgrade: h2c", b"Connection: Upgrade", status=b"101 Switching Protocols"), then="hang"),
+        UNREADABLE,
+    )
+    yield Fault(
+        "101 unasked, then FIN",
+        _says(head(b"Upgrade: h2c", b"Connection: Upgrade", status=b"101 Switching Protocols") + ONE, then="close"),
+        UNREADABLE,
+    )
     yield Fault("101 without Upgrade", _says(head(status=b"101 Switching Protocols"), then="hang"), UNREADABLE)
 
 
@@ -773,7 +795,9 @@ def _encodings() -> Iterator[Fault]:
     yield Fault("encoding: gzip and no byte", _keep(b"", b"200 OK", GZIP), UNREADABLE)
     empties = gzip.compress(b"") * 200
     yield _slow("encoding: empty gzip members for ever", _goes_on(head(GZIP, CHUNKED), chunk(empties)))
-    yield _slow("encoding: zeros after gzip for ever", _goes_on(head(GZIP, CHUNKED) + chunk(packed), chunk(b"\0" * 4096)))
+    yield _slow(
+        "encoding: zeros after gzip for ever", _goes_on(head(GZIP, CHUNKED) + chunk(packed), chunk(b"\0" * 4096))
+    )
     named = b"\x1f\x8b\x08\x08\0\0\0\0\0\xff"  # a file name follows, and never ends
     yield _slow("encoding: a gzip file name for ever", _goes_on(head(GZIP, CHUNKED) + chunk(named), chunk(b"x" * 4096)))
 
@@ -790,12 +814,16 @@ def _bombs() -> Iterator[Fault]:
             yield Fault(f"{kind} bomb of {mib} MiB, cap 1 MiB", _bomb(kind, mib, header), TOO_LARGE, settings=_SMALL)
         yield Fault(f"chunked {kind} bomb of 1024 MiB", _chunked_bomb(kind, 1024, header), TOO_LARGE, settings=_SMALL)
     yield Fault("gzip bomb of 1024 MiB, cap as it comes", _bomb("gzip", 1024, GZIP), TOO_LARGE)
-    large = {"most_sent": MIB + KERNEL, "settings": _SMALL}
+    large: dict[str, Any] = {"most_sent": MIB + KERNEL, "settings": _SMALL}
     spaces = b" " * MIB
     yield Fault("512 MiB announced", _goes_on(head(length(512 * MIB)), spaces, 512), TOO_LARGE, **large)
     yield Fault("512 MiB chunked", _goes_on(head(CHUNKED), chunk(spaces), 512, LAST), TOO_LARGE, **large)
-    yield Fault("512 MiB in one chunk", _goes_on(head(CHUNKED) + b"20000000\r\n", spaces, 512, b"\r\n" + LAST),
-                TOO_LARGE, **large)
+    yield Fault(
+        "512 MiB in one chunk",
+        _goes_on(head(CHUNKED) + b"20000000\r\n", spaces, 512, b"\r\n" + LAST),
+        TOO_LARGE,
+        **large,
+    )
     yield Fault("512 MiB until FIN", _goes_on(head(), spaces, 512, then="close"), TOO_LARGE, **large)
     yield Fault("an endless body", _goes_on(head(CHUNKED), chunk(b" " * 4096)), TOO_LARGE, **large)
 
@@ -826,10 +854,14 @@ def _error_bodies() -> Iterator[Fault]:
 
         yield fault("a gzip bomb of 1024 MiB", _bomb("gzip", 1024, GZIP, status))
         yield fault("a deflate bomb of 1024 MiB", _bomb("deflate", 1024, DEFLATE, status))
-        yield fault("512 MiB announced", _goes_on(head(length(512 * MIB), status=status), spaces, 512), most_sent=KERNEL)
-        yield fault("512 MiB chunked", _goes_on(head(CHUNKED, status=status), chunk(spaces), 512, LAST), most_sent=KERNEL)
+        yield fault(
+            "512 MiB announced", _goes_on(head(length(512 * MIB), status=status), spaces, 512), most_sent=KERNEL
+        )
+        yield fault(
+            "512 MiB chunked", _goes_on(head(CHUNKED, status=status), chunk(spaces), 512, LAST), most_sent=KERNEL
+        )
         yield fault("an endless body", _goes_on(head(status=status), b"x" * 4096), most_sent=KERNEL)
-        hangs = {"seconds": 2.0 + 0.3 * requests, "settings": _HANGS}
+        hangs: dict[str, Any] = {"seconds": 2.0 + 0.3 * requests, "settings": _HANGS}
         yield fault("a body that hangs", _says(head(length(99), status=status) + b"half", then="hang"), **hangs)
         yield fault("a body that never begins", _says(head(length(99), status=status), then="hang"), **hangs)
         yield fault("one byte every 100 ms", _drips(head(length(99), status=status), b"x" * 99), **hangs)
@@ -849,8 +881,12 @@ def _error_bodies() -> Iterator[Fault]:
         yield fault("100,000 nested objects", _keep(b'{"a":' * 100_000, status))
     yield Fault("a long error body, whole", _keep(b"x" * MIB, b"500 Broken"), refusal(500), 2)
     # An empty body until FIN takes a second at most, though the attempt has more.
-    yield Fault("404 with a body that hangs, and time left", _says(head(length(9), status=b"404 None"), then="hang"),
-                refusal(404), seconds=3.0)
+    yield Fault(
+        "404 with a body that hangs, and time left",
+        _says(head(length(9), status=b"404 None"), then="hang"),
+        refusal(404),
+        seconds=3.0,
+    )
 
 
 def _json() -> Iterator[Fault]:
@@ -862,7 +898,9 @@ def _json() -> Iterator[Fault]:
         "100,000 nested objects": b'{"a":' * deep + b"1" + b"}" * deep,
         "100,000 nested brackets in data": b'{"status": "200", "data": ' + b"[" * deep + b"]" * deep + b"}",
         "100,000 nested brackets in a record": ONE.replace(b'"one"', b"[" * deep + b"]" * deep),
-        "100,000 nested brackets in an extra field": ONE.replace(b'"id"', b'"x": ' + b"[" * deep + b"]" * deep + b', "id"'),
+        "100,000 nested brackets in an extra field": ONE.replace(
+            b'"id"', b'"x": ' + b"[" * deep + b"]" * deep + b', "id"'
+        ),
         "invalid UTF-8 in a name": ONE.replace(b"one", b"\xff\xfe"),
         "UTF-8 cut inside a character": ONE.replace(b"one", b"\xc3"),
         "UTF-8 of a surrogate": ONE.replace(b"one", b"\xed\xa0\x80"),
@@ -921,8 +959,10 @@ def _json() -> Iterator[Fault]:
         yield Fault(f"body: {name}", _keep(body), Value(1))
     types = (
         "", "json", "text/html", "text/html; charset=utf-16", "application/json; charset=none-such",
-        "application/json; charset=", "application/json; charset=utf-8; charset=utf-16", "application/json; charset=idna",
-        "application/json; charset=\"un", "application/json; charset=utf_8_sig", "image/png", "multipart/mixed; boundary=x",
+        "application/json; charset=", "application/json; charset=utf-8; charset=utf-16",
+        "application/json; charset=idna",
+        "application/json; charset=\"un", "application/json; charset=utf_8_sig", "image/png",
+        "multipart/mixed; boundary=x",
         "; ; ;", "application/json; " + "x=y; " * 100, "application/schön",
     )  # fmt: skip
     for sent in types:
@@ -934,7 +974,9 @@ def _json() -> Iterator[Fault]:
 def _html() -> Iterator[Fault]:
     html = b"<html><head><title>Oops</title></head><body><h1>It broke</h1></body></html>"
     known = {status.value for status in HTTPStatus if status.value >= 200}
-    for status in sorted(known | {218, 299, 306, 399, 420, 430, 440, 444, 494, 499, 509, 520, 522, 525, 530, 599, 600, 999}):
+    for status in sorted(
+        known | {218, 299, 306, 399, 420, 430, 440, 444, 494, 499, 509, 520, 522, 525, 530, 599, 600, 999}
+    ):
         outcome = UNREADABLE if status < 300 else refusal(status)
         outcome = NO_REPLY if status in {204, 304} else outcome  # which have no body
         serve = _keep(html, b"%d Odd" % status, b"Content-Type: text/html")
@@ -1027,11 +1069,19 @@ def _fields() -> Iterator[Fault]:
             continue
         path = "$.data" if junk == "an object" else "$"
         wrong = _keep(json.dumps({"status": "200"} if junk == "an object" else value).encode())
-        yield Fault(f"the envelope is {junk}", wrong, Refused(InvalidResponseError, path=path),
-                    family="envelope or record amiss")
+        yield Fault(
+            f"the envelope is {junk}",
+            wrong,
+            Refused(InvalidResponseError, path=path),
+            family="envelope or record amiss",
+        )
         path = "$.data[0].type" if junk == "an object" else "$.data[0]"
-        yield Fault(f"a record is {junk}", _keep(envelope(value)), Refused(InvalidResponseError, path=path),
-                    family="envelope or record amiss")
+        yield Fault(
+            f"a record is {junk}",
+            _keep(envelope(value)),
+            Refused(InvalidResponseError, path=path),
+            family="envelope or record amiss",
+        )
 
 
 def _changed(record: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]:
@@ -1043,8 +1093,9 @@ def _changed(record: Mapping[str, Any], name: str, value: Any) -> dict[str, Any]
 
 def _origins() -> Iterator[Fault]:
     for status in (300, 301, 302, 303, 307, 308):
-        yield Fault(f"{status} to another origin", _redirects(status, "http://127.0.0.1:{other}/audiences"),
-                    refusal(status))
+        yield Fault(
+            f"{status} to another origin", _redirects(status, "http://127.0.0.1:{other}/audiences"), refusal(status)
+        )
     places = {
         "to itself": "/audiences",
         "to another host": "http://localhost:{other}/audiences",
@@ -1062,8 +1113,13 @@ def _origins() -> Iterator[Fault]:
     yield Fault("407 unasked", _keep(b"", b"407 Who", b"Proxy-Authenticate: Basic"), refusal(407))
     cookies = (b"session=1; Path=/", b"session=1; Domain=localhost", b"=", b"a" * 4000 + b"=1", b"a=1; Max-Age=-1")
     for cookie in cookies:
-        yield Fault(f"Set-Cookie: {cookie[:30].decode()}", _keep(ONE, b"200 OK", b"Set-Cookie: " + cookie), Value(1),
-                    before=1, host="localhost")
+        yield Fault(
+            f"Set-Cookie: {cookie[:30].decode()}",
+            _keep(ONE, b"200 OK", b"Set-Cookie: " + cookie),
+            Value(1),
+            before=1,
+            host="localhost",
+        )
 
 
 def _redirects(status: int, place: str) -> Serve:
@@ -1083,8 +1139,16 @@ def _secured() -> Iterator[Fault]:
     yield Fault("certificate of another host", good, NO_REPLY, 0, tries=1, tls="other-host")
     yield Fault("TLS on a plain port", good, NO_REPLY, 0, tries=2, tls="server-only")
     yield Fault("plain HTTP on a TLS port", _plain_first, NO_REPLY, 0, tries=2, tls="client-only")
-    yield Fault("silence in the handshake", _at_accept("hang"), TOO_SLOW, 0, tries=2, tls="client-only",
-                seconds=2.6, settings=_HANGS)
+    yield Fault(
+        "silence in the handshake",
+        _at_accept("hang"),
+        TOO_SLOW,
+        0,
+        tries=2,
+        tls="client-only",
+        seconds=2.6,
+        settings=_HANGS,
+    )
     yield Fault("FIN in the handshake", _at_accept("close"), NO_REPLY, 0, tries=2, tls="client-only")
     yield Fault("RST in the handshake", _at_accept("reset"), NO_REPLY, 0, tries=2, tls="client-only")
     yield _retried("TLS: FIN after the request", _says(then="close"), tls="trusted")
@@ -1092,8 +1156,14 @@ def _secured() -> Iterator[Fault]:
     yield _slow("TLS: silence in the body", _says(reply()[:-9], then="hang"), tls="trusted")
     stale = _first_connection(_in_turn(good, _says(then="reset")), good)
     yield Fault("TLS: stale keep-alive, RST", stale, Value(1), 2, before=1, tls="trusted")
-    yield Fault("TLS: 512 MiB chunked", _goes_on(head(CHUNKED), chunk(b" " * MIB), 512, LAST), TOO_LARGE,
-                most_sent=MIB + KERNEL, tls="trusted", settings=_SMALL)
+    yield Fault(
+        "TLS: 512 MiB chunked",
+        _goes_on(head(CHUNKED), chunk(b" " * MIB), 512, LAST),
+        TOO_LARGE,
+        most_sent=MIB + KERNEL,
+        tls="trusted",
+        settings=_SMALL,
+    )
 
 
 async def _plain_first(peer: Peer) -> None:
@@ -1150,7 +1220,9 @@ LONG: Final[tuple[Fault, ...]] = (
     Fault("deflate bomb of 1024 MiB", _bomb("deflate", 1024, DEFLATE), TOO_LARGE),
     Fault("gzip bomb of 32 MiB, within the cap", _bomb("gzip", 32, GZIP), Value(0)),
     Fault("100,000 audiences", _says_many, Value(100_000)),
-    Fault("an error body of 64 MiB", _goes_on(head(length(64 * MIB), status=b"404 None"), b"x" * MIB, 64), refusal(404)),
+    Fault(
+        "an error body of 64 MiB", _goes_on(head(length(64 * MIB), status=b"404 None"), b"x" * MIB, 64), refusal(404)
+    ),
     Fault("an error body that is a bomb", _bomb("gzip", 1024, GZIP, b"404 None"), refusal(404)),
 )
 """Faults that must not hold the event loop."""
@@ -1228,4 +1300,4 @@ def _memory(name: Literal["VmRSS", "VmHWM"]) -> int:
 
 if __name__ == "__main__":
     _ordinary, _port, _settings = sys.argv[1:]
-    print(json.dumps(asyncio.run(_measured(int(_ordinary), int(_port), json.loads(_settings)))))
+    print(json.dumps(asyncio.run(_measured(int(_ordinary), int(_port), json.loads(_settings)))))  # noqa: T201 - to the process that has started this one

@@ -111,7 +111,9 @@ async def test_without_keys(tmp_path: Path) -> None:
     (account,) = AccountFile(path, with_keys=False)
     assert account.name == "north"
     async with AudiencesClient() as client:
-        with pytest.raises(ConfigurationError, match="account 'north': the function for the API key raised LookupError"):
+        with pytest.raises(
+            ConfigurationError, match="account 'north': the function for the API key raised LookupError"
+        ):
             await client.get_audiences(account)
 
 

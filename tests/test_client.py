@@ -526,7 +526,7 @@ async def test_our_own_session_is_closed(sandbox: Sandbox, north: Account) -> No
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         await client.get_audiences(north)
         assert client._wire is not None
-        transport, _ = client._wire
+        transport, _, _ = client._wire
     assert transport._session.closed
 
 

@@ -236,7 +236,11 @@ async def test_no_echo_of_the_key_gets_through(
             sandbox.script("north", *[answer] * 3)
             error = await failure(client, account)
             sandbox._accounts["north"].script.clear()
-            told = [everything_of(error), *map(everything_about, error.attempts), line(Failed(account, 0.1, error))]
+            told: list[str | bytes] = [
+                everything_of(error),
+                *map(everything_about, error.attempts),
+                line(Failed(account, 0.1, error)),
+            ]
             for shown in told:
                 assert_no_key(shown, name)
             assert isinstance(error, StatusError | InvalidResponseError | ConnectionFailedError), place
@@ -314,7 +318,7 @@ async def test_no_echo_in_a_broken_head_gets_through(
 async def reached(sandbox: Sandbox, account: Account, kind: type[AudiencesError]) -> AudiencesError:
     """An error of exactly this class, from a real server that echoes the key in it."""
     echo = KEYS["plain"]
-    statuses = {
+    statuses: dict[type[AudiencesError], int] = {
         BadRequestError: 400,
         UnauthorizedError: 401,
         ForbiddenError: 403,
@@ -517,9 +521,7 @@ async def test_a_good_reply_is_the_services_own(sandbox: Sandbox) -> None:
 # --- logs
 
 
-async def test_a_failing_hook_logs_no_key(
-    sandbox: Sandbox, caplog: pytest.LogCaptureFixture, debug: None
-) -> None:
+async def test_a_failing_hook_logs_no_key(sandbox: Sandbox, caplog: pytest.LogCaptureFixture, debug: None) -> None:
     """What is logged where on_event raises has no key, with the exception's traceback rendered with locals too."""
     account = sandbox.add_account("north", api_key=KEY)
     sandbox.script("north", *[Answer(500, {"description": f"\x1b[2J{KEYS['plain']}"})] * 2)
@@ -702,7 +704,7 @@ def test_the_command_line_shows_no_key_and_no_controls(sandbox: Sandbox, answer:
     assert_no_key(done.stderr)
 
 
-PROGRAM: Final = '''
+PROGRAM: Final = """
 import asyncio, faulthandler, gc, logging, os, sys, traceback
 from audiences_async import Account, AudiencesClient, AudiencesError, RetryPolicy
 
@@ -735,7 +737,7 @@ async def main():
 
 
 asyncio.run(main())
-'''
+"""
 
 
 @pytest.mark.parametrize("parser", ["compiled", "python"])

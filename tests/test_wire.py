@@ -25,7 +25,7 @@ from audiences_async import (
     UnauthorizedError,
 )
 from audiences_async.credentials import ApiKey, Secret
-from audiences_async.wire import MAX_ERROR_BODY, Reply, Result, authorization, endpoint, proxy_url, read, retry_after
+from audiences_async.wire import MAX_ERROR_BODY, Reply, Result, endpoint, proxy_url, read, retry_after
 
 KEY = ApiKey("key+with/odd&signs")
 NOON = datetime(2026, 2, 11, 12, tzinfo=UTC).timestamp()
