@@ -97,6 +97,7 @@ def decoding(body: bytes) -> Generator[None, None, AudiencesResponse]:
     """As `decode`, in steps of a few milliseconds at most, for a body of any size."""
     text = body.removeprefix(_BOM)
     problems: list[str] = []
+    yield
     envelope, data = _envelope(text, problems)
     yield
     rows = _rows(data, problems)

@@ -5,11 +5,13 @@ import re
 import ssl as tls
 import zlib
 from contextvars import ContextVar
+from functools import partial
 from typing import Final
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import aiohttp
 from aiohttp import hdrs
+from aiohttp.client_proto import ResponseHandler
 from attrs import field, frozen
 from multidict import CIMultiDictProxy
 from yarl import URL
@@ -115,7 +117,7 @@ class _Connector(aiohttp.TCPConnector):
     def __init__(self, ssl: tls.SSLContext | None) -> None:
         # No limit here: the pacer's slots bound the connections, and waiting for one is no part of an attempt.
         super().__init__(limit=0, ssl=True if ssl is None else ssl)
-        self._used: WeakSet[object] = WeakSet()
+        self._exchanges: WeakKeyDictionary[ResponseHandler, _Exchange] = WeakKeyDictionary()  # the last one on each
 
     async def connect(
         self,
@@ -130,11 +132,18 @@ class _Connector(aiohttp.TCPConnector):
             # Data came while it was idle: aiohttp would give it out as the answer to this request.
             connection.close()
             connection = await super().connect(req, traces, timeout)
-        exchange.protocol = protocol = connection.protocol
-        exchange.reused = protocol in self._used
-        if not exchange.reused:
-            self._used.add(protocol)
+        protocol = connection.protocol
+        assert protocol is not None
+        exchange.protocol = protocol
+        exchange.reused = protocol in self._exchanges
+        if not exchange.reused and protocol.closed is not None:
+            protocol.closed.add_done_callback(partial(self._lost, protocol))
+        self._exchanges[protocol] = exchange
         return connection
+
+    def _lost(self, protocol: ResponseHandler, closed: "asyncio.Future[None]") -> None:
+        closed.exception()  # has been told to whom it concerns
+        self._exchanges[protocol].lost()
 
 
 class _NotAgainError(Exception):
@@ -222,7 +231,7 @@ class _Exchange:
         self._begun = False
         self._body = bytearray()
         self.response: aiohttp.ClientResponse | None = None
-        self.protocol: aiohttp.client_proto.ResponseHandler | None = None
+        self.protocol: ResponseHandler | None = None
         """Where it went, on our own pool."""
         self.reused: bool = False
         """Whether that was a connection that another exchange has used before."""
@@ -254,10 +263,20 @@ class _Exchange:
             # aiohttp takes a 101 without Upgrade for an answer, and the connection back for the next request.
             if self.response.status < 200 and self.protocol is not None:
                 self.protocol.close()
+        # The pool keeps the exchange as long as the connection.
+        self.response = self.protocol = None
+        self._body = bytearray()
+
+    def lost(self) -> None:
+        """The connection is gone: aiohttp does not tell it a reader whose body it could not parse."""
+        if self.response is not None and not self.response.content.is_eof():
+            self.response.content.set_exception(aiohttp.ClientPayloadError("the connection ended within it"))
 
     async def read(self, cap: int) -> Reply:
         """The whole reply; of a 200 at most *cap* bytes."""
         assert self.response is not None
+        if self.response.version is not None and self.response.version.major != 1:
+            raise aiohttp.ClientError("it is not HTTP/1")
         if self.response.status == 200:
             return self.reply(exceeded=None if await self._read(cap) else cap)
         async with asyncio.timeout(_ERROR_BODY_TIMEOUT):

@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any, Final, Literal, Self, TypeAlias
 
 import trustme
@@ -652,6 +652,9 @@ def _chunked() -> Iterator[Fault]:
     yield _retried("chunked: garbage after the last chunk", _says(start + chunk(ONE) + LAST + b"garbage"))
     yield _retried("Transfer-Encoding unknown", _says(head(b"Transfer-Encoding: rot13") + ONE, then="close"))
     yield _retried("chunked twice", _says(head(CHUNKED, CHUNKED) + chunk(chunk(ONE) + LAST) + LAST, then="close"))
+    first = start + chunk(ONE[:9])
+    for name, rest in {"chunk": b"no chunk\r\n", "line end": b"5\r\nhelloXX", "trailer": b"0\r\n\0no trailer\r\n\r\n"}.items():
+        yield _retried(f"chunked: a bad {name} in a later segment", _drips(first, rest))
     packed = gzip.compress(ONE)
     yield _retried(
         "Transfer-Encoding: gzip, not asked for",
@@ -1218,7 +1221,7 @@ async def _says_many(peer: Peer) -> None:
 LONG: Final[tuple[Fault, ...]] = (
     Fault("gzip bomb of 1024 MiB", _bomb("gzip", 1024, GZIP), TOO_LARGE),
     Fault("deflate bomb of 1024 MiB", _bomb("deflate", 1024, DEFLATE), TOO_LARGE),
-    Fault("gzip bomb of 32 MiB, within the cap", _bomb("gzip", 32, GZIP), Value(0)),
+    Fault("gzip bomb of 16 MiB, within the cap", _bomb("gzip", 16, GZIP), Value(0)),
     Fault("100,000 audiences", _says_many, Value(100_000)),
     Fault(
         "an error body of 64 MiB", _goes_on(head(length(64 * MIB), status=b"404 None"), b"x" * MIB, 64), refusal(404)
@@ -1284,10 +1287,11 @@ async def _measured(ordinary: int, port: int, settings: Mapping[str, Any]) -> di
 
 
 async def _tick(gaps: list[float]) -> None:
-    last = perf_counter()
+    """The time on the processor that the loop takes from one tick to the next; what others take does not count."""
+    last = thread_time()
     while True:
         await asyncio.sleep(0.01)
-        now = perf_counter()
+        now = thread_time()
         gaps.append(now - last)
         last = now
 
@@ -1300,4 +1304,4 @@ def _memory(name: Literal["VmRSS", "VmHWM"]) -> int:
 
 if __name__ == "__main__":
     _ordinary, _port, _settings = sys.argv[1:]
-    print(json.dumps(asyncio.run(_measured(int(_ordinary), int(_port), json.loads(_settings)))))  # noqa: T201 - to the process that has started this one
+    print(json.dumps(asyncio.run(_measured(int(_ordinary), int(_port), json.loads(_settings)))))  # noqa: T201

@@ -120,7 +120,7 @@ async def test_peak_memory(fault: Fault, thread: ServerThread, request: pytest.F
 @pytest.mark.parametrize("fault", LONG, ids=lambda fault: fault.name)
 async def test_no_stall(fault: Fault, thread: ServerThread, request: pytest.FixtureRequest) -> None:
     """A long body holds the event loop for 50 ms at most, by a 10 ms ticker in the same loop."""
-    # A machine that others use too may stop the whole process for longer than that; not three times in a row.
+    # On a machine that others use too the same work may take twice as long; not three times in a row.
     tries: list[Measured] = []
     while len(tries) < 3 and (not tries or tries[-1].gap > 0.05):
         tries.append(await measure(fault, thread))
