@@ -1,6 +1,7 @@
 """The asyncio client for ``GET /audiences`` of the CommBox API: a complete answer, or an error that says why not."""
 
 from audiences_async._version import __version__
+from audiences_async.caching import CachePolicy
 from audiences_async.client import AudiencesClient
 from audiences_async.errors import (
     AttemptTimeoutError,
@@ -45,6 +46,7 @@ __all__ = [
     "AudiencesError",
     "AudiencesResponse",
     "BadRequestError",
+    "CachePolicy",
     "ClientClosedError",
     "ConfigurationError",
     "ConnectionFailedError",

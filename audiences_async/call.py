@@ -74,12 +74,35 @@ class Call:
         self._stale_before = False
         self._stop_reason: StopReason = "final"
 
+    @property
+    def key(self) -> ApiKey | None:
+        """The key of the last attempt; ``None`` before the first."""
+        return self._key
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that the call has had in all."""
+        return self._deadline - self._started
+
+    @property
+    def deadline(self) -> float:
+        """When the call has no more time, in seconds of the clock."""
+        return self._deadline
+
+    def extend(self, timeout: float) -> None:
+        """Give the call so many seconds from now, if it has not as many."""
+        self._deadline = max(self._deadline, self._settings.clock.monotonic() + timeout)
+
     async def run(self) -> Result:
         """The answer, or the error of the last attempt; tenacity comes in when something has failed."""
-        result = await self._attempt()
-        if self._retries(result):
-            result = await self._run_again(result)
-        return self._finish(result)
+        self._lane.users += 1
+        try:
+            result = await self._attempt()
+            if self._retries(result):
+                result = await self._run_again(result)
+            return self._finish(result)
+        finally:
+            self._lane.users -= 1
 
     async def _run_again(self, first: Result) -> Result:
         pending = [first]
@@ -200,7 +223,7 @@ class Call:
         # Decoding, or a key function that held on, may have taken longer than the call had.
         if isinstance(result, AudiencesResponse) and self._settings.clock.monotonic() >= self._deadline:
             self._stop_reason = "deadline"
-            result = out_of_time(self._deadline - self._started)
+            result = out_of_time(self.timeout)
         if isinstance(result, AudiencesResponse):
             self._settings.tokens.give_back()
             if self._settings.on_event is not None:

@@ -12,12 +12,13 @@ from weakref import WeakValueDictionary
 from attrs import frozen
 
 from audiences_async import checks, jobs
+from audiences_async.caching import Cache, CachePolicy
 from audiences_async.call import Call, CallSettings, out_of_time
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, KeySource, Secret
 from audiences_async.deadlines import Deadlines, Scope
 from audiences_async.errors import AudiencesError, ClientClosedError, ConfigurationError, DeadlineExceededError
-from audiences_async.events import EventHook
+from audiences_async.events import EventHook, StopReason
 from audiences_async.models import Account, AudiencesResponse, Failed, Fetched, Outcome
 from audiences_async.pacing import AccountPace, Limiter, Pacer, Slots
 from audiences_async.rates import RateLimit
@@ -29,7 +30,7 @@ from audiences_async.transport import (
     check_cookies,
     check_session,
 )
-from audiences_async.wire import PRODUCTION, endpoint, proxy_url
+from audiences_async.wire import PRODUCTION, Result, endpoint, proxy_url
 
 if TYPE_CHECKING:
     import aiohttp
@@ -72,6 +73,7 @@ class AudiencesClient:
         budget: How many retries all calls of this client may make together; ``None`` means no such bound.
         rate_limit: The rate of each account where it is known, or a `Limiter` that knows; ``None`` means that it is
             learned from the service's 429s. A 429 pauses its account in any case.
+        cache: For how long answers are kept, and shared by those who ask; ``None`` means that every call goes out.
         max_connections: Connections of the client's own session; ``None`` means 100.
         max_body_bytes: The largest body that is read, in bytes after inflating.
         ssl: The TLS context of the client's own session, for a CA or a client certificate of your own; ``None`` means
@@ -98,6 +100,7 @@ class AudiencesClient:
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - a frozen value
         budget: RetryBudget | None = RetryBudget(),  # noqa: B008 - a frozen value
         rate_limit: RateLimit | Limiter | None = None,
+        cache: CachePolicy | None = None,
         max_connections: int | None = None,
         max_body_bytes: int = 64 * 2**20,
         ssl: tls.SSLContext | None = None,
@@ -117,6 +120,7 @@ class AudiencesClient:
         if on_event is not None and not callable(on_event):
             raise ConfigurationError(f"on_event must be callable, got {type(on_event).__name__}")
         checks.instance("budget", budget, RetryBudget, type(None))
+        checks.instance("cache", cache, CachePolicy, type(None))
         checks.instance("rate_limit", rate_limit, RateLimit, Limiter, type(None))
         self._rate_limit = rate_limit
         self._tokens = RetryTokens(budget)
@@ -133,11 +137,19 @@ class AudiencesClient:
             proxy=None if via is None else proxy_url(via),
             session=session,
         )
+        self._cache: Cache | None = None
+        if cache is not None:
+            self._cache = Cache(
+                cache,
+                clock,
+                base_url=str(self._transport_settings.endpoint),
+                begin=self._begin,
+                run=self._run,
+                timeout=self._timeout,
+            )
         self._key_sources: WeakValueDictionary[tuple[str, int], KeySource] = WeakValueDictionary()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wire: tuple[Transport, Pacer, Deadlines] | None = None
-        self._scopes: set[Scope] = set()
-        self._idle: asyncio.Event | None = None
         self._closed = False
 
     def __repr__(self) -> str:
@@ -173,23 +185,13 @@ class AudiencesClient:
                 comes later than that. Where the *wait* after an attempt does not fit, that attempt's error is raised at
                 once, with ``stop_reason="deadline"``.
         """
-        transport, pacer, deadlines = self._open()
+        self._open()
         account = self._checked(account)
         limit = self._timeout if timeout is None else checks.seconds("timeout", timeout)
-        lane = pacer.lane(account)
-        call = Call(
-            account.name,
-            self._credential(account),
-            limit,
-            lane=lane,
-            transport=transport,
-            settings=self._call_settings,
-        )
-        lane.users += 1
-        try:
-            result = await self._bounded(call, deadlines, limit)
-        finally:
-            lane.users -= 1
+        if self._cache is None:
+            result = await self._run(*self._begin(account, limit))
+        else:
+            result = await self._cached(self._cache, account, limit)
         if isinstance(result, AudiencesError):
             raise result
         return result
@@ -250,6 +252,19 @@ class AudiencesClient:
             by_number = {number: outcome async for number, outcome in outcomes}
         return [by_number[number] for number in range(len(given))]
 
+    def invalidate(self, account: Account | None = None) -> None:
+        """Have the account's next call go out: what was asked for before now is not kept. Without a cache, nothing.
+
+        Args:
+            account: Whose answer; ``None`` means the client's own account.
+
+        Raises:
+            ConfigurationError: No account, and the client has none of its own.
+        """
+        account = self._checked(account)
+        if self._cache is not None:
+            self._cache.invalidate(account)
+
     def snapshot(self) -> ClientSnapshot:
         """Why calls wait right now: the pace of each account in use, and what is left of the retry budget."""
         accounts = () if self._wire is None else tuple(self._wire[1].snapshot())
@@ -267,10 +282,11 @@ class AudiencesClient:
         self._closed = True
         transport, pacer, deadlines = self._wire
         try:
-            await self._end_calls()
+            await deadlines.end()
+            if self._cache is not None:
+                await self._cache.close()
         finally:
             pacer.cancel()
-            deadlines.cancel()
             await transport.close()
 
     def _open(self) -> tuple[Transport, Pacer, Deadlines]:
@@ -322,30 +338,45 @@ class AudiencesClient:
 
         return fetch
 
-    async def _bounded(self, call: Call, deadlines: Deadlines, limit: float) -> AudiencesResponse | AudiencesError:
-        scope = deadlines.within(limit)
+    def _begin(self, account: Account, limit: float) -> tuple[Call, Scope]:
+        """A call, and the time that it has."""
+        transport, pacer, deadlines = self._open()
+        call = Call(
+            account.name,
+            self._credential(account),
+            limit,
+            lane=pacer.lane(account),
+            transport=transport,
+            settings=self._call_settings,
+        )
+        return call, deadlines.within(limit)
+
+    async def _run(self, call: Call, scope: Scope) -> Result:
         try:
             with scope:
-                self._scopes.add(scope)
                 return await call.run()
         except (ConfigurationError, ClientClosedError, DeadlineExceededError) as error:
             return call.cut_off(error, error.stop_reason)
         except TimeoutError:
-            if self._closed:
-                return call.cut_off(ClientClosedError("the client was closed while the call ran"), "final")
-            return call.cut_off(out_of_time(limit), "deadline")
-        finally:
-            self._scopes.discard(scope)
-            if self._idle is not None and not self._scopes:
-                self._idle.set()
+            return call.cut_off(*self._out_of_time(call.timeout))
 
-    async def _end_calls(self) -> None:
-        for scope in self._scopes:
-            scope.expire()
-        # A key function may close the client that asks it: its own call cannot be waited for.
-        if self._scopes and asyncio.current_task() not in {scope.task for scope in self._scopes}:
-            self._idle = self._idle or asyncio.Event()
-            await self._idle.wait()
+    async def _cached(self, cache: Cache, account: Account, limit: float) -> Result:
+        _, _, deadlines = self._open()
+        credential = self._credential(account)
+        try:
+            with deadlines.within(limit):
+                key = credential if isinstance(credential, ApiKey) else await credential.get(account=account.name)
+                return await cache.get(account, key, limit)
+        except TimeoutError:
+            error, reason = self._out_of_time(limit)
+            error.account, error.elapsed, error.stop_reason = account.name, limit, reason
+            kept = cache.in_place_of(error, account)
+            return error if kept is None else kept
+
+    def _out_of_time(self, limit: float) -> tuple[AudiencesError, StopReason]:
+        if self._closed:
+            return ClientClosedError("the client was closed while the call ran"), "final"
+        return out_of_time(limit), "deadline"
 
     def _checked(self, account: Account | None) -> Account:
         if account is None:

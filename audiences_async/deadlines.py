@@ -19,32 +19,50 @@ class Deadlines:
         self._loop = asyncio.get_running_loop()
         self._scopes: set[Scope] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._idle: asyncio.Event | None = None
 
     def within(self, seconds: float) -> "Scope":
-        """A scope to be entered at once, which raises `TimeoutError` where it takes longer."""
-        return Scope(self, self._loop.time() + seconds)
+        """A scope for what may take so long, and raises `TimeoutError` where it takes longer."""
+        return Scope(self, self.at(seconds))
 
-    def cancel(self) -> None:
-        """End the timer; a scope that is entered later starts it anew."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def at(self, seconds: float) -> float:
+        """The event loop's time in so many seconds."""
+        return self._loop.time() + seconds
+
+    async def end(self) -> None:
+        """Let every scope expire now, and return when all have been left.
+
+        A key function may close the client that asks it: its own scope is not waited for.
+        """
+        for scope in self._scopes:
+            scope.expire()
+        if self._scopes and asyncio.current_task() not in {scope.task for scope in self._scopes}:
+            self._idle = self._idle or asyncio.Event()
+            await self._idle.wait()
+        self._stop()
 
     def add(self, scope: "Scope") -> None:
         """Begin to watch a scope."""
         self._scopes.add(scope)
         if self._timer is None or scope.ends_at < self._timer.when():
-            self.cancel()
+            self._stop()
             self._timer = self._loop.call_at(scope.ends_at, self._look)
 
     def remove(self, scope: "Scope") -> None:
         """Watch it no longer. The timer stays: the next scope will hardly end before it."""
         self._scopes.discard(scope)
+        if self._idle is not None and not self._scopes:
+            self._idle.set()
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _look(self) -> None:
         now = self._loop.time()
         self._timer = None
-        for scope in tuple(self._scopes):
+        for scope in self._scopes:
             if scope.ends_at <= now:
                 scope.expire()
         first = min((scope.ends_at for scope in self._scopes), default=math.inf)
@@ -77,6 +95,10 @@ class Scope:
         # Whoever else has cancelled the task meanwhile goes first, as with asyncio's own.
         if self.expired and self.task.uncancel() <= self._cancelling and exc_type is asyncio.CancelledError:
             raise TimeoutError from exc
+
+    def extend(self, seconds: float) -> None:
+        """It may take so long from now, or longer if it could before."""
+        self.ends_at = max(self.ends_at, self._deadlines.at(seconds))
 
     def expire(self) -> None:
         """End it now."""

@@ -14,7 +14,7 @@ from audiences_async import AudiencesClient
 
 ROOT = Path(audiences_async.__file__).parent
 NAMES = """
-    AudiencesClient Account RetryPolicy RateLimit RetryBudget
+    AudiencesClient Account RetryPolicy RateLimit RetryBudget CachePolicy
     AudiencesResponse Audience StaticAudience DynamicAudience UnknownAudience
     Outcome Fetched Failed Attempt Event Limiter
     AudiencesError ConfigurationError ClientClosedError DeadlineExceededError

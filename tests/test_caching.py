@@ -1,0 +1,334 @@
+"""The cache: one request for all who ask at once, an answer for a while, and never another account's."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import SteppedTime
+
+from audiences_async import (
+    Account,
+    AudiencesClient,
+    AudiencesError,
+    AudiencesResponse,
+    CachePolicy,
+    ClientClosedError,
+    ConfigurationError,
+    DeadlineExceededError,
+    RetryPolicy,
+    ServerError,
+    TooManyRequestsError,
+    UnauthorizedError,
+)
+from audiences_async.sandbox import Answer, Sandbox, many_audiences
+
+ONCE = RetryPolicy(max_attempts=1)
+
+
+@pytest.fixture
+def north(sandbox: Sandbox) -> Account:
+    return sandbox.add_account("north", audiences=many_audiences("north", 2))
+
+
+@pytest.fixture
+def make(sandbox: Sandbox, time: SteppedTime) -> Callable[..., AudiencesClient]:
+    """Makes clients with a cache, whose time is time."""
+
+    def client(ttl: float = 10.0, retry: RetryPolicy = ONCE, **policy: Any) -> AudiencesClient:
+        cache = CachePolicy(ttl, **policy)
+        return AudiencesClient(base_url=sandbox.base_url, cache=cache, clock=time.clock, retry=retry)
+
+    return client
+
+
+def ids(response: AudiencesResponse) -> list[str | None]:
+    return [audience.id for audience in response]
+
+
+async def the_others() -> None:
+    """Return when all other tasks have ended."""
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait({task}, timeout=10)
+
+
+async def error_of(call: Any) -> AudiencesError:
+    with pytest.raises(AudiencesError) as caught:
+        await call
+    return caught.value
+
+
+async def test_who_asks_at_once_shares_one_request(
+    sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient]
+) -> None:
+    """A hundred calls at once make one request, also where nothing is kept; another account's make another."""
+    south = sandbox.add_account("south", audiences=many_audiences("south", 1))
+    async with make(ttl=0) as client:
+        answers = await asyncio.gather(*(client.get_audiences(each) for each in [north, south] * 50))
+    assert [ids(answer) for answer in answers] == [["north-0", "north-1"], ["south-0"]] * 50
+    assert sorted(request.account or "" for request in sandbox.requests) == ["north", "south"]
+
+
+async def test_an_answer_is_given_again_until_its_ttl(
+    sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
+) -> None:
+    """An answer is kept for the ttl and no longer."""
+    async with make(ttl=10.0) as client:
+        first = await client.get_audiences(north)
+        time.now += 9.9
+        assert await client.get_audiences(north) is first
+        assert len(sandbox.requests) == 1
+        time.now += 0.1
+        assert await client.get_audiences(north) is not first
+    assert len(sandbox.requests) == 2
+
+
+async def test_errors_are_not_kept(sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient]) -> None:
+    """All who ask at once get the error, each an exception of its own; who asks then gets a new request."""
+    sandbox.script("north", Answer(400, {"description": "no"}))
+    namesake = Account("namesake", north.api_key)
+    async with make() as client:
+        errors = await asyncio.gather(*(error_of(client.get_audiences(each)) for each in [north, north, namesake]))
+        assert len({id(error) for error in errors}) == 3
+        assert [error.account for error in errors] == ["north", "north", "namesake"]
+        assert all(len(error.attempts) == 1 for error in errors)
+        assert len(sandbox.requests) == 1
+        assert len(await client.get_audiences(north)) == 2
+
+
+async def test_an_answer_is_never_another_accounts(sandbox: Sandbox, make: Callable[..., AudiencesClient]) -> None:
+    """Names do not tell accounts apart, keys do: also where a name, or a function, comes with another key."""
+    one = sandbox.add_account("one", audiences=many_audiences("one", 1))
+    other = sandbox.add_account("other", audiences=many_audiences("other", 1))
+    keys = [one.api_key, other.api_key, other.api_key, one.api_key]
+    function = Account("mine", lambda: str(keys[0]))
+    async with make() as client:
+        for account, expected in [(one, "one-0"), (Account("one", other.api_key), "other-0"), (one, "one-0")]:
+            assert ids(await client.get_audiences(account)) == [expected]
+        while keys:
+            expected = "one-0" if keys[0] == one.api_key else "other-0"
+            assert ids(await client.get_audiences(function)) == [expected]
+            del keys[0]
+    assert len(sandbox.requests) == 2
+
+
+async def test_a_key_that_is_refused_meanwhile(sandbox: Sandbox, make: Callable[..., AudiencesClient]) -> None:
+    """An answer that came with a fresh key is kept for that key, not for the one that was refused."""
+    account = sandbox.add_account("north", audiences=many_audiences("north", 1))
+    given = iter(["a revoked key", account.api_key])
+    async with make(retry=RetryPolicy(max_attempts=2)) as client:
+        assert ids(await client.get_audiences(Account("north", lambda: str(next(given))))) == ["north-0"]
+        assert type(await error_of(client.get_audiences(Account("x", "a revoked key")))) is UnauthorizedError
+        before = len(sandbox.requests)
+        assert ids(await client.get_audiences(account)) == ["north-0"]
+    assert len(sandbox.requests) == before
+
+
+async def test_one_who_leaves_does_not_hurt_the_others(
+    sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient]
+) -> None:
+    """Whoever is cancelled, or has less time, leaves; the others get the answer of the one request."""
+    sandbox.script("north", Answer(delay=0.4))
+    async with make() as client:
+        short = asyncio.create_task(error_of(client.get_audiences(north, timeout=0.1)))
+        leaving = asyncio.create_task(client.get_audiences(north))
+        staying = asyncio.create_task(client.get_audiences(north, timeout=5.0))
+        await asyncio.to_thread(sandbox.wait_for_requests, 1)
+        leaving.cancel()
+        error = await short
+        assert (type(error), error.stop_reason, error.account) == (DeadlineExceededError, "deadline", "north")
+        assert len(await staying) == 2
+    assert leaving.cancelled()
+    assert len(sandbox.requests) == 1
+
+
+async def test_the_request_ends_with_the_last_who_waits(
+    sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient]
+) -> None:
+    """Where all have left the request is ended, and who asks then starts another."""
+    sandbox.script("north", Answer(delay=60))
+    async with make() as client:
+        leaving = [asyncio.create_task(client.get_audiences(north)) for _ in range(3)]
+        await asyncio.to_thread(sandbox.wait_for_requests, 1)
+        for task in leaving:
+            task.cancel()
+        await asyncio.wait(leaving)
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert client.snapshot().accounts[0].in_flight == 0
+        assert len(await client.get_audiences(north, timeout=5.0)) == 2
+
+
+async def test_a_wait_that_does_not_fit_is_told_at_once(
+    sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
+) -> None:
+    """A cached call keeps the promise: a wait beyond its timeout is an error at once, with retry_after."""
+    sandbox.script("north", Answer(429, retry_after=30))
+    async with make(retry=RetryPolicy()) as client:
+        error = await error_of(client.get_audiences(north, timeout=5.0))
+    assert (type(error), error.retry_after, time.slept) == (TooManyRequestsError, 30.0, [])
+
+
+async def test_who_joins_with_more_time_is_not_turned_away_with_the_first(
+    sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
+) -> None:
+    """Of two who wait for one request, each has the time that it was given for the wait after a 429."""
+    sandbox.script("north", Answer(429, retry_after=30, delay=0.1))
+    async with make(retry=RetryPolicy()) as client:
+        first = asyncio.create_task(client.get_audiences(north, timeout=5.0))
+        second = asyncio.create_task(client.get_audiences(north, timeout=50.0))
+        assert len(await second) == 2
+        await asyncio.wait({first})
+    assert 30.0 <= sum(time.slept) < 50.0
+
+
+async def test_stale_while_revalidate(
+    sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
+) -> None:
+    """After the ttl the old answer is given at once, while one request fetches the new one behind it."""
+    async with make(ttl=10.0, stale_while_revalidate=60.0) as client:
+        first = await client.get_audiences(north)
+        time.now += 20
+        assert await asyncio.gather(*(client.get_audiences(north) for _ in range(5))) == [first] * 5
+        await asyncio.to_thread(sandbox.wait_for_requests, 2)
+        await the_others()
+        assert await client.get_audiences(north) is not first
+        assert len(sandbox.requests) == 2
+        time.now += 71
+        sandbox.script("north", Answer(500))
+        assert type(await error_of(client.get_audiences(north))) is ServerError
+
+
+async def test_a_refresh_that_fails_is_nobodys_error(
+    sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
+) -> None:
+    """Where the refresh fails the old answer is given as long as it is good, and the next call tries anew."""
+    async with make(ttl=10.0, stale_while_revalidate=60.0) as client:
+        first = await client.get_audiences(north)
+        time.now += 20
+        for count in (2, 3):
+            sandbox.script("north", Answer(500))
+            assert await client.get_audiences(north) is first
+            await asyncio.to_thread(sandbox.wait_for_requests, count)
+            await the_others()
+
+
+async def test_closing_ends_a_refresh(
+    sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
+) -> None:
+    """A refresh belongs to the client, and ends with it; so does whoever waits for an answer."""
+    client = make(ttl=10.0, stale_while_revalidate=60.0)
+    await client.get_audiences(north)
+    time.now += 20
+    sandbox.script("north", Answer(delay=60))
+    await client.get_audiences(north)
+    await asyncio.to_thread(sandbox.wait_for_requests, 2)
+    time.now += 100
+    waiting = asyncio.create_task(error_of(client.get_audiences(north)))
+    await asyncio.sleep(0)
+    await client.aclose()
+    assert type(await waiting) is ClientClosedError
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@pytest.mark.parametrize(
+    ("answer", "given"),
+    [
+        (Answer(500), True),
+        (Answer(429, retry_after=100), True),
+        (Answer(failure="reset"), True),
+        (Answer(delay=60), True),
+        (Answer(401), False),
+        (Answer(404), False),
+        (Answer(200, "<html>"), False),
+    ],
+)
+async def test_stale_if_error(
+    sandbox: Sandbox,
+    north: Account,
+    time: SteppedTime,
+    make: Callable[..., AudiencesClient],
+    answer: Answer,
+    given: bool,
+) -> None:
+    """In an outage the old answer is given for a while; an answer that refuses is an error all the same."""
+    async with make(ttl=10.0, stale_if_error=100.0) as client:
+        first = await client.get_audiences(north)
+        time.now += 50
+        sandbox.script("north", answer, answer)
+        if given:
+            assert await client.get_audiences(north, timeout=0.3) is first
+        else:
+            await error_of(client.get_audiences(north, timeout=0.3))
+        time.now += 61
+        await error_of(client.get_audiences(north, timeout=0.3))
+
+
+async def test_invalidate(sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient]) -> None:
+    """What was asked for before is not kept, also where the request is under way; other accounts stay."""
+    south = sandbox.add_account("south")
+    function = Account("function", lambda: str(south.api_key))
+    async with make() as client:
+        for account in (north, function):
+            await client.get_audiences(account)
+        client.invalidate(north)
+        client.invalidate(Account("unknown", lambda: "key"))
+        for account in (north, function):
+            await client.get_audiences(account)
+        assert len(sandbox.requests) == 3
+        client.invalidate(function)
+        await client.get_audiences(function)
+        assert len(sandbox.requests) == 4
+        client.invalidate(north)
+        sandbox.script("north", Answer(delay=0.1))
+        early = asyncio.create_task(client.get_audiences(north))
+        await asyncio.to_thread(sandbox.wait_for_requests, 5)
+        client.invalidate(north)
+        late = asyncio.create_task(client.get_audiences(north))
+        assert len(await early) == len(await late) == 2
+        assert len(sandbox.requests) == 6
+        with pytest.raises(ConfigurationError, match="no account"):
+            client.invalidate()
+
+
+async def test_as_many_answers_are_kept_as_allowed(sandbox: Sandbox, make: Callable[..., AudiencesClient]) -> None:
+    """The answers that were used last are kept."""
+    accounts = [sandbox.add_account(f"a{number}") for number in range(3)]
+    async with make(max_accounts=2) as client:
+        for number in (0, 1, 0, 2, 0, 1):
+            await client.get_audiences(accounts[number])
+    assert [request.account for request in sandbox.requests] == ["a0", "a1", "a2", "a1"]
+
+
+async def test_a_key_function_has_the_callers_time(sandbox: Sandbox, make: Callable[..., AudiencesClient]) -> None:
+    """A function for a key that hangs ends with its caller's time, and an error of its own is told."""
+
+    async def hangs() -> str:
+        never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        return await never
+
+    async with make() as client:
+        assert type(await error_of(client.get_audiences(Account("x", hangs), timeout=0.05))) is DeadlineExceededError
+        error = await error_of(client.get_audiences(Account("x", lambda: "")))
+        assert type(error) is ConfigurationError
+    assert sandbox.requests == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"ttl": -1}, {"ttl": None}, {"stale_while_revalidate": -1}, {"stale_if_error": "1"}, {"max_accounts": 0}]
+)
+def test_a_policy_that_cannot_be_used(wrong: dict[str, Any]) -> None:
+    """Numbers out of their range are refused at once."""
+    with pytest.raises(ConfigurationError):
+        CachePolicy(**{"ttl": 1.0, **wrong})
+    with pytest.raises(ConfigurationError, match="cache must be CachePolicy or None"):
+        AudiencesClient(cache=10.0)  # type: ignore[arg-type]
+
+
+async def test_without_a_cache_there_is_nothing_to_invalidate(sandbox: Sandbox, north: Account) -> None:
+    """invalidate() is there also without a cache, where every call goes out."""
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        client.invalidate(north)
+        await client.get_audiences(north)
+        await client.get_audiences(north)
+    assert len(sandbox.requests) == 2
