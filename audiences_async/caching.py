@@ -178,19 +178,12 @@ class Cache:
             self._start(digest, account, self._timeout).waiters = 1
 
     async def _joined(self, digest: bytes, account: Account, timeout: float) -> Result:
-        until = self._now() + timeout
-        while True:
-            flight = self._flights.get(digest) or self._start(digest, account, timeout)
-            had_time_until = flight.call.deadline
-            flight.extend(until - self._now())
-            with self._waiting(digest, flight):
-                await asyncio.wait({flight.task})
-            result = flight.task.result()
-            if not isinstance(result, AudiencesError):
-                return result
-            # It may have been turned away while it queued, for want of a time that this caller has.
-            if result.stop_reason != "deadline" or until <= had_time_until:
-                return _of(result, account)
+        flight = self._flights.get(digest) or self._start(digest, account, timeout)
+        flight.extend(timeout)
+        with self._waiting(digest, flight):
+            await asyncio.wait({flight.task})
+        result = flight.task.result()
+        return _of(result, account) if isinstance(result, AudiencesError) else result
 
     @contextmanager
     def _waiting(self, digest: bytes, flight: _Flight) -> Iterator[None]:

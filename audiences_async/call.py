@@ -84,11 +84,6 @@ class Call:
         """Seconds that the call has had in all."""
         return self._deadline - self._started
 
-    @property
-    def deadline(self) -> float:
-        """When the call has no more time, in seconds of the clock."""
-        return self._deadline
-
     def extend(self, timeout: float) -> None:
         """Give the call so many seconds from now, if it has not as many."""
         self._deadline = max(self._deadline, self._settings.clock.monotonic() + timeout)

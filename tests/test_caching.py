@@ -273,6 +273,7 @@ async def test_invalidate(sandbox: Sandbox, north: Account, make: Callable[..., 
             await client.get_audiences(account)
         client.invalidate(north)
         client.invalidate(Account("unknown", lambda: "key"))
+        client.invalidate(Account("unknown", "key"))
         for account in (north, function):
             await client.get_audiences(account)
         assert len(sandbox.requests) == 3

@@ -13,7 +13,7 @@ import pytest
 from services import missing, redis_server
 
 import audiences_async
-from audiences_async import AudiencesClient, RetryBudget, RetryPolicy
+from audiences_async import AudiencesClient, CachePolicy, RetryBudget, RetryPolicy, errors
 from audiences_async.errors import AudiencesError
 from audiences_async.sandbox import Sandbox
 
@@ -124,7 +124,7 @@ def test_the_test_runs_as_printed(pytester: pytest.Pytester) -> None:
 
 def test_every_program_is_run() -> None:
     """No program in README is left out above."""
-    assert len(PROGRAM.findall(README)) == 6
+    assert len(PROGRAM.findall(README)) == 7
 
 
 def test_the_defaults_are_true() -> None:
@@ -135,6 +135,10 @@ def test_the_defaults_are_true() -> None:
     assert set(shown) == set(parameters) - {"allow_http", "clock"} | {"RetryPolicy"} | set(policy)
     budget = {name: float(value) for name, value in TABLE_ROW.findall(section("Rate limits")) if value.isdigit()}
     assert budget == {field.name: field.default for field in attrs.fields(RetryBudget)}
+    cache = dict(TABLE_ROW.findall(section("A cache")))
+    for field in attrs.fields(CachePolicy):
+        assert cache[field.name] == ("required" if field.default is attrs.NOTHING else str(field.default))
+    assert len(cache) == 1 + len(attrs.fields(CachePolicy))
     for name in ("timeout", "attempt_timeout", "max_body_bytes"):
         assert float(shown[name]) == parameters[name].default
     for name in ("max_attempts", "base_delay", "max_delay", "throttle_base_delay"):
@@ -148,6 +152,23 @@ def test_the_table_of_replies_names_real_errors() -> None:
     assert all(issubclass(getattr(audiences_async, name), AudiencesError) for name in named)
     every = {name for name in audiences_async.__all__ if name.endswith("Error")}
     assert every - named == {"ConfigurationError", "ClientClosedError", "TransportError"}
+
+
+def test_what_can_go_wrong_is_the_whole_tree() -> None:
+    """README has each error once, in the order of the tree, with the advice that the error itself gives."""
+    shown = section("What can go wrong, and what you get")
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| (.+) \|$", shown, re.MULTILINE)
+    public = [name for name in audiences_async.__all__ if name.endswith("Error") and name != "AudiencesError"]
+    tree = str(errors.__doc__)
+    assert [name for name, _ in rows] == sorted(public, key=tree.index)
+    for name, advice in rows:
+        assert advice == (getattr(errors, name).hint or advice)
+
+
+def test_the_program_of_the_cache_runs_as_printed(tmp_path: Path) -> None:
+    """500 calls at once make one request."""
+    done = run(program("A cache"), tmp_path)
+    assert (done.stdout, done.stderr) == ("1 request for 500 answers\n", "")
 
 
 def test_the_table_of_fields_is_true() -> None:
