@@ -17,7 +17,18 @@ from audiences_async.errors import (
     TooManyRequestsError,
     UnauthorizedError,
 )
-from audiences_async.events import Attempt, AttemptFinished, CallFinished, Event, EventHook, StopReason, emit
+from audiences_async.events import (
+    Attempt,
+    AttemptFinished,
+    AttemptStarted,
+    CallFinished,
+    CallStarted,
+    Event,
+    EventHook,
+    StopReason,
+    emit,
+    is_watched,
+)
 from audiences_async.models import AudiencesResponse
 from audiences_async.pacing import Lane, Verdict
 from audiences_async.retrying import RetryPolicy, RetryTokens, wait_full_jitter
@@ -73,6 +84,7 @@ class Call:
         self._attempts: tuple[Attempt, ...] = ()
         self._stale_before = False
         self._stop_reason: StopReason = "final"
+        self._watched = is_watched(settings.on_event)
 
     @property
     def key(self) -> ApiKey | None:
@@ -91,6 +103,7 @@ class Call:
     async def run(self) -> Result:
         """The answer, or the error of the last attempt; tenacity comes in when something has failed."""
         self._lane.users += 1
+        self._tell(CallStarted(self._account))
         try:
             result = await self._attempt()
             if self._retries(result):
@@ -130,6 +143,12 @@ class Call:
             error.retry_after = self._lane.expected(self._settings.clock.monotonic()) or None
         return self._with_context(error, stop_reason)
 
+    def abandoned(self, error: BaseException) -> None:
+        """The caller was cancelled: told, and nothing else comes of it."""
+        under_way = self._sent_at is not None
+        elapsed = self._settings.clock.monotonic() - self._started
+        self._tell(CallFinished(self._account, len(self._attempts) + under_way, elapsed, type(error).__name__))
+
     async def _attempt(self) -> Result:
         key = self._key = await self._current_key()
         result = await self._exchange(key)
@@ -140,8 +159,11 @@ class Call:
 
     async def _exchange(self, key: ApiKey) -> Result:
         """Wait for a turn, use it, and tell the lane what came of it."""
+        asked_at = self._settings.clock.monotonic() if self._watched else 0.0
         turn = await self._lane.acquire(self._deadline)
         self._sent_at = self._settings.clock.monotonic()
+        if self._watched:
+            self._tell(AttemptStarted(self._account, self._next_number, self._sent_at - asked_at))
         verdict: Verdict = "nothing"
         pause: float | None = None
         try:
@@ -221,7 +243,7 @@ class Call:
             result = out_of_time(self.timeout)
         if isinstance(result, AudiencesResponse):
             self._settings.tokens.give_back()
-            if self._settings.on_event is not None:
+            if self._watched:
                 self._record(self._attempt_record(result, 0.0, "success"))
                 self._tell_finished(None)
             return result
@@ -255,7 +277,7 @@ class Call:
         self._tell(CallFinished(self._account, len(self._attempts), elapsed, name))
 
     def _tell(self, event: Event) -> None:
-        if self._settings.on_event is not None:
+        if self._watched:
             emit(self._settings.on_event, event)
 
 

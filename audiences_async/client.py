@@ -359,6 +359,9 @@ class AudiencesClient:
             return call.cut_off(error, error.stop_reason)
         except TimeoutError:
             return call.cut_off(*self._out_of_time(call.timeout))
+        except BaseException as error:
+            call.abandoned(error)
+            raise
 
     async def _cached(self, cache: Cache, account: Account, limit: float) -> Result:
         _, _, deadlines = self._open()

@@ -13,6 +13,7 @@ StopReason: TypeAlias = Literal["final", "attempts", "deadline", "budget"]
 """Why a call made no further attempt: it would not help, or the attempts, the time or the retry budget were used up."""
 
 _log: Final = logging.getLogger("audiences_async")
+_log.addHandler(logging.NullHandler())  # where nobody has set up logging, nothing is printed
 
 
 @frozen
@@ -51,6 +52,27 @@ class Event:
 
 
 @frozen
+class CallStarted(Event):
+    """A call begins. Told, as all that follows of the call, inside the task that makes it.
+
+    That task is its caller's own; with a `CachePolicy`, one of the client's, in the context of the first who asked.
+    """
+
+
+@frozen
+class AttemptStarted(Event):
+    """A request goes out.
+
+    Attributes:
+        number: 1 for the first attempt of the call.
+        waited: Seconds that it has waited for its turn: for its account's pace, and for a connection to be free.
+    """
+
+    number: int
+    waited: float
+
+
+@frozen
 class AttemptFinished(Event):
     """An attempt ended, and what follows is decided: an answer, a wait or an error.
 
@@ -63,12 +85,12 @@ class AttemptFinished(Event):
 
 @frozen
 class CallFinished(Event):
-    """A call ended, well or with an error; not sent for a call that its caller cancelled.
+    """A call ended, well or with an error.
 
     Attributes:
         attempts: The number of requests on the wire, the first included.
         elapsed: Seconds for the whole call, every wait included.
-        error: The error's class name, or ``None`` for an answer.
+        error: The error's class name, ``CancelledError`` where the caller cancelled; ``None`` for an answer.
     """
 
     attempts: int
@@ -108,8 +130,16 @@ class RateLearned(Event):
 EventHook: TypeAlias = Callable[[Event], None]
 
 
-def emit(hook: EventHook, event: Event) -> None:
-    """Tell the hook; one that raises is logged and never hurts the call."""
+def is_watched(hook: EventHook | None) -> bool:
+    """Whether anybody wants to know."""
+    return hook is not None or _log.isEnabledFor(logging.DEBUG)
+
+
+def emit(hook: EventHook | None, event: Event) -> None:
+    """Log the event, and tell the hook; one that raises is logged too, and never hurts the call."""
+    _log.debug("%r", event)
+    if hook is None:
+        return
     try:
         hook(event)
     except Exception:  # noqa: BLE001 - somebody else's code, on the path of a call that must go on

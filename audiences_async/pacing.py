@@ -394,8 +394,7 @@ class Pacer:
 
     def tell(self, event: Event) -> None:
         """Tell whoever listens."""
-        if self._on_event is not None:
-            emit(self._on_event, event)
+        emit(self._on_event, event)
 
     def _forget_idle(self) -> None:
         """Drop idle lanes from the oldest on, so that memory follows the accounts in use."""

@@ -653,7 +653,11 @@ def _chunked() -> Iterator[Fault]:
     yield _retried("Transfer-Encoding unknown", _says(head(b"Transfer-Encoding: rot13") + ONE, then="close"))
     yield _retried("chunked twice", _says(head(CHUNKED, CHUNKED) + chunk(chunk(ONE) + LAST) + LAST, then="close"))
     first = start + chunk(ONE[:9])
-    for name, rest in {"chunk": b"no chunk\r\n", "line end": b"5\r\nhelloXX", "trailer": b"0\r\n\0no trailer\r\n\r\n"}.items():
+    for name, rest in {
+        "chunk": b"no chunk\r\n",
+        "line end": b"5\r\nhelloXX",
+        "trailer": b"0\r\n\0no trailer\r\n\r\n",
+    }.items():
         yield _retried(f"chunked: a bad {name} in a later segment", _drips(first, rest))
     packed = gzip.compress(ONE)
     yield _retried(

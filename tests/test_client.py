@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import math
 import ssl as tls
 import traceback
@@ -33,7 +34,7 @@ from audiences_async import (
     UnauthorizedError,
 )
 from audiences_async.clock import Clock
-from audiences_async.events import AttemptFinished, CallFinished
+from audiences_async.events import AttemptFinished, AttemptStarted, CallFinished, CallStarted
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
 from audiences_async.structuring import record
 
@@ -665,7 +666,9 @@ async def test_events_tell_what_happened(sandbox: Sandbox, north: Account, time:
     events: list[Event] = []
     async with AudiencesClient(base_url=sandbox.base_url, clock=time.clock, on_event=events.append) as client:
         await client.get_audiences(north)
-    first, second, end = events
+    start, started, first, started_again, second, end = events
+    assert (start, started) == (CallStarted("north"), AttemptStarted("north", 1, 0.0))
+    assert started_again == AttemptStarted("north", 2, 0.0)
     assert isinstance(first, AttemptFinished)
     assert isinstance(second, AttemptFinished)
     assert (first.attempt.status, first.attempt.wait, first.attempt.reason) == (500, 0.5, "backoff")
@@ -682,6 +685,36 @@ async def test_events_tell_of_errors(sandbox: Sandbox, north: Account) -> None:
             await client.get_audiences(north)
     assert isinstance(events[-1], CallFinished)
     assert (events[-1].attempts, events[-1].error) == (1, "NotFoundError")
+
+
+async def test_events_tell_of_cancelled_calls(sandbox: Sandbox, north: Account) -> None:
+    """The end of a call that its caller cancels is told too, with the request that was under way."""
+    sandbox.script("north", Answer(delay=60))
+    events: list[Event] = []
+    async with AudiencesClient(base_url=sandbox.base_url, on_event=events.append) as client:
+        task = asyncio.create_task(client.get_audiences(north))
+        await asyncio.to_thread(sandbox.wait_for_requests, 1)
+        task.cancel()
+        await asyncio.wait({task})
+    assert isinstance(events[-1], CallFinished)
+    assert (events[-1].attempts, events[-1].error) == (1, "CancelledError")
+
+
+async def test_logging_is_quiet_until_debug(sandbox: Sandbox, north: Account, caplog: pytest.LogCaptureFixture) -> None:
+    """At DEBUG the log tells each attempt and how the call ended; above it, nothing."""
+    sandbox.script("north", Answer(429, retry_after=0), Answer(200), Answer(404))
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        with caplog.at_level(logging.DEBUG, logger="audiences_async"):
+            await client.get_audiences(north)
+        told = [record.getMessage() for record in caplog.records if record.name == "audiences_async"]
+        assert [one.split("(")[0] for one in told] == [
+            "CallStarted", "AttemptStarted", "AccountPaused", "AttemptFinished", "AttemptStarted", "AccountResumed",
+            "AttemptFinished", "CallFinished",
+        ]  # fmt: skip
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="audiences_async"), pytest.raises(NotFoundError):
+            await client.get_audiences(north)
+        assert [record for record in caplog.records if record.name == "audiences_async"] == []
 
 
 async def test_a_failing_hook_hurts_nobody(sandbox: Sandbox, north: Account, caplog: pytest.LogCaptureFixture) -> None:

@@ -31,7 +31,15 @@ CLIENT_OF_MANY: Final = CLIENT
 """The client that 500 handlers ask at once. With one that shares answers, `UPSTREAM_REQUESTS` is 1."""
 UPSTREAM_REQUESTS: Final = 250
 """What comes of 500 such handlers, 250 of which lose their clients while they queue."""
-ONE_ATTEMPT: Final = "AudiencesClient(attempt_timeout=0.3, retry=RetryPolicy(max_attempts=1))"
+TELLING_CLIENT: Final = """
+from pathlib import Path
+from audiences_async import AudiencesClient
+
+class TellingClient(AudiencesClient):
+    async def aclose(self):
+        await super().aclose()
+        Path("closed").touch(exist_ok=False)
+"""
 KEY: Final = "key-of-the-app"
 
 Raw: TypeAlias = Callable[[Callable[[RawConnection], Awaitable[None]]], Awaitable[RawServer]]
@@ -124,13 +132,14 @@ async def eventually(holds: Callable[[], bool]) -> None:
 
 
 def recipe(framework: str, changes: Mapping[str, str]) -> str:
-    """The first program below the framework's heading, with these of its words replaced."""
+    """The program below the framework's heading, with these of its words replaced."""
     programs = rf"^#+ {re.escape(framework)}$.*?^```python$(.*?)^```$"
+    program: str
     (program,) = re.findall(programs, README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     for old, new in changes.items():
         assert program.count(old) == 1
         program = program.replace(old, new)
-    return f"from audiences_async import RetryPolicy\n{program}" if "RetryPolicy" in program else program
+    return program
 
 
 @asynccontextmanager
@@ -140,10 +149,11 @@ async def running(
     base_url: str,
     changes: Mapping[str, str] | None = None,
     *,
+    before: str = "",
     key: str = KEY,
     log_level: str = "warning",
 ) -> AsyncIterator[App]:
-    """Run a recipe: it listens when the block begins, is told to end when the block ends, and ends well."""
+    """Run a recipe, with lines before it: it listens when the block begins, and ends well when the block ends."""
     port = free_port()
     if framework in UVICORN:
         pytest.importorskip(framework.lower())
@@ -153,7 +163,7 @@ async def running(
     else:
         command = ["main.py"]
         program = recipe(framework, {**(changes or {}), "port=8080": f"port={port}"})
-    (folder / "main.py").write_text(program)
+    (folder / "main.py").write_text(f"{before}\n{program}")
     environment = {**os.environ, "AUDIENCES_BASE_URL": base_url, "AUDIENCES_API_KEY": key}
     stderr = folder / "stderr"
     with stderr.open("wb") as file:
@@ -184,12 +194,14 @@ async def test_each_outcome_has_its_status(framework: str, sandbox: Sandbox, tmp
         (Answer(501), 502, None, "HTTP 501 Not Implemented"),
         (Answer(200, f"no JSON, but {KEY}"), 502, None, "the reply cannot be read"),
         (Answer(failure="reset"), 502, None, "before a reply came"),
-        (Answer(delay=1.0), 504, None, "no whole reply within attempt_timeout=0.3 s"),
+        (Answer(delay=1.0), 504, None, "no whole reply within attempt_timeout=0.5 s"),
         (Answer(429), 429, None, "HTTP 429 Too Many Requests"),
-        (Answer(429, {"status": 429, "description": KEY}, retry_after=7.2), 429, "8", "HTTP 429 Too Many Requests"),
+        (Answer(429, {"status": 429, "description": KEY}, retry_after=7.95), 429, "8", "HTTP 429 Too Many Requests"),
         (Answer(), 504, "8", "which does not fit into the call's timeout"),  # never asked for: the account is paused
     ]
-    async with running(framework, tmp_path, sandbox.base_url, {CLIENT: ONE_ATTEMPT}) as app:
+    one_attempt = {CLIENT: "AudiencesClient(attempt_timeout=0.5, retry=RetryPolicy(max_attempts=1))"}
+    before = "from audiences_async import RetryPolicy"
+    async with running(framework, tmp_path, sandbox.base_url, one_attempt, before=before) as app:
         names = [{"id": "31234", "name": "NE_USA-above50"}, {"id": "45412", "name": "VIP"}]
         assert await app.get() == Got(200, names)
         for answer, status, retry_after, words in refused:
@@ -212,8 +224,9 @@ async def test_an_app_without_a_key_answers_500(framework: str, upstream: Upstre
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 async def test_the_deadline_holds_and_bounds_the_shutdown(framework: str, upstream: Upstream, tmp_path: Path) -> None:
-    """A handler whose call hangs answers 504 at its deadline, and an app that is told to end waits no longer."""
-    async with running(framework, tmp_path, upstream.base_url, {"timeout=3.0": "timeout=0.5"}) as app:
+    """A handler whose call hangs answers 504 at its deadline; an app told to end waits for it and closes its client."""
+    changes = {"timeout=3.0": "timeout=0.5", CLIENT: "TellingClient()"}
+    async with running(framework, tmp_path, upstream.base_url, changes, before=TELLING_CLIENT) as app:
         clock = asyncio.get_running_loop().time
         began = clock()
         getting = asyncio.create_task(app.get())
@@ -225,6 +238,7 @@ async def test_the_deadline_holds_and_bounds_the_shutdown(framework: str, upstre
         assert "no answer within timeout=0.5 s" in got.body["error"]
         await app.ended()
         assert clock() - began < 2.5
+    assert (tmp_path / "closed").exists()
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -242,19 +256,22 @@ async def test_who_leaves_and_a_shutdown_end_no_other_call(framework: str, upstr
         await eventually(lambda: upstream.cut_off() == 5)
         getting += [asyncio.create_task(app.get()) for _ in range(5)]  # in their place
         await upstream.wait_for_requests(65)
+        idle, writer = await asyncio.open_connection("127.0.0.1", app.port)
         app.process.terminate()
-        await eventually(lambda: not app.listens())
+        async with asyncio.timeout(10):
+            assert await idle.read() == b""  # closed: it has begun to end
+        writer.close()
+        assert not app.listens()
         assert upstream.cut_off() == 5
         upstream.may_answer.set()
         assert await asyncio.gather(*getting[5:]) == [Got(200, [])] * 20
         await app.ended()
 
 
-@pytest.mark.parametrize("framework", UVICORN)
-async def test_500_handlers_of_which_250_are_left_alone(framework: str, upstream: Upstream, tmp_path: Path) -> None:
+async def test_500_handlers_of_which_250_are_left_alone(upstream: Upstream, tmp_path: Path) -> None:
     """Of 500 handlers that ask at once 250 end when their clients go, and the other 250 get their answers."""
     changes = {"timeout=3.0": "timeout=30.0", CLIENT: CLIENT_OF_MANY}
-    async with running(framework, tmp_path, upstream.base_url, changes, log_level="trace") as app:
+    async with running("FastAPI", tmp_path, upstream.base_url, changes, log_level="trace") as app:
         staying = [asyncio.create_task(app.get()) for _ in range(2)]
         await upstream.wait_for_requests(min(2, UPSTREAM_REQUESTS))  # as many as a new client lets go at once
         leaving = [asyncio.create_task(app.get()) for _ in range(250)]
