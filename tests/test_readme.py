@@ -13,8 +13,9 @@ import pytest
 from services import missing, redis_server
 
 import audiences_async
-from audiences_async import AudiencesClient, CachePolicy, RetryBudget, RetryPolicy, errors
+from audiences_async import AudiencesClient, CachePolicy, RetryBudget, RetryPolicy, errors, events
 from audiences_async.errors import AudiencesError
+from audiences_async.events import Event
 from audiences_async.sandbox import Sandbox
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -124,7 +125,7 @@ def test_the_test_runs_as_printed(pytester: pytest.Pytester) -> None:
 
 def test_every_program_is_run() -> None:
     """No program in README is left out above."""
-    assert len(PROGRAM.findall(README)) == 7
+    assert len(PROGRAM.findall(README)) == 8
 
 
 def test_the_defaults_are_true() -> None:
@@ -169,6 +170,23 @@ def test_the_program_of_the_cache_runs_as_printed(tmp_path: Path) -> None:
     """500 calls at once make one request."""
     done = run(program("A cache"), tmp_path)
     assert (done.stdout, done.stderr) == ("1 request for 500 answers\n", "")
+
+
+def test_the_program_of_telemetry_runs_as_printed(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The instrumented program gives the answer."""
+    monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
+    monkeypatch.setenv("AUDIENCES_API_KEY", str(sandbox.add_account().api_key))
+    done = run(program("Events, logs and telemetry"), tmp_path)
+    assert (done.stdout, done.stderr) == ("2\n", "")
+
+
+def test_every_event_is_named() -> None:
+    """README names the events that there are."""
+    named = re.findall(r"`(\w+)`", section("Events, logs and telemetry").split("\n\n")[0])
+    every = {kind.__name__ for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, Event)}
+    assert every - {"Event"} <= set(named)
 
 
 def test_the_table_of_fields_is_true() -> None:

@@ -1,0 +1,124 @@
+"""OpenTelemetry from events (extra ``otel``): a span for each call, and metrics.
+
+Names follow the semantic conventions where these have one (https://opentelemetry.io/docs/specs/semconv/): the span is
+INTERNAL, for the requests are the business of an HTTP instrumentation, and no second client span stands beside its own.
+"""
+
+from contextvars import ContextVar, Token
+from typing import TYPE_CHECKING, Any, Final
+
+from attrs import frozen
+from opentelemetry import context, metrics, trace
+
+from audiences_async._version import __version__
+from audiences_async.events import Attempt, AttemptFinished, AttemptStarted, CallFinished, CallStarted, Event
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_NAME: Final = "audiences_async"
+_SPAN: Final = "get_audiences"
+_ACCOUNT: Final = "audiences.account.name"
+_ERROR_TYPE: Final = "error.type"
+_RESEND_COUNT: Final = "http.request.resend_count"
+_STATUS_CODE: Final = "http.response.status_code"
+
+
+@frozen
+class _Open:
+    """The span of the call that this task makes."""
+
+    span: trace.Span
+    token: "Token[context.Context]"
+
+
+_open: ContextVar[_Open | None] = ContextVar("audiences_async_span", default=None)
+_resend: ContextVar[int] = ContextVar("audiences_async_resend", default=0)
+
+
+class OpenTelemetry:
+    """Spans and metrics from a client's events: ``AudiencesClient(on_event=OpenTelemetry())``.
+
+    For each call an INTERNAL span ``get_audiences``, current while the call runs, with an event for each attempt. It
+    names the account; nothing names the key. As metrics, in seconds where they are times:
+
+    - ``audiences.client.call.duration``, a histogram, with ``error.type`` where the call failed;
+    - ``audiences.client.pacing.wait``, a histogram of what each attempt waited for its turn;
+    - ``audiences.client.retries``, a counter of attempts after the first of a call.
+
+    Args:
+        tracer_provider: Where spans go; ``None`` means the global one.
+        meter_provider: Where metrics go; ``None`` means the global one.
+    """
+
+    def __init__(
+        self,
+        *,
+        tracer_provider: trace.TracerProvider | None = None,
+        meter_provider: metrics.MeterProvider | None = None,
+    ) -> None:
+        self._tracer = trace.get_tracer(_NAME, __version__, tracer_provider)
+        meter = metrics.get_meter(_NAME, __version__, meter_provider)
+        self._duration = meter.create_histogram(
+            "audiences.client.call.duration", "s", "Duration of calls, every attempt and wait included."
+        )
+        self._waited = meter.create_histogram(
+            "audiences.client.pacing.wait", "s", "What attempts waited for their account's turn and a connection."
+        )
+        self._retries = meter.create_counter(
+            "audiences.client.retries", "{retry}", "Attempts after the first one of a call."
+        )
+
+    def __call__(self, event: Event) -> None:
+        """Take in an event."""
+        match event:
+            case CallStarted():
+                self._start(event)
+            case AttemptStarted():
+                _resend.set(event.number - 1)
+                self._waited.record(event.waited)
+                if event.number > 1:
+                    self._retries.add(1)
+            case AttemptFinished():
+                trace.get_current_span().add_event("attempt", _attributes(event.attempt))
+            case CallFinished():
+                self._finish(event)
+
+    def _start(self, event: CallStarted) -> None:
+        span = self._tracer.start_span(_SPAN, attributes={_ACCOUNT: event.account})
+        _open.set(_Open(span, context.attach(trace.set_span_in_context(span))))
+
+    def _finish(self, event: CallFinished) -> None:
+        failed: dict[str, Any] = {} if event.error is None else {_ERROR_TYPE: event.error}
+        self._duration.record(event.elapsed, failed)
+        opened = _open.get()
+        if opened is None:
+            return
+        _open.set(None)
+        opened.span.set_attribute("audiences.call.attempts", event.attempts)
+        if event.error is not None:
+            opened.span.set_attributes(failed)
+            opened.span.set_status(trace.StatusCode.ERROR, event.error)
+        context.detach(opened.token)
+        opened.span.end()
+
+
+def request_hook(span: trace.Span, _params: Any) -> None:
+    """Have the span of an HTTP instrumentation tell how often the call has sent the request before.
+
+    For ``AioHttpClientInstrumentor().instrument(request_hook=request_hook)``, to be called before the client is made.
+    """
+    if span.is_recording() and _open.get() is not None and _resend.get():
+        span.set_attribute(_RESEND_COUNT, _resend.get())
+
+
+def _attributes(attempt: Attempt) -> "Mapping[str, Any]":
+    told = {
+        _RESEND_COUNT: attempt.number - 1,
+        _STATUS_CODE: attempt.status,
+        "audiences.attempt.error": attempt.error,
+        "audiences.attempt.duration": attempt.elapsed,
+        "audiences.attempt.wait": attempt.wait,
+        "audiences.attempt.reason": attempt.reason,
+    }
+    return {name: value for name, value in told.items() if value is not None}
