@@ -20,17 +20,14 @@ from services import free_port
 
 from audiences_async.sandbox import Answer, Sandbox
 
-README: Final = Path("/tmp/web/recipes.md")
+README: Final = Path(__file__).parent.parent / "README.md"
 
 UVICORN: Final = ["FastAPI", "Litestar", "Starlette"]
 FRAMEWORKS: Final = ["aiohttp.web", *UVICORN]
 
 CLIENT: Final = "AudiencesClient()"
 """How the recipes make their client."""
-CLIENT_OF_MANY: Final = CLIENT
-"""The client that 500 handlers ask at once. With one that shares answers, `UPSTREAM_REQUESTS` is 1."""
-UPSTREAM_REQUESTS: Final = 250
-"""What comes of 500 such handlers, 250 of which lose their clients while they queue."""
+SHARING_CLIENT: Final = "AudiencesClient(cache=CachePolicy(ttl=1.0))"
 TELLING_CLIENT: Final = """
 from pathlib import Path
 from audiences_async import AudiencesClient
@@ -268,12 +265,19 @@ async def test_who_leaves_and_a_shutdown_end_no_other_call(framework: str, upstr
         await app.ended()
 
 
-async def test_500_handlers_of_which_250_are_left_alone(upstream: Upstream, tmp_path: Path) -> None:
-    """Of 500 handlers that ask at once 250 end when their clients go, and the other 250 get their answers."""
-    changes = {"timeout=3.0": "timeout=30.0", CLIENT: CLIENT_OF_MANY}
+@pytest.mark.parametrize(("client", "requests"), [(SHARING_CLIENT, 1), (CLIENT, 250)])
+async def test_500_handlers_of_which_250_are_left_alone(
+    upstream: Upstream, tmp_path: Path, client: str, requests: int
+) -> None:
+    """Of 500 handlers at once 250 end as their clients go; the others get their answers, with a cache of one request."""
+    changes = {
+        "timeout=3.0": "timeout=30.0",
+        CLIENT: client,
+        "AudiencesClient, Aud": "AudiencesClient, CachePolicy, Aud",
+    }
     async with running("FastAPI", tmp_path, upstream.base_url, changes, log_level="trace") as app:
         staying = [asyncio.create_task(app.get()) for _ in range(2)]
-        await upstream.wait_for_requests(min(2, UPSTREAM_REQUESTS))  # as many as a new client lets go at once
+        await upstream.wait_for_requests(min(2, requests))  # as many as a new client lets go at once
         leaving = [asyncio.create_task(app.get()) for _ in range(250)]
         staying += [asyncio.create_task(app.get()) for _ in range(248)]
         await eventually(lambda: app.traced("Started scope") == 500 + 1)  # and the lifespan
@@ -282,4 +286,4 @@ async def test_500_handlers_of_which_250_are_left_alone(upstream: Upstream, tmp_
         await eventually(lambda: app.traced("Completed") == 250)
         upstream.may_answer.set()
         assert await asyncio.gather(*staying) == [Got(200, [])] * 250
-    assert len(upstream.asked) == UPSTREAM_REQUESTS
+    assert len(upstream.asked) == requests
