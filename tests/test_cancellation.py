@@ -13,7 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time as blocking
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -44,7 +44,7 @@ from audiences_async import (
     RetryPolicy,
 )
 from audiences_async.clock import Clock
-from audiences_async.events import AttemptFinished
+from audiences_async.events import AttemptFinished, CallFinished
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
 
 SEED: Final = 20261125
@@ -566,12 +566,13 @@ class Told:
 
     attempts: Counter[str] = field(factory=Counter)
     cancelled: set["asyncio.Task[Any]"] = field(factory=set)
-    late: list[Event] = field(factory=list)
+    late: defaultdict[Any, list[Event]] = Factory(lambda: defaultdict(list))
 
     def __call__(self, event: Event) -> None:
         self.attempts[event.account] += isinstance(event, AttemptFinished)
-        if asyncio.current_task() in self.cancelled:
-            self.late.append(event)
+        task = asyncio.current_task()
+        if task in self.cancelled:
+            self.late[task].append(event)
 
 
 @define(eq=False)
@@ -722,7 +723,9 @@ async def test_calls_are_cancelled_at_once_at_any_moment(sandbox: Sandbox) -> No
         await load.all_is_free()
         await load.client.aclose()
         await none_left(sockets)
-        assert load.told.late == []
+        for (event,) in load.told.late.values():  # of each call its end, and nothing else
+            assert isinstance(event, CallFinished)
+            assert event.error == "CancelledError"
     only_what_was_told(sandbox, allowed, range(200))
     assert set(KINDS_OF_WAITING) <= set(met), met
     assert sorted(took)[-3] <= AT_ONCE, "twice at most may the machine have been busy with others"

@@ -25,7 +25,7 @@ from audiences_async import (
     TooManyRequestsError,
 )
 from audiences_async.clock import Clock
-from audiences_async.events import AttemptFinished, CallFinished
+from audiences_async.events import AttemptFinished, AttemptStarted, CallFinished, CallStarted
 from audiences_async.sandbox import Answer, Sandbox, SeenRequest, many_audiences
 
 ACCOUNTS: Final = 50
@@ -198,11 +198,14 @@ def test_the_callbacks_interleaved(run: Run) -> None:
 
 
 def test_each_call_has_its_own_attempts(run: Run) -> None:
-    """A call's attempts are numbered 1 to n without a gap or a stranger, and its end is told once, as the last."""
+    """A call's attempts are numbered 1 to n without a gap or a stranger, between its start and its end, told once."""
     for call in run.calls:
-        *before, end = call.events
+        start, *before, end = call.events
+        assert isinstance(start, CallStarted)
+        assert not any(isinstance(event, CallStarted) for event in before)
         ours = [event for event in before if isinstance(event, AttemptFinished)]
         assert [event.attempt.number for event in ours] == list(range(1, len(ours) + 1))
+        assert [event.number for event in before if isinstance(event, AttemptStarted)] == list(range(1, len(ours) + 1))
         assert len(ours) <= POLICY.max_attempts
         assert isinstance(end, CallFinished)
         assert not any(isinstance(event, CallFinished) for event in before)

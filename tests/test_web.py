@@ -269,7 +269,7 @@ async def test_who_leaves_and_a_shutdown_end_no_other_call(framework: str, upstr
 async def test_500_handlers_of_which_250_are_left_alone(
     upstream: Upstream, tmp_path: Path, client: str, requests: int
 ) -> None:
-    """Of 500 handlers at once 250 end as their clients go; the others get their answers, with a cache of one request."""
+    """Of 500 handlers at once 250 end as their clients go; the others get their answers, with a cache of one call."""
     changes = {
         "timeout=3.0": "timeout=30.0",
         CLIENT: client,
