@@ -34,19 +34,21 @@ class Deadlines:
 
         A key function may close the client that asks it: its own scope is not waited for.
         """
-        for scope in self._scopes:
+        own = [scope for scope in self._scopes if scope.task is asyncio.current_task()]
+        for scope in self._scopes.difference(own):
             scope.expire()
-        if self._scopes and asyncio.current_task() not in {scope.task for scope in self._scopes}:
+        for scope in own:  # a task that cancels itself here and now would be cancelled wherever it goes
+            scope.ends_at = -math.inf
+        self._look_at(self._loop.time())
+        if self._scopes and not own:
             self._idle = self._idle or asyncio.Event()
             await self._idle.wait()
-        self._stop()
 
     def add(self, scope: "Scope") -> None:
         """Begin to watch a scope."""
         self._scopes.add(scope)
         if self._timer is None or scope.ends_at < self._timer.when():
-            self._stop()
-            self._timer = self._loop.call_at(scope.ends_at, self._look)
+            self._look_at(scope.ends_at)
 
     def remove(self, scope: "Scope") -> None:
         """Watch it no longer. The timer stays: the next scope will hardly end before it."""
@@ -54,10 +56,10 @@ class Deadlines:
         if self._idle is not None and not self._scopes:
             self._idle.set()
 
-    def _stop(self) -> None:
+    def _look_at(self, when: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+        self._timer = self._loop.call_at(when, self._look)
 
     def _look(self) -> None:
         now = self._loop.time()

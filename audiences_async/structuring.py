@@ -45,6 +45,7 @@ _NOT_JSON: Final = (MsgspecError, UnicodeDecodeError, RecursionError)
 _TIME: Final = r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?"
 _DATE_AND_TIME: Final = re.compile(rf"{_TIME}(?:Z|[+-](?:[01]\d|2[0-3]):?[0-5]\d)?", re.ASCII)
 _WITHOUT_OFFSET: Final = re.compile(rf"{_TIME}Z?", re.ASCII)
+_STATUS: Final = re.compile(r"[1-9][0-9]{2,8}")
 _USUAL_SHAPE: Final = "0000-00-00T00:00:00Z"
 _TO_ZEROS: Final = str.maketrans("123456789", "0" * 9)
 # No field of the service has this name: it carries the fields beyond the documented ones to `extra`.
@@ -192,6 +193,8 @@ def _envelope(text: bytes, problems: list[str]) -> tuple[AudiencesResponse, Raw 
 
 def _members_of(text: bytes) -> dict[str, Raw]:
     with _readable(text):
+        if not text.isascii():
+            text.decode()  # also what is not looked at below, such as a member that comes once more
         try:
             return _members(text)
         except ValidationError:
@@ -276,7 +279,7 @@ def _invalid(problems: list[str], body: bytes) -> InvalidResponseError:
 
 def _status(status: Any) -> int:
     # Documented as a string in a 200 and as an integer in errors; both come.
-    if isinstance(status, str) and status.isascii() and status.isdigit() and len(status) < 10:
+    if isinstance(status, str) and _STATUS.fullmatch(status):
         status = int(status)
     if type(status) is not int or status < 100:
         raise _ProblemError("an HTTP status", status)

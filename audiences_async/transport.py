@@ -1,12 +1,13 @@
 """The aiohttp session, and one attempt on it: send, headers, whole body, and every failure as one of our errors."""
 
 import asyncio
+import os
 import re
 import ssl as tls
 import zlib
 from contextvars import ContextVar
 from functools import partial
-from typing import Final
+from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import aiohttp
@@ -116,7 +117,9 @@ class _Connector(aiohttp.TCPConnector):
 
     def __init__(self, ssl: tls.SSLContext | None) -> None:
         # No limit here: the pacer's slots bound the connections, and waiting for one is no part of an attempt.
-        super().__init__(limit=0, ssl=True if ssl is None else ssl)
+        # No cache of names: its look-ups go on when the call that asked has been cancelled.
+        super().__init__(limit=0, use_dns_cache=False, ssl=True if ssl is None else ssl)
+        self._process = os.getpid()
         self._exchanges: WeakKeyDictionary[ResponseHandler, _Exchange] = WeakKeyDictionary()  # the last one on each
 
     async def connect(
@@ -140,6 +143,10 @@ class _Connector(aiohttp.TCPConnector):
             protocol.closed.add_done_callback(partial(self._lost, protocol))
         self._exchanges[protocol] = exchange
         return connection
+
+    def _close(self, *, abort_ssl: bool = False) -> Any:
+        # A forked process that ends would take the connections out of the epoll that it shares with its parent.
+        return super()._close(abort_ssl=abort_ssl) if os.getpid() == self._process else []
 
     def _lost(self, protocol: ResponseHandler, closed: "asyncio.Future[None]") -> None:
         closed.exception()  # has been told to whom it concerns

@@ -205,7 +205,7 @@ def test_problems_have_a_sensible_number() -> None:
         (b"[" * 100_000, "$: not JSON: nested too deeply"),
         (b'{"status": "200", "data": [', "$: not JSON: Input data was truncated"),
         (b'{"a": "\xff"}', "$: not JSON: not UTF-8: invalid start byte"),
-        ("{}".encode("utf-16"), "$: not JSON: JSON is malformed: invalid character (byte 0)"),
+        ("{}".encode("utf-16"), "$: not JSON: not UTF-8: invalid start byte"),
         (b"[NaN]", "$: not JSON: JSON is malformed: invalid character (byte 1)"),
         (b"[]", "$: expected an object, got an array"),
         (b"null", "$: expected an object, got null"),
