@@ -320,7 +320,7 @@ def check(body: bytes) -> AudiencesResponse | AudiencesError:
 
 
 @given(mutated_bodies())
-@fuzzed(1000)
+@fuzzed(400)
 def test_mutated_bodies(body: bytes) -> None:
     """A valid body with accidents is refused with paths, or read exactly as the contract reads it."""
     check(body)
