@@ -92,8 +92,7 @@ class OpenTelemetry:
         failed: dict[str, Any] = {} if event.error is None else {_ERROR_TYPE: event.error}
         self._duration.record(event.elapsed, failed)
         opened = _open.get()
-        if opened is None:
-            return
+        assert opened is not None  # a call's events come in order, in one task
         _open.set(None)
         opened.span.set_attribute("audiences.call.attempts", event.attempts)
         if event.error is not None:

@@ -222,6 +222,23 @@ def test_a_number_beyond_reading_is_a_problem(number: bytes) -> None:
     assert problems(b'{"status": 200, "data": [], "x": ' + number + b"}")[0].startswith("$: not JSON: ")
 
 
+def test_a_number_beyond_reading_in_a_record() -> None:
+    """Such a number in a record is a problem of that record."""
+    wrong = b'{"status": 200, "data": [{"type": "Static", "user_count": 1e400}]}'
+    assert problems(wrong)[0].startswith("$.data[0]: not JSON: ")
+
+
+def test_no_record_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that cannot be read for a reason that is not its own is a problem too."""
+
+    def out_of_memory(*_: Any) -> Any:
+        raise MemoryError
+
+    for way in ("_plain_envelope", "_plain_records", "_structure"):
+        monkeypatch.setattr(structuring, way, out_of_memory)
+    assert problems(body(STATIC)) == ("$.data[0]: cannot be read",)
+
+
 @pytest.mark.parametrize("data", [None, {}, "", 0])
 def test_data_must_be_an_array(data: Any) -> None:
     """A null or other data is a problem, never an empty answer."""

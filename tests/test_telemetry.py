@@ -102,7 +102,7 @@ async def test_concurrent_calls_keep_their_own_spans(sandbox: Sandbox, told: Tol
 
 async def test_metrics(sandbox: Sandbox, north: Account, told: Told) -> None:
     """The duration of calls, by how they ended, what attempts waited for their turn, and how many were retries."""
-    sandbox.script("north", Answer(500), Answer(200), Answer(404))
+    sandbox.script("north", Answer(429, retry_after=0), Answer(200), Answer(404))
     limit = RateLimit(rate=20.0)
     async with AudiencesClient(
         base_url=sandbox.base_url, on_event=told.hook, rate_limit=limit, retry=AT_ONCE
