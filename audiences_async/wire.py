@@ -211,10 +211,10 @@ def retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
     value = headers.get("Retry-After", "").strip(" \t")
     if _DELAY_SECONDS.fullmatch(value):
         return float(value)
-    until = _http_date(value)
+    until = http_date(value)
     if until is None:
         return None
-    sent = _http_date(headers.get("Date", "").strip(" \t"))
+    sent = http_date(headers.get("Date", "").strip(" \t"))
     return max(0.0, until - (now if sent is None else sent))
 
 
@@ -242,12 +242,13 @@ def _reset(headers: Mapping[str, str], name: str, now: float) -> float | None:
     reset = float(value)
     if reset <= _LONGEST_RESET:
         return reset
-    sent = _http_date(headers.get("Date", "").strip(" \t"))
+    sent = http_date(headers.get("Date", "").strip(" \t"))
     from_now = reset - (now if sent is None else sent)
     return from_now if 0 <= from_now <= _LONGEST_RESET else None
 
 
-def _http_date(value: str) -> float | None:
+def http_date(value: str) -> float | None:
+    """Seconds since 1970 of an HTTP date; ``None`` where it is none."""
     if not _HTTP_DATE.fullmatch(value):
         return None
     try:

@@ -13,18 +13,22 @@ from typing import Annotated, Any, Final, NoReturn
 from cyclopts import App, Parameter
 from rich.console import Console
 
+from audiences_async import checks
 from audiences_async._version import __version__
 from audiences_async.accounts import AccountFile
 from audiences_async.cli import demo as demonstration
 from audiences_async.cli import fetch as fetching
 from audiences_async.cli import worker as working
+from audiences_async.cli.doctor import examine
 from audiences_async.cli.exits import AUTHENTICATION, DONE, FAILED, INTERRUPTED, PARTIAL, USAGE, exit_code
 from audiences_async.cli.output import FileFormat, Format, say, write
 from audiences_async.client import AudiencesClient
+from audiences_async.credentials import Secret
 from audiences_async.errors import AudiencesError, ConfigurationError, printable
 from audiences_async.models import AudiencesResponse
 from audiences_async.retrying import RetryPolicy
 from audiences_async.sandbox import Sandbox, many_audiences
+from audiences_async.wire import PRODUCTION, endpoint
 
 app: Final = App(
     name="audiences",
@@ -110,6 +114,35 @@ def list_audiences(
         return _complain(error.summary, error.hint, exit_code(error))
     write(response, output)
     return DONE
+
+
+@app.command
+def doctor(*, api_key_file: Path | None = None, base_url: str | None = None, timeout: float = 10.0) -> int:
+    """Check the key, the name, the connection, one request and the clock, and say what to do about what fails.
+
+    Parameters
+    ----------
+    api_key_file
+        A file that holds the key and nothing else; left out, the key is read from AUDIENCES_API_KEY.
+    base_url
+        Where the service is; else AUDIENCES_BASE_URL, else production.
+    timeout
+        Seconds for each check.
+    """
+    source = "AUDIENCES_API_KEY" if api_key_file is None else str(api_key_file)
+    try:
+        key = os.environ.get(source) if api_key_file is None else api_key_file.read_text(encoding="utf-8-sig").strip()
+        where = endpoint(Secret(base_url or os.environ.get("AUDIENCES_BASE_URL") or PRODUCTION), allow_http=False)
+        findings = asyncio.run(examine(key, printable(source), where, checks.seconds("timeout", timeout)))
+    except (OSError, UnicodeError) as error:
+        return _complain(f"cannot read {api_key_file}: {error}", "give a text file that holds the key", USAGE)
+    except ConfigurationError as error:
+        return _complain(error.summary, "check --base-url and AUDIENCES_BASE_URL, or --timeout", USAGE)
+    for finding in findings:
+        print(f"{'FAILED' if finding.code else 'ok':8}{finding.check:9}{printable(finding.told, limit=500)}")
+        if finding.code:
+            print(f"{'':8}{'':9}{finding.hint}")
+    return next((finding.code for finding in findings if finding.code), DONE)
 
 
 @app.command

@@ -1,0 +1,165 @@
+"""``audiences doctor``: one check after another, and what to do about the first that fails."""
+
+import asyncio
+import ssl as tls
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+from attrs import frozen
+from yarl import URL
+
+from audiences_async.cli.exits import AUTHENTICATION, DONE, FAILED, UNAVAILABLE, exit_code
+from audiences_async.credentials import ApiKey
+from audiences_async.deadlines import Deadlines
+from audiences_async.errors import AudiencesError, ConfigurationError, printable
+from audiences_async.transport import Transport, TransportSettings
+from audiences_async.wire import Reply, Result, http_date, read
+
+_SKEW = 5.0  # s; a Date has whole seconds, and a reply takes its time
+_MAX_BODY = 64 * 2**20
+
+
+@frozen
+class Finding:
+    """What a check came to.
+
+    Attributes:
+        check: Its name.
+        told: What was found.
+        hint: What to do about it; empty where all is well.
+        code: The exit code that it stands for.
+    """
+
+    check: str
+    told: str
+    hint: str = ""
+    code: int = DONE
+
+
+async def examine(key: str | None, source: str, endpoint: URL, timeout: float) -> list[Finding]:
+    """All findings, up to the first failure that makes the next checks pointless.
+
+    Args:
+        key: The API key; ``None`` or empty means that there is none.
+        source: Where the key comes from.
+        endpoint: The URL to ask.
+        timeout: Seconds for each check.
+    """
+    findings = [_key(key, source)]
+    for check in (_name, _connection):
+        findings.append(await check(endpoint, timeout))
+        if findings[-1].code:
+            return findings
+    if findings[0].code == DONE:
+        findings += await _request(ApiKey(key or ""), endpoint, timeout)
+    return findings
+
+
+def _key(key: str | None, source: str) -> Finding:
+    if not key:
+        return Finding("key", "there is none", "set AUDIENCES_API_KEY, or give --api-key-file", AUTHENTICATION)
+    try:
+        ApiKey(key).validate(account=None)
+    except ConfigurationError as error:
+        return Finding("key", f"from {source}: {error.message}", "copy it anew, alone on its line", AUTHENTICATION)
+    return Finding("key", f"from {source}, {len(key)} characters")
+
+
+async def _name(endpoint: URL, timeout: float) -> Finding:
+    host, port = endpoint.host or "", endpoint.port or 0
+    try:
+        async with asyncio.timeout(timeout):
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=1)
+    except (OSError, UnicodeError) as error:  # a timeout is an OSError
+        told = f"{host} is not found: {_reason(error)}"
+        return Finding("name", told, "check base_url for a typing error, and this machine's DNS", UNAVAILABLE)
+    return Finding("name", f"{host} is {', '.join(sorted({str(one[4][0]) for one in found}))}")
+
+
+async def _connection(endpoint: URL, timeout: float) -> Finding:
+    context = tls.create_default_context() if endpoint.scheme == "https" else None
+    where = f"{endpoint.host}:{endpoint.port}"
+    try:
+        async with asyncio.timeout(timeout):
+            _, writer = await asyncio.open_connection(endpoint.host, endpoint.port, ssl=context)
+    except tls.SSLCertVerificationError as error:
+        told = f"the certificate of {where} is not trusted: {error.verify_message}"
+        hint = (
+            "trust the CA that signed it (SSL_CERT_FILE, or ssl= in a program); if it is out of date, check the clock"
+        )
+        return Finding("tls", told, hint, UNAVAILABLE)
+    except tls.SSLError as error:
+        told = f"{where} does not speak TLS: {_reason(error)}"
+        return Finding("tls", told, "check scheme and port of base_url, and any proxy in between", UNAVAILABLE)
+    except OSError as error:
+        told = f"cannot connect to {where}: {_reason(error)}"
+        return Finding("connect", told, "check base_url, and that a firewall lets this machine out", UNAVAILABLE)
+    secured: tls.SSLObject | None = writer.get_extra_info("ssl_object")
+    writer.close()
+    with suppress(OSError):
+        await writer.wait_closed()
+    if secured is None:
+        return Finding("connect", f"to {where}, without TLS")
+    expires = tls.cert_time_to_seconds(str((secured.getpeercert() or {})["notAfter"]))
+    days = (expires - time.time()) / 86_400
+    return Finding("tls", f"{secured.version()} to {where}, its certificate is good for {days:.0f} days")
+
+
+async def _request(key: ApiKey, endpoint: URL, timeout: float) -> list[Finding]:
+    settings = TransportSettings(
+        endpoint=endpoint,
+        attempt_timeout=timeout,
+        max_body_bytes=_MAX_BODY,
+        max_connections=1,
+        ssl=None,
+        proxy=None,
+        session=None,
+    )
+    transport = Transport(settings, Deadlines())
+    started = time.time()
+    try:
+        reply = await transport.attempt(key)
+    finally:
+        await transport.close()
+    if not isinstance(reply, Reply):
+        return [_refused(reply)]
+    return [_answer(_result(reply, key)), *_clock(reply, started, time.time())]
+
+
+def _result(reply: Reply, key: ApiKey) -> Result:
+    steps = read(reply, key, now=time.time())
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+
+def _answer(result: Result) -> Finding:
+    if isinstance(result, AudiencesError):
+        return _refused(result)
+    return Finding("request", f"HTTP 200, {len(result):,} audiences")
+
+
+def _refused(error: AudiencesError) -> Finding:
+    return Finding("request", error.summary, error.hint or "see what the service says", exit_code(error))
+
+
+def _clock(reply: Reply, before: float, after: float) -> Iterator[Finding]:
+    sent = http_date(reply.headers.get("Date", ""))
+    if sent is None:
+        return
+    skew = max(sent - after, before - sent - 1.0, 0.0)
+    if skew > _SKEW:
+        told = f"this machine's clock is {skew:,.0f} s {'behind' if sent > after else 'ahead of'} the service's"
+        yield Finding("clock", told, "have this machine's clock set, by NTP", FAILED)
+    else:
+        yield Finding("clock", "agrees with the service's")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    return printable(getattr(error, "strerror", None) or str(error) or type(error).__name__)

@@ -1,0 +1,181 @@
+"""``audiences doctor`` names the right cause in each broken state, and says what to do."""
+
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+
+import pytest
+import trustme
+from command import KEY, Done, runner
+from services import free_port
+
+from audiences_async.sandbox import Answer, Sandbox
+
+
+@pytest.fixture
+def run(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    sandbox.add_account("default", api_key=KEY)
+    monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
+    monkeypatch.setenv("AUDIENCES_API_KEY", KEY)
+    return runner(monkeypatch, capsys)
+
+
+def states(done: Done) -> list[tuple[str, str]]:
+    """Each check and whether it is ok."""
+    rows = [line.split() for line in done.stdout.splitlines() if not line.startswith(" ")]
+    return [(row[1], row[0]) for row in rows]
+
+
+def test_all_is_well(run: Callable[..., Done], tmp_path: Path) -> None:
+    """Each check says what it found; the key is not shown."""
+    done = run("doctor")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert states(done) == [(name, "ok") for name in ("key", "name", "connect", "request", "clock")]
+    assert "from AUDIENCES_API_KEY, 10 characters" in done.stdout
+    assert "HTTP 200, 2 audiences" in done.stdout
+    assert KEY not in done.stdout
+    (tmp_path / "key").write_text(f"{KEY}\n")
+    assert f"from {tmp_path}/key" in run("doctor", "--api-key-file", str(tmp_path / "key"), AUDIENCES_API_KEY="").stdout
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "told", "hint"),
+    [
+        (Answer(401), 4, "HTTP 401 Unauthorized", "check the account's API key in the management console"),
+        (Answer(403), 4, "HTTP 403 Forbidden", "check what the account's API key may do"),
+        (Answer(404), 1, "HTTP 404 Not Found", "check base_url"),
+        (Answer(400), 1, "HTTP 400 Bad Request", "see what the service says"),
+        (Answer(429), 5, "HTTP 429 Too Many Requests", "ask less often"),
+        (Answer(503), 5, "HTTP 503 Service Unavailable", "try again later"),
+        (Answer(200, "<html>"), 1, "the reply cannot be read", "the service may have changed"),
+        (Answer(failure="reset"), 5, "before a reply came", "any proxy in between"),
+        (Answer(delay=60), 5, "no whole reply within", "try again later"),
+    ],
+)
+def test_a_request_that_fails(
+    run: Callable[..., Done], sandbox: Sandbox, answer: Answer, code: int, told: str, hint: str
+) -> None:
+    """What the service answers is told with the advice of its error, and exactly one request is made."""
+    sandbox.script("default", answer)
+    done = run("doctor", "--timeout", "0.5")
+    assert (done.returncode, done.stderr) == (code, "")
+    assert ("request", "FAILED") in states(done)
+    assert told in done.stdout
+    assert hint in done.stdout
+    assert len(sandbox.requests) == 1
+
+
+@pytest.mark.parametrize(("hours", "told"), [(2, "7,2"), (-2, "7,"), (0, "")])
+def test_the_clock(run: Callable[..., Done], sandbox: Sandbox, hours: int, told: str) -> None:
+    """A clock that differs from the reply's Date is told, and by how much."""
+    date = format_datetime(datetime.now(UTC) + timedelta(hours=hours), usegmt=True)
+    sandbox.script("default", Answer(headers={"Date": date}))
+    done = run("doctor")
+    assert states(done)[-1] == ("clock", "FAILED" if hours else "ok")
+    assert done.returncode == (1 if hours else 0)
+    if hours:
+        assert f"this machine's clock is {told}" in done.stdout
+        assert ("behind" if hours > 0 else "ahead of") in done.stdout
+
+
+def test_a_reply_without_a_date(run: Callable[..., Done], sandbox: Sandbox) -> None:
+    """Where the reply has no readable Date, nothing is said of the clock."""
+    sandbox.script("default", Answer(headers={"Date": "today"}))
+    assert states(run("doctor"))[-1] == ("request", "ok")
+
+
+@pytest.mark.parametrize(("key", "told"), [("", "there is none"), ("two\nlines", "has a line break")])
+def test_a_key_that_cannot_be_used(run: Callable[..., Done], sandbox: Sandbox, key: str, told: str) -> None:
+    """Without a usable key nothing is sent, and the connection is checked all the same."""
+    done = run("doctor", AUDIENCES_API_KEY=key)
+    assert states(done) == [("key", "FAILED"), ("name", "ok"), ("connect", "ok")]
+    assert (done.returncode, sandbox.requests) == (4, [])
+    assert told in done.stdout
+
+
+def test_a_name_that_is_not_found(run: Callable[..., Done]) -> None:
+    """A host that does not exist is told, and no more is tried."""
+    done = run("doctor", "--base-url", "https://no-such-host.invalid/")
+    assert (done.returncode, states(done)) == (5, [("key", "ok"), ("name", "FAILED")])
+    assert "check base_url for a typing error, and this machine's DNS" in done.stdout
+
+
+def test_nobody_listens(run: Callable[..., Done]) -> None:
+    """A port where nobody listens is told, and no more is tried."""
+    done = run("doctor", "--base-url", f"http://127.0.0.1:{free_port()}/")
+    assert (done.returncode, states(done)[-1]) == (5, ("connect", "FAILED"))
+    assert "Connect call failed" in done.stdout
+
+
+def test_no_answer_at_all(run: Callable[..., Done]) -> None:
+    """A peer that accepts and says nothing ends TLS within the time."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        done = run("doctor", "--timeout", "0.2", "--base-url", f"https://localhost:{silent.getsockname()[1]}/")
+    assert (done.returncode, states(done)[-1]) == (5, ("connect", "FAILED"))
+    assert "no answer in time" in done.stdout
+
+
+def test_no_tls(run: Callable[..., Done], sandbox: Sandbox) -> None:
+    """A server that speaks plain HTTP where https is wanted is told so."""
+    done = run("doctor", "--base-url", sandbox.base_url.replace("http://", "https://"))
+    assert (done.returncode, states(done)[-1]) == (5, ("tls", "FAILED"))
+    assert "does not speak TLS" in done.stdout
+
+
+@pytest.fixture
+def secured() -> Iterator[tuple[int, trustme.CA]]:
+    """A port that shakes hands by TLS, and says no more."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            while True:
+                try:
+                    raw, _ = server.accept()
+                except OSError:
+                    return
+                with raw:
+                    try:
+                        with context.wrap_socket(raw, server_side=True) as shaken:
+                            shaken.recv(1000)
+                    except OSError:
+                        pass
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield server.getsockname()[1], authority
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+def test_a_certificate(run: Callable[..., Done], secured: tuple[int, trustme.CA], tmp_path: Path) -> None:
+    """A certificate that is not trusted is told; one that is, with how long it is good for."""
+    port, authority = secured
+    done = run("doctor", "--base-url", f"https://localhost:{port}/")
+    assert (done.returncode, states(done)[-1]) == (5, ("tls", "FAILED"))
+    assert "is not trusted" in done.stdout
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    done = run("doctor", "--base-url", f"https://localhost:{port}/", SSL_CERT_FILE=str(tmp_path / "ca.pem"))
+    assert ("tls", "ok") in states(done)
+    assert "its certificate is good for " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--base-url", "ftp://example.org"], "base_url must be an absolute https:// URL"),
+        (["--timeout", "0"], "timeout must be"),
+        (["--api-key-file", "/no/such/file"], "cannot read /no/such/file"),
+    ],
+)
+def test_wrong_usage(run: Callable[..., Done], arguments: list[str], told: str) -> None:
+    """What cannot be used is told before anything is tried."""
+    done = run("doctor", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in done.stderr
