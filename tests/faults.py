@@ -651,9 +651,8 @@ def _chunked() -> Iterator[Fault]:
     yield Fault("chunked: a byte a chunk", _says(start + b"".join(chunk(bytes([b])) for b in ONE) + LAST), Value(1))
     yield _retried("chunked: garbage after the last chunk", _says(start + chunk(ONE) + LAST + b"garbage"))
     yield _retried("Transfer-Encoding unknown", _says(head(b"Transfer-Encoding: rot13") + ONE, then="close"))
-    yield _retried(
-        "chunked twice", _says(head(CHUNKED, CHUNKED) + chunk(chunk(ONE) + LAST) + LAST, then="close"), fewer=True
-    )
+    twice = head(CHUNKED, CHUNKED) + chunk(chunk(ONE) + LAST) + LAST
+    yield _retried("chunked twice", _says(twice, then="close"), fewer=True)
     first = start + chunk(ONE[:9])
     for name, rest in {
         "chunk": b"no chunk\r\n",

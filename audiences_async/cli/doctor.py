@@ -85,9 +85,7 @@ async def _connection(endpoint: URL, timeout: float) -> Finding:
             _, writer = await asyncio.open_connection(endpoint.host, endpoint.port, ssl=context)
     except tls.SSLCertVerificationError as error:
         told = f"the certificate of {where} is not trusted: {error.verify_message}"
-        hint = (
-            "trust the CA that signed it (SSL_CERT_FILE, or ssl= in a program); if it is out of date, check the clock"
-        )
+        hint = "trust its CA (SSL_CERT_FILE, or ssl= in a program); where it is out of date, check the clock"
         return Finding("tls", told, hint, UNAVAILABLE)
     except tls.SSLError as error:
         told = f"{where} does not speak TLS: {_reason(error)}"
