@@ -11,12 +11,11 @@ from unittest.mock import Mock
 import aiohttp
 import aioresponses.core
 import pytest
-from attrs import define, field
+from attrs import define
 from hypothesis import settings
 
 from audiences_async import Account, RetryPolicy
-from audiences_async.clock import Clock
-from audiences_async.sandbox import Sandbox
+from audiences_async.sandbox import Sandbox, SteppedTime
 
 pytest_plugins = ["pytester"]
 
@@ -37,26 +36,6 @@ def whole(steps: Generator[None, None, T]) -> T:
         except StopIteration as end:
             result: T = end.value
             return result
-
-
-@define
-class SteppedTime:
-    """Time that only moves when somebody sleeps, and draws that are given."""
-
-    now: float = 1000.0
-    draw: float = 1.0
-    slept: list[float] = field(factory=list)
-
-    @property
-    def clock(self) -> Clock:
-        """The clock for a client."""
-        return Clock(monotonic=lambda: self.now, wall=lambda: self.now, sleep=self.sleep, random=lambda: self.draw)
-
-    async def sleep(self, seconds: float) -> None:
-        """Move the time on, and let others run."""
-        self.slept.append(seconds)
-        self.now += seconds
-        await asyncio.sleep(0)
 
 
 @define
@@ -93,9 +72,9 @@ class RawConnection:
 
 
 @pytest.fixture
-def time() -> SteppedTime:
+def time(audiences_time: SteppedTime) -> SteppedTime:
     """Stepped time."""
-    return SteppedTime()
+    return audiences_time
 
 
 @pytest.fixture

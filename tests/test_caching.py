@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import SteppedTime
 
 from audiences_async import (
     Account,
@@ -21,7 +20,7 @@ from audiences_async import (
     TooManyRequestsError,
     UnauthorizedError,
 )
-from audiences_async.sandbox import Answer, Sandbox, many_audiences
+from audiences_async.sandbox import Answer, Sandbox, SteppedTime, many_audiences
 
 ONCE = RetryPolicy(max_attempts=1)
 

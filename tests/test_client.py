@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import aioresponses
 import pytest
-from conftest import EMPTY_ANSWER, SteppedTime
+from conftest import EMPTY_ANSWER
 
 from audiences_async import (
     Account,
@@ -35,7 +35,7 @@ from audiences_async import (
 )
 from audiences_async.clock import Clock
 from audiences_async.events import AttemptFinished, AttemptStarted, CallFinished, CallStarted
-from audiences_async.sandbox import Answer, Sandbox, many_audiences
+from audiences_async.sandbox import Answer, Sandbox, SteppedTime, many_audiences
 from audiences_async.structuring import record
 
 KEY = "s3cr3t-k3y"

@@ -16,7 +16,7 @@ from typing import Any, Final
 import contract
 import pytest
 from attrs import define, field
-from conftest import RawConnection, RawServer, SteppedTime, whole
+from conftest import RawConnection, RawServer, whole
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -42,6 +42,7 @@ from audiences_async import (
     UnknownAudience,
 )
 from audiences_async.credentials import ApiKey
+from audiences_async.sandbox import SteppedTime
 from audiences_async.structuring import decode
 from audiences_async.wire import Reply, read
 

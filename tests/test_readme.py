@@ -116,11 +116,21 @@ def test_the_program_of_rate_limits_runs_as_printed(tmp_path: Path) -> None:
     assert "AccountPace(account='north'" in snapshot
 
 
-def test_the_test_runs_as_printed(pytester: pytest.Pytester) -> None:
-    """README's example of a user's test passes."""
-    pytester.makepyfile(program("Testing your own code"))
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--asyncio-mode=auto")
-    result.assert_outcomes(passed=1)
+@pytest.mark.parametrize(
+    ("plugins", "before"),
+    [
+        (("-p", "no:aiohttp", "-p", "no:anyio", "--asyncio-mode=auto"), ""),
+        (("-p", "no:aiohttp", "-p", "no:asyncio"), "import pytest\npytestmark = pytest.mark.anyio\n"),
+        (("-p", "pytest_aiohttp.plugin", "--asyncio-mode=auto"), ""),
+    ],
+    ids=["pytest-asyncio", "anyio", "pytest-aiohttp"],
+)
+def test_the_tests_run_as_printed(pytester: pytest.Pytester, plugins: tuple[str, ...], before: str) -> None:
+    """README's examples of a user's tests pass, with each of the plugins in use."""
+    pytester.makeconftest("import pytest\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'\n")
+    pytester.makepyfile(before + program("Testing your own code"))
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", *plugins)
+    result.assert_outcomes(passed=3)
 
 
 def test_every_program_is_run() -> None:

@@ -5,7 +5,6 @@ from typing import Any
 
 import attrs
 import pytest
-from conftest import SteppedTime
 from hypothesis import given
 from hypothesis import strategies as st
 from tenacity import Future, RetryCallState, Retrying
@@ -20,6 +19,7 @@ from audiences_async import (
 )
 from audiences_async.errors import status_error
 from audiences_async.retrying import wait_full_jitter
+from audiences_async.sandbox import SteppedTime
 
 
 def wait(policy: RetryPolicy, number: int, error: AudiencesError, draw: float = 1.0) -> float:
