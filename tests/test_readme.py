@@ -121,7 +121,7 @@ def test_the_program_of_rate_limits_runs_as_printed(tmp_path: Path) -> None:
     [
         (("-p", "no:aiohttp", "-p", "no:anyio", "--asyncio-mode=auto"), ""),
         (("-p", "no:aiohttp", "-p", "no:asyncio"), "import pytest\npytestmark = pytest.mark.anyio\n"),
-        (("-p", "pytest_aiohttp.plugin", "--asyncio-mode=auto"), ""),
+        (("-p", "no:anyio", "--asyncio-mode=auto"), ""),
     ],
     ids=["pytest-asyncio", "anyio", "pytest-aiohttp"],
 )
