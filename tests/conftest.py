@@ -121,12 +121,16 @@ def chance() -> random.Random:
 async def raw() -> AsyncIterator[Callable[[Callable[[RawConnection], Awaitable[None]]], Awaitable[RawServer]]]:
     """Starts servers that speak bytes, for what the sandbox cannot say: each connection is the given function's."""
     servers: list[asyncio.Server] = []
+    handling: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     async def start(serve: Callable[[RawConnection], Awaitable[None]]) -> RawServer:
         raw = RawServer()
 
         async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             raw.connections += 1
+            task = asyncio.current_task()
+            assert task is not None
+            handling[task] = writer
             try:
                 await serve(RawConnection(raw, reader, writer))
             except (ConnectionError, asyncio.IncompleteReadError):
@@ -142,3 +146,9 @@ async def raw() -> AsyncIterator[Callable[[Callable[[RawConnection], Awaitable[N
     yield start
     for server in servers:
         server.close()
+    for task, writer in handling.items():
+        task.cancel()
+        writer.transport.abort()
+    if handling:
+        await asyncio.wait(handling)
+    await asyncio.sleep(0)  # the event loop closes sockets in its next turn

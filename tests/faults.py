@@ -870,7 +870,7 @@ def _error_bodies() -> Iterator[Fault]:
             "512 MiB chunked", _goes_on(head(CHUNKED, status=status), chunk(spaces), 512, LAST), most_sent=KERNEL
         )
         yield fault("an endless body", _goes_on(head(status=status), b"x" * 4096), most_sent=KERNEL)
-        hangs: dict[str, Any] = {"seconds": 2.0 + 0.3 * requests, "settings": _HANGS}
+        hangs: dict[str, Any] = {"seconds": 2.0 + 0.3 * requests, "settings": {"attempt_timeout": 0.5}}
         yield fault("a body that hangs", _says(head(length(99), status=status) + b"half", then="hang"), **hangs)
         yield fault("a body that never begins", _says(head(length(99), status=status), then="hang"), **hangs)
         yield fault("one byte every 100 ms", _drips(head(length(99), status=status), b"x" * 99), **hangs)
