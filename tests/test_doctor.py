@@ -69,7 +69,7 @@ def test_a_request_that_fails(
     assert len(sandbox.requests) == 1
 
 
-@pytest.mark.parametrize(("hours", "told"), [(2, "7,2"), (-2, "7,"), (0, "")])
+@pytest.mark.parametrize(("hours", "told"), [(2, "7,"), (-2, "7,"), (0, "")])
 def test_the_clock(run: Callable[..., Done], sandbox: Sandbox, hours: int, told: str) -> None:
     """A clock that differs from the reply's Date is told, and by how much."""
     date = format_datetime(datetime.now(UTC) + timedelta(hours=hours), usegmt=True)
