@@ -71,13 +71,17 @@ def decode(body: bytes) -> AudiencesResponse:
         InvalidResponseError: It is not JSON, or breaks the schema; every problem (up to 20) is told with its path.
     """
     response = decode_plain(body)
-    steps = decoding(body)
-    while response is None:
+    return whole(decoding(body)) if response is None else response
+
+
+def whole(steps: Generator[None, None, _T]) -> _T:
+    """The result of what is done in steps, at a stretch."""
+    while True:
         try:
             next(steps)
         except StopIteration as end:
-            response = end.value
-    return response
+            result: _T = end.value
+            return result
 
 
 def decode_plain(body: bytes) -> AudiencesResponse | None:

@@ -3,9 +3,8 @@
 import asyncio
 import functools
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 from unittest.mock import Mock
 
 import aiohttp
@@ -19,23 +18,11 @@ from audiences_async.sandbox import Sandbox, SteppedTime
 
 pytest_plugins = ["pytester"]
 
-T = TypeVar("T")
-
 SAMPLES = Path(__file__).parent / "samples"
 EMPTY_ANSWER = b'{"status": "200", "data": []}'
 
 settings.register_profile("default", derandomize=True, deadline=None)
 settings.load_profile("default")
-
-
-def whole(steps: Generator[None, None, T]) -> T:
-    """The result of what is done in steps."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: T = end.value
-            return result
 
 
 @define

@@ -16,7 +16,7 @@ from typing import Any, Final
 import contract
 import pytest
 from attrs import define, field
-from conftest import RawConnection, RawServer, whole
+from conftest import RawConnection, RawServer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -43,7 +43,7 @@ from audiences_async import (
 )
 from audiences_async.credentials import ApiKey
 from audiences_async.sandbox import SteppedTime
-from audiences_async.structuring import decode
+from audiences_async.structuring import decode, whole
 from audiences_async.wire import Reply, read
 
 ON_DEMAND: Final = int(os.environ.get("AUDIENCES_FUZZ_EXAMPLES", "0"))

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from conftest import SAMPLES, whole
+from conftest import SAMPLES
 from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -25,6 +25,7 @@ from audiences_async import (
     UnauthorizedError,
 )
 from audiences_async.credentials import ApiKey, Secret
+from audiences_async.structuring import whole
 from audiences_async.wire import MAX_ERROR_BODY, Reply, Result, endpoint, proxy_url, read, retry_after
 
 KEY = ApiKey("key+with/odd&signs")

@@ -13,6 +13,7 @@ from audiences_async.cli.exits import AUTHENTICATION, DONE, FAILED, UNAVAILABLE,
 from audiences_async.credentials import ApiKey
 from audiences_async.deadlines import Deadlines
 from audiences_async.errors import AudiencesError, ConfigurationError, printable
+from audiences_async.structuring import whole
 from audiences_async.transport import Transport, TransportSettings
 from audiences_async.wire import Reply, Result, http_date, read
 
@@ -122,17 +123,8 @@ async def _request(key: ApiKey, endpoint: URL, timeout: float) -> list[Finding]:
         await transport.close()
     if not isinstance(reply, Reply):
         return [_refused(reply)]
-    return [_answer(_result(reply, key)), *_clock(reply, started, time.time())]
-
-
-def _result(reply: Reply, key: ApiKey) -> Result:
-    steps = read(reply, key, now=time.time())
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
+    result = whole(read(reply, key, now=time.time()))
+    return [_answer(result), *_clock(reply, started, time.time())]
 
 
 def _answer(result: Result) -> Finding:
