@@ -288,7 +288,7 @@ async def test_a_redis_that_is_not_there(tmp_path: Path) -> None:
 async def test_one_rate_for_all_processes(redis: str) -> None:
     """Clients that share a Redis share each account's rate, bursts included; other accounts are not held up."""
     async with distributed.connect(redis, 10) as one, distributed.connect(redis, 10) as other:
-        limiters = [RedisLimiter(client, RateLimit(rate=100, burst=3)) for client in (one, other)]
+        limiters = [RedisLimiter(client, RateLimit(rate=5, burst=3)) for client in (one, other)]
         now = asyncio.get_running_loop().time
         started = now()
         times: list[float] = []
@@ -300,10 +300,10 @@ async def test_one_rate_for_all_processes(redis: str) -> None:
         await asyncio.gather(*map(ask, range(9)))
         before = now()
         await limiters[0].acquire("south")
-        assert now() - before < 0.05
+        assert now() - before < 0.2, "less than north would have to wait"
     times.sort()
-    assert times[2] < 0.05
-    assert all(time >= (number - 2) / 100 - 0.002 for number, time in enumerate(times))
+    assert times[2] < 0.2, "the burst at once"
+    assert all(time >= (number - 2) / 5 - 0.002 for number, time in enumerate(times))
 
 
 @pytest.fixture
