@@ -1,6 +1,8 @@
 """The API key behind its mask, and fresh keys from a function."""
 
 import asyncio
+import copy
+import pickle
 import traceback
 from typing import Any
 
@@ -18,6 +20,21 @@ def test_a_key_that_cannot_be_sent_is_refused(text: Any) -> None:
     with pytest.raises(ConfigurationError, match="the API key") as caught:
         Account("north", text)
     assert caught.value.account == "north"
+
+
+def test_a_copy_keeps_its_key_and_a_pickle_does_not() -> None:
+    """Accounts compare and hash by value and are copied as they are; one that was pickled has to be made anew."""
+    account = Account("north", KEY)
+    copies = copy.copy(account), copy.deepcopy(account), Account("north", KEY)
+    assert {account, *copies} == {account}
+    assert {account.credential, *(each.credential for each in copies)} == {account.credential}
+    assert all(each.api_key == KEY for each in copies)
+    assert copy.copy(account.credential) is account.credential
+    assert account != Account("north", "another")
+    thawed = pickle.loads(pickle.dumps(account))
+    assert thawed.name == "north"
+    with pytest.raises(LookupError, match="API keys are not pickled"):
+        thawed.api_key()
 
 
 @pytest.mark.parametrize("text", ["a", "a b", "ключ", "x" * 10_000])

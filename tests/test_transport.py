@@ -14,6 +14,7 @@ import pytest
 import trustme
 from aiohttp import web
 from conftest import EMPTY_ANSWER, RawConnection, RawServer
+from services import free_port
 
 from audiences_async import (
     Account,
@@ -245,6 +246,15 @@ async def test_a_given_sessions_resends_count_too(raw: StartRaw) -> None:
         await client.get_audiences()
         assert isinstance(await error_of(client), ConnectionFailedError)
     assert server.requests == len(passed) == 1 + 3
+
+
+async def test_a_given_session_that_cannot_connect() -> None:
+    """Where nobody listens, a session of the caller's comes to the same error as our own."""
+    async with aiohttp.ClientSession() as session:
+        url = f"http://127.0.0.1:{free_port()}/"
+        error = await error_of(AudiencesClient("key", base_url=url, session=session, retry=ONCE))
+    assert isinstance(error, ConnectionFailedError)
+    assert "cannot connect to 127.0.0.1" in str(error)
 
 
 async def test_a_middleware_cannot_send_twice(sandbox: Sandbox, north: Account) -> None:
