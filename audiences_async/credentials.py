@@ -2,14 +2,12 @@
 
 import asyncio
 import base64
-import html
 import inspect
 import json
 import re
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from hashlib import blake2b
-from html.entities import codepoint2name
 from typing import Any, Final, Self, TypeAlias
 from urllib.parse import quote, quote_plus
 
@@ -171,6 +169,9 @@ def _spellings(character: str) -> tuple[str, ...]:
     """The character as it is, and as servers escape it in JSON, JavaScript, URLs, HTML and Python's ``repr``."""
     if _RUN.fullmatch(character):
         return (character,) * 12
+    import html.entities  # noqa: PLC0415 - a millisecond of every program's start, for what only a refusal needs
+
+    named = html.entities.codepoint2name.get(ord(character), "apos")
     utf16 = character.encode("utf-16-be").hex()
     utf8 = character.encode()
     return (
@@ -184,7 +185,7 @@ def _spellings(character: str) -> tuple[str, ...]:
         html.escape(character),
         f"&#{ord(character)};",
         f"&#x{ord(character):x};",
-        f"&{codepoint2name.get(ord(character), 'apos')};",
+        f"&{named};",
         "".join(rf"\x{byte:02x}" if byte > 126 else chr(byte) for byte in utf8),
     )
 
