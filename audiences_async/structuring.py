@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cache
 from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
 import attrs
@@ -236,7 +237,7 @@ def _piece(rows: Sequence[Raw], first: int, problems: list[str]) -> list[Audienc
 def _problems_of(row: Raw, path: str) -> list[str]:
     """The second look, at a record that is known to be wrong: what is wrong, and where."""
     try:
-        _structure_detailed(_any(row), Audience)
+        _structure_detailed()(_any(row), Audience)
     except _NOT_JSON as error:
         return [f"{path}: {_reason(error)}"]
     except _ProblemError as problem:
@@ -446,4 +447,9 @@ _CONVERTER: Final = _converter(detailed=False)
 # Looked up now, so that no request pays for it.
 _structure: Final[_Hook] = _CONVERTER.get_structure_hook(Audience)
 _structure_many: Final[_Hook] = _CONVERTER.get_structure_hook(_Many)
-_structure_detailed: Final[_Hook] = _converter(detailed=True).get_structure_hook(Audience)
+
+
+@cache
+def _structure_detailed() -> _Hook:
+    # Made for the first body that is wrong: no program's start pays for it.
+    return _converter(detailed=True).get_structure_hook(Audience)
