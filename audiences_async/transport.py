@@ -5,6 +5,7 @@ import os
 import re
 import ssl as tls
 import zlib
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Final
@@ -149,7 +150,8 @@ class _Connector(aiohttp.TCPConnector):
         return super()._close(abort_ssl=abort_ssl) if os.getpid() == self._process else []
 
     def _lost(self, protocol: ResponseHandler, closed: "asyncio.Future[None]") -> None:
-        closed.exception()  # has been told to whom it concerns
+        with suppress(asyncio.CancelledError):  # where closing the pool was
+            closed.exception()  # has been told to whom it concerns
         self._exchanges[protocol].lost()
 
 
