@@ -198,19 +198,21 @@ class Cache:
 
     def _start(self, digest: bytes, account: Account, timeout: float) -> _Flight:
         flight = _Flight(*self._begin(account, timeout))
-        flight.task = asyncio.get_running_loop().create_task(self._fly(digest, flight))
+        flight.task = asyncio.get_running_loop().create_task(self._fly(digest, account, flight))
         self._flights[digest] = flight
         self._tasks.add(flight.task)
         flight.task.add_done_callback(self._tasks.discard)
         return flight
 
-    async def _fly(self, digest: bytes, flight: _Flight) -> Result:
+    async def _fly(self, digest: bytes, account: Account, flight: _Flight) -> Result:
         try:
             result = await self._run(flight.call, flight.scope)
         finally:
             self._land(digest, flight)
         if flight.keep and isinstance(result, AudiencesResponse) and flight.call.key is not None:
-            self._keep(self._digest(flight.call.key), result)
+            answered = self._digest(flight.call.key)  # perhaps by a fresh key, after a 401
+            self._remember(account, answered)
+            self._keep(answered, result)
         return result
 
     def _land(self, digest: bytes, flight: _Flight) -> None:

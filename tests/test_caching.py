@@ -114,13 +114,17 @@ async def test_an_answer_is_never_another_accounts(sandbox: Sandbox, make: Calla
 async def test_a_key_that_is_refused_meanwhile(sandbox: Sandbox, make: Callable[..., AudiencesClient]) -> None:
     """An answer that came with a fresh key is kept for that key, not for the one that was refused."""
     account = sandbox.add_account("north", audiences=many_audiences("north", 1))
-    given = iter(["a revoked key", account.api_key])
+    given = iter(["a revoked key", account.api_key, account.api_key])
+    function = Account("north", lambda: str(next(given)))
     async with make(retry=RetryPolicy(max_attempts=2)) as client:
-        assert ids(await client.get_audiences(Account("north", lambda: str(next(given))))) == ["north-0"]
+        assert ids(await client.get_audiences(function)) == ["north-0"]
         assert type(await error_of(client.get_audiences(Account("x", "a revoked key")))) is UnauthorizedError
         before = len(sandbox.requests)
         assert ids(await client.get_audiences(account)) == ["north-0"]
-    assert len(sandbox.requests) == before
+        assert len(sandbox.requests) == before
+        client.invalidate(function)
+        assert ids(await client.get_audiences(function)) == ["north-0"]
+    assert len(sandbox.requests) == before + 1
 
 
 async def test_one_who_leaves_does_not_hurt_the_others(
