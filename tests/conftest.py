@@ -12,6 +12,7 @@ import aioresponses.core
 import pytest
 from attrs import define
 from hypothesis import settings
+from services import all_accepted
 
 from audiences_async import Account, RetryPolicy
 from audiences_async.sandbox import Sandbox, SteppedTime
@@ -131,6 +132,7 @@ async def raw() -> AsyncIterator[Callable[[Callable[[RawConnection], Awaitable[N
         return raw
 
     yield start
+    await all_accepted()
     for server in servers:
         server.close()
     for task, writer in handling.items():

@@ -25,6 +25,7 @@ from typing import Any, Final, Literal, Self, TypeAlias
 
 import trustme
 from attrs import define, field, frozen
+from services import all_accepted
 
 from audiences_async import (
     AttemptTimeoutError,
@@ -148,6 +149,7 @@ class FaultServer:
     async def stop(self) -> None:
         """Close everything; returns when it is closed."""
         assert self._listener is not None
+        await all_accepted()
         self._listener.close()
         for task in self._tasks:
             task.cancel()
@@ -187,7 +189,8 @@ class ServerThread:
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.close()
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.get_loop()  # what is left ends with it
 
     @asynccontextmanager
     async def serving(self, fault: "Fault") -> AsyncIterator[FaultServer]:

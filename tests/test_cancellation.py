@@ -27,6 +27,7 @@ import pytest
 import trustme
 from attrs import Factory, define, field
 from blockbuster import BlockingError, blockbuster_ctx
+from services import all_accepted
 
 from audiences_async import (
     Account,
@@ -154,6 +155,7 @@ class Scene:
     _client: AudiencesClient | None = None
     _session: aiohttp.ClientSession | None = None
     _fillers: list[socket.socket] = field(factory=list)
+    _transports: list[asyncio.WriteTransport] = field(factory=list)
 
     # the client and its calls
 
@@ -256,11 +258,15 @@ class Scene:
         """End what may be left, of a failed test too."""
         await self.heal()
         assert self._server is not None
-        self._server.close()
         if self._client is not None:
             await self._client.aclose()
         if self._session is not None:
             await self._session.close()
+        await all_accepted()
+        self._server.close()
+        for transport in self._transports:
+            transport.abort()
+        await asyncio.sleep(0)  # the event loop closes sockets in its next turn
 
 
 class _Peer(asyncio.Protocol):
@@ -273,6 +279,7 @@ class _Peer(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.WriteTransport)
         self._transport = transport
+        self._scene._transports.append(transport)
 
     def data_received(self, data: bytes) -> None:
         *heads, self._heard = (self._heard + data).split(b"\r\n\r\n")
