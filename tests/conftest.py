@@ -12,10 +12,10 @@ import aioresponses.core
 import pytest
 from attrs import define
 from hypothesis import settings
-from services import all_accepted
 
 from audiences_async import Account, RetryPolicy
 from audiences_async.sandbox import Sandbox, SteppedTime
+from audiences_async.sandbox.server import all_accepted
 
 pytest_plugins = ["pytester"]
 

@@ -25,7 +25,6 @@ from typing import Any, Final, Literal, Self, TypeAlias
 
 import trustme
 from attrs import define, field, frozen
-from services import all_accepted
 
 from audiences_async import (
     AttemptTimeoutError,
@@ -44,6 +43,7 @@ from audiences_async import (
     TooManyRequestsError,
     UnauthorizedError,
 )
+from audiences_async.sandbox.server import all_accepted
 
 MIB: Final = 2**20
 KERNEL: Final = 16 * MIB  # what the sockets' buffers of both sides may hold beyond what the client has read

@@ -1,6 +1,5 @@
-"""Real servers from installed binaries, on loopback and free ports, for tests and benchmarks; how others end."""
+"""Real servers from installed binaries, on loopback and free ports, for tests and benchmarks."""
 
-import asyncio
 import contextlib
 import os
 import shutil
@@ -98,13 +97,3 @@ def _wait_for(port: int) -> None:
             return
         time.sleep(0.01)
     raise TimeoutError(f"nobody listens on port {port}")
-
-
-async def all_accepted() -> None:
-    """Return when each connection that waited at a server of this event loop is known to its handler.
-
-    For before a server is closed: asyncio then drops what it has taken and not yet made a transport of, unclosed.
-    The loop needs five turns for it: the socket, its task, the transport, the protocol, the handler's task.
-    """
-    for _ in range(5):
-        await asyncio.sleep(0)

@@ -27,7 +27,6 @@ import pytest
 import trustme
 from attrs import Factory, define, field
 from blockbuster import BlockingError, blockbuster_ctx
-from services import all_accepted
 
 from audiences_async import (
     Account,
@@ -47,6 +46,7 @@ from audiences_async import (
 from audiences_async.clock import Clock
 from audiences_async.events import AttemptFinished, CallFinished
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
+from audiences_async.sandbox.server import all_accepted
 
 SEED: Final = 20261125
 AT_ONCE: Final = 0.05  # s, in which a cancelled call comes back

@@ -1,12 +1,15 @@
 """The sandbox: follows the service's page, and misbehaves when told to."""
 
 import asyncio
+import gc
 import json
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 import pytest
+from yarl import URL
 
 from audiences_async import Account, AudiencesClient, RetryPolicy
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
@@ -131,6 +134,18 @@ def test_a_port_in_use_is_an_error(sandbox: Sandbox) -> None:
     port = int(sandbox.base_url.rsplit(":", 1)[1].strip("/"))
     with pytest.raises(OSError, match="in use"), Sandbox(port=port):
         pass
+
+
+def test_nothing_is_left_of_connections_that_it_had_no_time_for() -> None:
+    """Connections made just before it ends are closed with it, and asyncio has nothing to warn of."""
+    for connections in (1, 2, 3) * 5:
+        with Sandbox() as sandbox:
+            address = ("127.0.0.1", URL(sandbox.base_url).port or 0)
+            peers = [socket.create_connection(address, timeout=10) for _ in range(connections)]
+        for peer in peers:
+            with peer:
+                assert peer.recv(1) == b""
+    gc.collect()  # what was left open warns now
 
 
 def test_the_fixture_is_there_for_users(pytester: pytest.Pytester) -> None:
