@@ -21,6 +21,7 @@ from yarl import URL
 from audiences_async import checks
 from audiences_async.credentials import ApiKey
 from audiences_async.deadlines import Deadlines
+from audiences_async.direct import NO_TIMEOUT, DirectRequests
 from audiences_async.errors import (
     AttemptTimeoutError,
     ClientClosedError,
@@ -32,8 +33,6 @@ from audiences_async.errors import (
 from audiences_async.models import Account
 from audiences_async.wire import FIXED_HEADERS, MAX_ERROR_BODY, Reply, authorization
 
-# Our own deadlines rule: aiohttp's round up to whole seconds above 5 s, and count the wait for a connection.
-_NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
 DEFAULT_MAX_CONNECTIONS: Final = 100
 _ERROR_BODY_TIMEOUT: Final = 1.0  # s; the status has decided already
 _INFLATED_PIECE: Final = 256 * 1024
@@ -167,6 +166,7 @@ class Transport:
         self._settings = settings
         self._deadlines = deadlines
         self._middlewares: tuple[aiohttp.ClientMiddlewareType, ...] = ()
+        self._direct: DirectRequests | None = None
         if settings.session is None:
             # The jar that keeps nothing: one account's cookie never goes out with another account's key.
             self._session = aiohttp.ClientSession(
@@ -176,6 +176,8 @@ class Transport:
                 proxy=settings.proxy,
             )
             self._headers: dict[str, str] = {}
+            if settings.proxy is None:
+                self._direct = DirectRequests(self._session, settings.endpoint)
             connections = settings.max_connections
         else:
             self._session = settings.session
@@ -206,16 +208,7 @@ class Transport:
         scope = self._deadlines.within(self._settings.attempt_timeout)
         try:
             with scope:
-                exchange.response = await self._session.request(
-                    hdrs.METH_GET,
-                    self._settings.endpoint,
-                    headers={**self._headers, hdrs.AUTHORIZATION: authorization(key)},
-                    allow_redirects=False,
-                    raise_for_status=False,
-                    auto_decompress=False,
-                    timeout=_NO_TIMEOUT,
-                    middlewares=self._middlewares,
-                )
+                exchange.response = await self._send(authorization(key))
                 return await exchange.read(self._settings.max_body_bytes)
         except asyncio.CancelledError as cancelled:
             cancelled.__context__ = None
@@ -226,9 +219,23 @@ class Transport:
             if scope.expired:
                 limit = self._settings.attempt_timeout
                 return AttemptTimeoutError(f"no whole reply within attempt_timeout={limit:g} s")
-            return _failure(error, key, reused=exchange.reused)
+            return _failure(error, key, exchange)
         finally:
             exchange.close()
+
+    async def _send(self, authorization: str) -> aiohttp.ClientResponse:
+        if self._direct is not None and self._direct.usable:
+            return await self._direct.send(authorization)
+        return await self._session.request(
+            hdrs.METH_GET,
+            self._settings.endpoint,
+            headers={**self._headers, hdrs.AUTHORIZATION: authorization},
+            allow_redirects=False,
+            raise_for_status=False,
+            auto_decompress=False,
+            timeout=NO_TIMEOUT,
+            middlewares=self._middlewares,
+        )
 
 
 class _Exchange:
@@ -379,7 +386,7 @@ class _Inflater:
         return -zlib.MAX_WBITS if raw else self._wbits
 
 
-def _failure(error: Exception, key: ApiKey, *, reused: bool) -> ConnectionFailedError:
+def _failure(error: Exception, key: ApiKey, exchange: _Exchange) -> ConnectionFailedError:
     """Our error for whatever kept a readable reply from coming."""
     match error:
         case aiohttp.ClientConnectorCertificateError():
@@ -388,7 +395,9 @@ def _failure(error: Exception, key: ApiKey, *, reused: bool) -> ConnectionFailed
         case aiohttp.ClientConnectorError():
             return ConnectionFailedError(f"cannot connect to {error.host}:{error.port}: {error.os_error}")
         case _NotAgainError():
-            return ConnectionFailedError(str(error), stale_connection=reused)
+            return ConnectionFailedError(str(error), stale_connection=exchange.reused)
+        case aiohttp.ClientOSError() | aiohttp.ServerDisconnectedError() if exchange.response is None:
+            return ConnectionFailedError(_DISCONNECTED, stale_connection=exchange.reused)
         case aiohttp.ClientResponseError():
             # `status` is aiohttp's word for what it could not parse, not the server's.
             return ConnectionFailedError(f"the reply is not HTTP: {_unquoted(error.message, key)}")
