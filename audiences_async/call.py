@@ -103,7 +103,8 @@ class Call:
     async def run(self) -> Result:
         """The answer, or the error of the last attempt; tenacity comes in when something has failed."""
         self._lane.users += 1
-        self._tell(CallStarted(self._account))
+        if self._watched:
+            self._tell(CallStarted(self._account))
         try:
             result = await self._attempt()
             if self._retries(result):

@@ -19,11 +19,12 @@ class Deadlines:
         self._loop = asyncio.get_running_loop()
         self._scopes: set[Scope] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._next_look = math.inf
         self._idle: asyncio.Event | None = None
 
     def within(self, seconds: float) -> "Scope":
         """A scope for what may take so long, and raises `TimeoutError` where it takes longer."""
-        return Scope(self, self.at(seconds))
+        return Scope(self, self._loop.time() + seconds)
 
     def at(self, seconds: float) -> float:
         """The event loop's time in so many seconds."""
@@ -47,7 +48,7 @@ class Deadlines:
     def add(self, scope: "Scope") -> None:
         """Begin to watch a scope."""
         self._scopes.add(scope)
-        if self._timer is None or scope.ends_at < self._timer.when():
+        if scope.ends_at < self._next_look:
             self._look_at(scope.ends_at)
 
     def remove(self, scope: "Scope") -> None:
@@ -60,16 +61,17 @@ class Deadlines:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._loop.call_at(when, self._look)
+        self._next_look = when
 
     def _look(self) -> None:
         now = self._loop.time()
-        self._timer = None
+        self._timer, self._next_look = None, math.inf
         for scope in self._scopes:
             if scope.ends_at <= now:
                 scope.expire()
         first = min((scope.ends_at for scope in self._scopes), default=math.inf)
         if first < math.inf:
-            self._timer = self._loop.call_at(max(first, now + _TICK), self._look)
+            self._look_at(max(first, now + _TICK))
 
 
 class Scope:

@@ -5,6 +5,7 @@ import os
 import re
 import ssl as tls
 import zlib
+from collections.abc import Awaitable
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
@@ -21,7 +22,7 @@ from yarl import URL
 from audiences_async import checks
 from audiences_async.credentials import ApiKey
 from audiences_async.deadlines import Deadlines
-from audiences_async.direct import NO_TIMEOUT, DirectRequests
+from audiences_async.direct import DISCONNECTED, NO_TIMEOUT, DirectRequests, NotAgainError
 from audiences_async.errors import (
     AttemptTimeoutError,
     ClientClosedError,
@@ -96,7 +97,6 @@ def check_cookies(session: aiohttp.ClientSession, account: Account) -> None:
         raise ConfigurationError(message, account=account.name)
 
 
-_DISCONNECTED: Final = "the connection was closed or reset before a reply came"
 _current: ContextVar["_Exchange"] = ContextVar("exchange")
 """The exchange of this task, for where aiohttp tells nothing of it."""
 
@@ -109,7 +109,7 @@ async def _begin(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType
     except aiohttp.ClientConnectorError:
         raise  # never sent, and never sent again by aiohttp
     except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
-        raise _NotAgainError(_DISCONNECTED) from None
+        raise NotAgainError(DISCONNECTED) from None
 
 
 class _Connector(aiohttp.TCPConnector):
@@ -120,7 +120,7 @@ class _Connector(aiohttp.TCPConnector):
         # No cache of names: its look-ups go on when the call that asked has been cancelled.
         super().__init__(limit=0, use_dns_cache=False, ssl=True if ssl is None else ssl)
         self._process = os.getpid()
-        self._exchanges: WeakKeyDictionary[ResponseHandler, _Exchange] = WeakKeyDictionary()  # the last one on each
+        self._exchanges: dict[ResponseHandler, _Exchange] = {}  # the last one on each connection
 
     async def connect(
         self,
@@ -129,7 +129,7 @@ class _Connector(aiohttp.TCPConnector):
         timeout: aiohttp.ClientTimeout,
     ) -> aiohttp.connector.Connection:
         exchange = _current.get()
-        exchange.begin(_DISCONNECTED)
+        exchange.begin(DISCONNECTED)
         connection = await super().connect(req, traces, timeout)
         while connection.protocol is not None and connection.protocol.should_close:
             # Data came while it was idle: aiohttp would give it out as the answer to this request.
@@ -139,9 +139,10 @@ class _Connector(aiohttp.TCPConnector):
         assert protocol is not None
         exchange.protocol = protocol
         exchange.reused = protocol in self._exchanges
-        if not exchange.reused and protocol.closed is not None:
-            protocol.closed.add_done_callback(partial(self._lost, protocol))
-        self._exchanges[protocol] = exchange
+        if (closed := protocol.closed) is not None:  # else it is lost already
+            if not exchange.reused:
+                closed.add_done_callback(partial(self._lost, protocol))
+            self._exchanges[protocol] = exchange
         return connection
 
     def _close(self, *, abort_ssl: bool = False) -> Any:
@@ -151,11 +152,7 @@ class _Connector(aiohttp.TCPConnector):
     def _lost(self, protocol: ResponseHandler, closed: "asyncio.Future[None]") -> None:
         with suppress(asyncio.CancelledError):  # where closing the pool was
             closed.exception()  # has been told to whom it concerns
-        self._exchanges[protocol].lost()
-
-
-class _NotAgainError(Exception):
-    """aiohttp, or a middleware, would send the request again without a word: that is for the client to decide."""
+        self._exchanges.pop(protocol).lost()
 
 
 class Transport:
@@ -219,14 +216,14 @@ class Transport:
             if scope.expired:
                 limit = self._settings.attempt_timeout
                 return AttemptTimeoutError(f"no whole reply within attempt_timeout={limit:g} s")
-            return _failure(error, key, exchange)
+            return _failure(error, key, reused=exchange.reused)
         finally:
             exchange.close()
 
-    async def _send(self, authorization: str) -> aiohttp.ClientResponse:
+    def _send(self, authorization: str) -> Awaitable[aiohttp.ClientResponse]:
         if self._direct is not None and self._direct.usable:
-            return await self._direct.send(authorization)
-        return await self._session.request(
+            return self._direct.send(authorization)
+        return self._session.request(
             hdrs.METH_GET,
             self._settings.endpoint,
             headers={**self._headers, hdrs.AUTHORIZATION: authorization},
@@ -256,10 +253,10 @@ class _Exchange:
         """The request goes out now, which it may do once.
 
         Raises:
-            _NotAgainError: It has done so before, which means what *again* says.
+            NotAgainError: It has done so before, which means what *again* says.
         """
         if self._begun:
-            raise _NotAgainError(again)
+            raise NotAgainError(again)
         self._begun = True
 
     @property
@@ -316,8 +313,9 @@ class _Exchange:
         assert self.response is not None
         if (self.response.content_length or 0) > cap:
             cap = min(cap, MAX_ERROR_BODY)  # the start will do
-        while chunk := await self.response.content.readany():
-            self._body += chunk
+        content = self.response.content
+        while not content.at_eof():
+            self._body += await content.readany()
             if len(self._body) > cap:
                 self._keep_start(cap)
                 return False
@@ -386,7 +384,7 @@ class _Inflater:
         return -zlib.MAX_WBITS if raw else self._wbits
 
 
-def _failure(error: Exception, key: ApiKey, exchange: _Exchange) -> ConnectionFailedError:
+def _failure(error: Exception, key: ApiKey, *, reused: bool) -> ConnectionFailedError:
     """Our error for whatever kept a readable reply from coming."""
     match error:
         case aiohttp.ClientConnectorCertificateError():
@@ -394,10 +392,8 @@ def _failure(error: Exception, key: ApiKey, exchange: _Exchange) -> ConnectionFa
             return ConnectionFailedError(reason, transient=False)
         case aiohttp.ClientConnectorError():
             return ConnectionFailedError(f"cannot connect to {error.host}:{error.port}: {error.os_error}")
-        case _NotAgainError():
-            return ConnectionFailedError(str(error), stale_connection=exchange.reused)
-        case aiohttp.ClientOSError() | aiohttp.ServerDisconnectedError() if exchange.response is None:
-            return ConnectionFailedError(_DISCONNECTED, stale_connection=exchange.reused)
+        case NotAgainError():
+            return ConnectionFailedError(str(error), stale_connection=reused)
         case aiohttp.ClientResponseError():
             # `status` is aiohttp's word for what it could not parse, not the server's.
             return ConnectionFailedError(f"the reply is not HTTP: {_unquoted(error.message, key)}")
