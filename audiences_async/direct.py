@@ -6,12 +6,14 @@ cookies, redirects, timeouts and middlewares, none of which an attempt uses; it 
 """
 
 import asyncio
-from types import FunctionType
-from typing import Final
+from types import FunctionType, SimpleNamespace
+from typing import Any, Final
 
 import aiohttp
 import aiohttp.client
 from aiohttp import hdrs
+from aiohttp.connector import Connection
+from aiohttp.helpers import TimerNoop
 from yarl import URL
 
 NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
@@ -22,6 +24,10 @@ DISCONNECTED: Final = "the connection was closed or reset before a reply came"
 
 class NotAgainError(Exception):
     """The request may have been sent, and to send it again is for the client to decide, not for aiohttp."""
+
+
+_NO_TIMER: Final = TimerNoop()
+_WRITTEN: Final[Any] = SimpleNamespace(output_size=0)  # a request without a body is written when its head is
 
 
 def _is_aiohttps(function: object) -> bool:
@@ -40,14 +46,16 @@ class DirectRequests:
 
     def __init__(self, session: aiohttp.ClientSession, url: URL) -> None:
         """Must run inside the event loop that will use it."""
-        request = aiohttp.ClientRequest(
-            hdrs.METH_GET, url, headers=session.headers, loop=asyncio.get_running_loop(), session=session, traces=[]
-        )
         assert session.connector is not None
         self._session = session
         self._connector = session.connector
-        self._headers = request.headers
-        self._prepared = vars(request)
+        self._loop = asyncio.get_running_loop()
+        self._request = aiohttp.ClientRequest(
+            hdrs.METH_GET, url, headers=session.headers, loop=self._loop, session=session, traces=[]
+        )
+        self._info = self._request.request_info
+        fields = [f"{name}: {value}" for name, value in self._request.headers.items()]
+        self._head = "\r\n".join([f"GET {url.raw_path_qs} HTTP/1.1", *fields, "Authorization: %s\r\n\r\n"])
 
     @property
     def usable(self) -> bool:
@@ -63,23 +71,36 @@ class DirectRequests:
             NotAgainError: The connection was lost before that.
             aiohttp.ClientError: As a session does.
         """
-        request = object.__new__(aiohttp.ClientRequest)
-        request.__dict__.update(self._prepared)
-        request.headers = self._headers.copy()
-        request.headers[hdrs.AUTHORIZATION] = authorization
-        connection = await self._connector.connect(request, [], NO_TIMEOUT)
+        connection = await self._connector.connect(self._request, [], NO_TIMEOUT)
         try:
-            assert connection.protocol is not None
-            connection.protocol.set_response_params(read_until_eof=True, auto_decompress=False)
-            response = await request.send(connection)
-            try:
-                return await response.start(connection)
-            except BaseException:
-                response.close()
-                raise
+            return await self._exchange(connection, (self._head % authorization).encode("ascii"))
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
             connection.close()
             raise NotAgainError(DISCONNECTED) from None
         except BaseException:
             connection.close()
+            raise
+
+    async def _exchange(self, connection: Connection, head: bytes) -> aiohttp.ClientResponse:
+        protocol = connection.protocol
+        if protocol is None or protocol.transport is None or protocol.transport.is_closing():
+            raise aiohttp.ServerDisconnectedError
+        protocol.set_response_params(read_until_eof=True, auto_decompress=False)
+        protocol.transport.write(head)
+        response = aiohttp.ClientResponse(
+            hdrs.METH_GET,
+            self._request.url,
+            writer=None,
+            continue100=None,
+            timer=_NO_TIMER,
+            request_info=self._info,
+            traces=[],
+            loop=self._loop,
+            session=self._session,
+            stream_writer=_WRITTEN,
+        )
+        try:
+            return await response.start(connection)
+        except BaseException:
+            response.close()
             raise

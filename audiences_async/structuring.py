@@ -41,14 +41,16 @@ _AT_ONCE: Final = 128 * 1024  # bytes that are decoded at a stretch: a milliseco
 _SHOWN_TEXT: Final = 40
 _BOM: Final = b"\xef\xbb\xbf"
 _NOT_JSON: Final = (MsgspecError, UnicodeDecodeError, RecursionError)
-# Date and time, in ISO 8601's extended format. `fromisoformat` alone also reads dates without a time, weeks, and
-# offsets of 60 minutes; what else it reads changes from one Python to the next.
-_TIME: Final = r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?"
-_DATE_AND_TIME: Final = re.compile(rf"{_TIME}(?:Z|[+-](?:[01]\d|2[0-3]):?[0-5]\d)?", re.ASCII)
-_WITHOUT_OFFSET: Final = re.compile(rf"{_TIME}Z?", re.ASCII)
+# Date and time, in ISO 8601's extended format; RFC 3339, section 5.6, has its letters in lower case too.
+# `fromisoformat` alone also reads dates without a time, weeks, and offsets of 60 minutes; what else it reads changes
+# from one Python to the next.
+_DATE_AND_TIME: Final = re.compile(
+    r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:[Zz]|[+-](?:[01]\d|2[0-3]):?[0-5]\d)?", re.ASCII
+)
+# What msgspec reads as a time it reads as above, but for one thing: it rounds to microseconds, and we cut off.
+_BEYOND_MICROSECONDS: Final = re.compile(rb"\.[0-9]{7}")
+_ESCAPED: Final = re.compile(rb"\\u00(?:2[Ee]|3[0-9])")
 _STATUS: Final = re.compile(r"[1-9][0-9]{2,8}")
-_USUAL_SHAPE: Final = "0000-00-00T00:00:00Z"
-_TO_ZEROS: Final = str.maketrans("123456789", "0" * 9)
 # No field of the service has this name: it carries the fields beyond the documented ones to `extra`.
 _EXTRA: Final = "\0extra"
 
@@ -87,12 +89,12 @@ def whole(steps: Generator[None, None, _T]) -> _T:
 
 def decode_plain(body: bytes) -> AudiencesResponse | None:
     """As `decode`, of a body that is not large and has nothing but plain records in it; ``None`` for any other."""
-    if len(body) > _AT_ONCE:
+    if len(body) > _AT_ONCE or not _has_plain_times(body):
         return None
     try:
         envelope = _plain_envelope(body)
         status = _status(envelope.status)
-        time = None if envelope.response_time is None else _utc(envelope.response_time, None)
+        time = None if envelope.response_time is None else _in_utc(envelope.response_time)
         data = _structure_many(envelope.data, _Many)
     except Exception:  # noqa: BLE001 - the reference tells what is wrong, if anything
         return None
@@ -157,7 +159,7 @@ class _Record(Struct, forbid_unknown_fields=True, gc=False):
     type: Literal["Static", "Dynamic"]
     id: Annotated[str, Meta(min_length=1)]
     name: str
-    created_time: str
+    created_time: datetime
     user_count: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
 
 
@@ -167,7 +169,7 @@ class _Envelope(Struct, forbid_unknown_fields=True):
     status: str | int
     data: list[_Record]
     description: str | None = None
-    response_time: str | None = None
+    response_time: datetime | None = None
 
 
 _any: Final = Decoder().decode
@@ -221,8 +223,10 @@ def _rows(data: Raw | None, problems: list[str]) -> list[Raw]:
 
 def _piece(rows: Sequence[Raw], first: int, problems: list[str]) -> list[Audience]:
     """The audiences of some rows, the first of which has the index *first*; or their problems."""
+    text = b"[" + b",".join(rows) + b"]"
     with suppress(Exception):  # not plain
-        return list(_structure_many(_plain_records(b"[" + b",".join(rows) + b"]"), _Many))
+        if _has_plain_times(text):
+            return list(_structure_many(_plain_records(text), _Many))
     audiences: list[Audience] = []
     for index, row in enumerate(rows, first):
         try:
@@ -315,12 +319,14 @@ def _utc(value: Any, _: Any) -> datetime:
     try:
         if not _DATE_AND_TIME.fullmatch(_string(value, None)):
             raise ValueError  # noqa: TRY301 - the same words for every way to be no date and time
-        return _in_utc(datetime.fromisoformat(value))
+        return _in_utc(datetime.fromisoformat(value.upper()))
     except (ValueError, OverflowError):
         raise _ProblemError("a date and time in ISO 8601", value) from None
 
 
 def _in_utc(time: datetime) -> datetime:
+    if time.tzinfo is UTC:
+        return time
     return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
 
 
@@ -398,8 +404,10 @@ _Dynamic: Final = _twin(DynamicAudience)
 
 def _many_hook(records: Sequence[_Record], _: Any) -> tuple[Audience, ...]:
     audiences: list[Any] = []
-    for plain, time in zip(records, _all_utc([plain.created_time for plain in records]), strict=True):
-        count = plain.user_count
+    for plain in records:
+        time, count = plain.created_time, plain.user_count
+        if time.tzinfo is not UTC:
+            time = _in_utc(time)
         if plain.type == "Static":
             if count is UNSET:
                 raise _ProblemError("an integer", ...)
@@ -413,16 +421,9 @@ def _many_hook(records: Sequence[_Record], _: Any) -> tuple[Audience, ...]:
     return tuple(audiences)
 
 
-def _all_utc(values: Sequence[str]) -> list[datetime]:
-    """As `_utc`, of many: it looks at their few different shapes, digits aside, in place of each."""
-    shape = "\n".join(values).translate(_TO_ZEROS)
-    if shape == "\n".join([_USUAL_SHAPE] * len(values)):
-        return list(map(datetime.fromisoformat, values))
-    shapes = set(shape.splitlines())
-    if not all(map(_WITHOUT_OFFSET.fullmatch, shapes)):
-        return [_utc(value, None) for value in values]
-    times = map(datetime.fromisoformat, values)
-    return list(times) if all(shape.endswith("Z") for shape in shapes) else [_in_utc(time) for time in times]
+def _has_plain_times(text: bytes) -> bool:
+    """Whether no time has digits beyond its microseconds, as they are or escaped."""
+    return not (_BEYOND_MICROSECONDS.search(text) or (b"\\u00" in text and _ESCAPED.search(text)))
 
 
 def _converter(*, detailed: bool) -> Converter:
