@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import SAMPLES
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from audiences_async import (
@@ -359,6 +359,7 @@ def test_any_json_record_is_read_or_refused(change: dict[str, Any], drop: bool) 
 
 odd_times = st.sampled_from(
     ["2025-10-01T09:10:00Z", "2025-10-01 09:10", "2025-10-01T09:10:00.1234567+02:00", "2025-10-01T09:10:00+01:60",
+     "2025-10-01T09:10:00.9999999Z", "2025-10-01T09:10:00.123456Z", "2025-10-01t09:10:00Z", "2025-10-01 09:10:00z",
      "2025-10-01T09:10:00Z\n2025-10-01T09:10:00Z", "2025-02-30T00:00:00Z", "0001-01-01T00:00:00+00:01", "", "soon"]
 )  # fmt: skip
 near_rows = st.builds(
@@ -390,6 +391,40 @@ def test_every_way_through_reads_the_same(sent: bytes) -> None:
         patch.setattr(structuring, "_plain_envelope", refused)
         ways.append(verdict(sent))
     assert ways == [ways[0]] * 4
+
+
+times = st.builds(
+    lambda *parts: "".join(parts),
+    st.sampled_from(["2025-10-01", "0001-01-01", "9999-12-31", "2025-02-29"]),
+    st.sampled_from("TTt "),
+    st.sampled_from(["09:10:00", "23:59:59", "24:00:00", "09:10:60", "09:10"]),
+    st.just("") | st.text("059", max_size=9).map(lambda digits: f".{digits}"),
+    st.sampled_from(["Z", "z", "", "+02:00", "-0130", "+01:60"]),
+)
+escaped = st.builds(
+    lambda text, at: "".join(f"\\u{ord(c):04x}" if n in at else c for n, c in enumerate(text)),
+    times,
+    st.sets(st.integers(0, 30), max_size=2),
+)
+
+
+@example(["2025-10-01T09:10:00.1234567Z"])
+@example(["2025-10-01T09:10:00\\u002e1234567Z"])
+@example(["2025-10-01t09:10:00Z"])
+@example(["2025-10-01\\u007409:10:00Z"])
+@example(["2025-10-01T09:10:00z"])
+@example(["2025-10-01T09:10:00\\u007A"])
+@given(st.lists(times | escaped, min_size=1, max_size=2))
+def test_every_way_reads_a_time_the_same(sent: list[str]) -> None:
+    """Whatever its letters, digits and escapes, a time is the same by the short way and by the reference."""
+    text = body(*(DYNAMIC | {"created_time": f"<{n}>"} for n in range(len(sent)))).decode()
+    for n, time in enumerate(sent):
+        text = text.replace(f"<{n}>", time)
+    short = verdict(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(structuring, "_plain_records", refused)
+        patch.setattr(structuring, "_plain_envelope", refused)
+        assert verdict(text.encode()) == short
 
 
 def refused(text: bytes) -> Any:
