@@ -151,7 +151,10 @@ class Call:
         self._tell(CallFinished(self._account, len(self._attempts) + under_way, elapsed, type(error).__name__))
 
     async def _attempt(self) -> Result:
-        key = self._key = await self._current_key()
+        key = self._key
+        if key is None or key is self._refused_key:
+            assert self._source is not None
+            key = self._key = await self._source.get(account=self._account, refused=self._refused_key)
         result = await self._exchange(key)
         assert self._sent_at is not None
         self._attempt_elapsed = self._settings.clock.monotonic() - self._sent_at
@@ -181,12 +184,6 @@ class Call:
             return result
         finally:
             self._lane.release(turn, verdict, pause=pause)
-
-    async def _current_key(self) -> ApiKey:
-        if self._key is not None and self._key is not self._refused_key:
-            return self._key
-        assert self._source is not None
-        return await self._source.get(account=self._account, refused=self._refused_key)
 
     def _retries(self, result: Result) -> bool:
         return isinstance(result, AudiencesError) and (

@@ -49,9 +49,9 @@ _DATE_AND_TIME: Final = re.compile(
 # What msgspec takes for a time it reads alike, with two exceptions: it rounds to microseconds, which are cut off
 # here, and takes a T and a Z in lower case. Each pattern begins with a character that `re` finds fast.
 _BEYOND_MICROSECONDS: Final = re.compile(rb"\.[0-9]{7}").search
-_LOWER_T: Final = re.compile(rb"t(?<=[0-9]t)[0-9]{2}:").search
+_LOWER_T: Final = re.compile(rb"-[0-9]{2}t").search
 _LOWER_Z: Final = re.compile(rb'z(?<=[0-9]z)"').search
-_ANY_OF_IT_ESCAPED: Final = re.compile(rb"\\u00(?:2[Ee]|3[0-9]|7[4Aa])").search
+_ANY_OF_IT_ESCAPED: Final = re.compile(rb"\\u00(?:2[DdEe]|3[0-9]|7[4Aa])").search
 _STATUS: Final = re.compile(r"[1-9][0-9]{2,8}")
 # No field of the service has this name: it carries the fields beyond the documented ones to `extra`.
 _EXTRA: Final = "\0extra"

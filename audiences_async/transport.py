@@ -131,11 +131,10 @@ class _Connector(aiohttp.TCPConnector):
         exchange = _current.get()
         exchange.begin(DISCONNECTED)
         connection = await super().connect(req, traces, timeout)
-        while connection.protocol is not None and connection.protocol.should_close:
+        while (protocol := connection.protocol) is not None and protocol.should_close:
             # Data came while it was idle: aiohttp would give it out as the answer to this request.
             connection.close()
             connection = await super().connect(req, traces, timeout)
-        protocol = connection.protocol
         assert protocol is not None
         exchange.protocol = protocol
         exchange.reused = protocol in self._exchanges
@@ -296,7 +295,7 @@ class _Exchange:
             await self._read(MAX_ERROR_BODY)
         return self.reply()
 
-    async def _read(self, cap: int) -> bool:
+    def _read(self, cap: int) -> Awaitable[bool]:
         """Read the body, inflated; ``False`` where it is above the cap, of which no more is kept."""
         assert self.response is not None
         headers = self.response.headers
@@ -304,10 +303,10 @@ class _Exchange:
             raise aiohttp.ClientPayloadError("its Transfer-Encoding was not asked for")
         coding = _codings(headers, hdrs.CONTENT_ENCODING) if hdrs.CONTENT_ENCODING in headers else "identity"
         if coding in {"", "identity"}:
-            return await self._read_plain(cap)
+            return self._read_plain(cap)
         if coding not in _CODINGS:
             raise aiohttp.ClientPayloadError(f"Content-Encoding {printable(coding)!r} was not asked for")
-        return await self._read_deflated(cap, _Inflater(_CODINGS[coding]))
+        return self._read_deflated(cap, _Inflater(_CODINGS[coding]))
 
     async def _read_plain(self, cap: int) -> bool:
         assert self.response is not None

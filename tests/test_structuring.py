@@ -412,6 +412,7 @@ escaped = st.builds(
 @example(["2025-10-01T09:10:00\\u002e1234567Z"])
 @example(["2025-10-01t09:10:00Z"])
 @example(["2025-10-01\\u007409:10:00Z"])
+@example(["2025-10\\u002D01t09:10:00Z"])
 @example(["2025-10-01T09:10:00z"])
 @example(["2025-10-01T09:10:00\\u007A"])
 @given(st.lists(times | escaped, min_size=1, max_size=2))
