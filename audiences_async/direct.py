@@ -1,8 +1,8 @@
 """A GET on aiohttp's pool without aiohttp's session, which works out anew for each request what never changes.
 
-The request, its head on the wire, the pool, the parser and the reply stay aiohttp's own. What is left out are proxies,
-cookies, redirects, timeouts and middlewares, none of which an attempt uses; it is a fifth of the cost of a call
-(``benchmarks/call.py``).
+The pool, the parser and the reply stay aiohttp's own, and the request's head is what aiohttp would write. Left out are
+proxies, cookies, redirects, timeouts and middlewares, none of which an attempt uses: together with them a call costs a
+third more (``benchmarks/call.py``).
 """
 
 import asyncio
@@ -83,8 +83,8 @@ class DirectRequests:
 
     async def _exchange(self, connection: Connection, head: bytes) -> aiohttp.ClientResponse:
         protocol = connection.protocol
-        if protocol is None or protocol.transport is None or protocol.transport.is_closing():
-            raise aiohttp.ServerDisconnectedError
+        assert protocol is not None
+        assert protocol.transport is not None
         protocol.set_response_params(read_until_eof=True, auto_decompress=False)
         protocol.transport.write(head)
         response = aiohttp.ClientResponse(

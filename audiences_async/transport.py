@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import aiohttp
 from aiohttp import hdrs
 from aiohttp.client_proto import ResponseHandler
+from aiohttp.connector import Connection
 from attrs import field, frozen
 from multidict import CIMultiDictProxy
 from yarl import URL
@@ -127,7 +128,7 @@ class _Connector(aiohttp.TCPConnector):
         req: aiohttp.ClientRequest,
         traces: list[aiohttp.tracing.Trace],
         timeout: aiohttp.ClientTimeout,
-    ) -> aiohttp.connector.Connection:
+    ) -> Connection:
         exchange = _current.get()
         exchange.begin(DISCONNECTED)
         connection = await super().connect(req, traces, timeout)
@@ -138,11 +139,16 @@ class _Connector(aiohttp.TCPConnector):
         assert protocol is not None
         exchange.protocol = protocol
         exchange.reused = protocol in self._exchanges
-        if (closed := protocol.closed) is not None:  # else it is lost already
-            if not exchange.reused:
-                closed.add_done_callback(partial(self._lost, protocol))
-            self._exchanges[protocol] = exchange
+        if not exchange.reused:
+            self._watch(connection, protocol)
+        self._exchanges[protocol] = exchange
         return connection
+
+    def _watch(self, connection: Connection, protocol: ResponseHandler) -> None:
+        if (closed := protocol.closed) is None:  # lost within the moment since it was made
+            connection.close()
+            raise aiohttp.ServerDisconnectedError
+        closed.add_done_callback(partial(self._lost, protocol))
 
     def _close(self, *, abort_ssl: bool = False) -> Any:
         # A forked process that ends would take the connections out of the epoll that it shares with its parent.

@@ -681,7 +681,7 @@ KINDS_OF_WAITING: Final = {
     "turn": {"Lane._queued"},
     "connecting": {"BaseSelectorEventLoop.sock_connect", "BaseEventLoop._create_connection_transport"},
     "headers": {"ClientResponse.start"},
-    "body": {"_Exchange._read"},
+    "body": {"_Exchange._read_plain", "_Exchange._read_deflated"},
     "decoding": {"_in_turns"},
     "backoff": {"Steps.sleep"},
 }
