@@ -55,7 +55,7 @@ class DirectRequests:
         )
         self._info = self._request.request_info
         fields = [f"{name}: {value}" for name, value in self._request.headers.items()]
-        self._head = "\r\n".join([f"GET {url.raw_path_qs} HTTP/1.1", *fields, "Authorization: %s\r\n\r\n"])
+        self._head = "\r\n".join([f"GET {url.raw_path_qs} HTTP/1.1", *fields, "Authorization: "])
 
     @property
     def usable(self) -> bool:
@@ -73,7 +73,7 @@ class DirectRequests:
         """
         connection = await self._connector.connect(self._request, [], NO_TIMEOUT)
         try:
-            return await self._exchange(connection, (self._head % authorization).encode("ascii"))
+            return await self._exchange(connection, f"{self._head}{authorization}\r\n\r\n".encode("ascii"))
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
             connection.close()
             raise NotAgainError(DISCONNECTED) from None

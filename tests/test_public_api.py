@@ -66,7 +66,7 @@ def test_an_import_brings_nothing_optional(optional: str) -> None:
 
 
 def test_imports_go_one_way() -> None:
-    """Only the transport, with what is direct in it, and the sandbox import aiohttp at run time; nothing below the root imports the root."""
+    """Only what sends and the sandbox import aiohttp at run time; nothing below the root imports the root."""
     for file in ROOT.glob("*.py"):
         source = file.read_text()
         if file.name not in {"transport.py", "direct.py", "client.py"}:

@@ -13,8 +13,10 @@ import aiohttp
 import pytest
 import trustme
 from aiohttp import web
+from aiohttp.client_proto import ResponseHandler
 from conftest import EMPTY_ANSWER, RawConnection, RawServer
 from services import free_port
+from yarl import URL
 
 from audiences_async import (
     Account,
@@ -28,6 +30,7 @@ from audiences_async import (
     ServerError,
     StatusError,
     UnauthorizedError,
+    direct,
 )
 from audiences_async.events import AttemptFinished
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
@@ -36,6 +39,14 @@ StartRaw: TypeAlias = Callable[[Callable[[RawConnection], Awaitable[None]]], Awa
 ONCE = RetryPolicy(max_attempts=1)
 THRICE = RetryPolicy(max_attempts=3, base_delay=0, throttle_base_delay=0)
 LONG_ANSWER = json.dumps({"status": "200", "data": list(many_audiences("a", 5000))}).encode()
+
+
+@pytest.fixture(autouse=True, params=["direct", "session"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How our own session sends: on its pool directly, or as with an aiohttp of another version."""
+    if request.param == "session":
+        monkeypatch.setattr(direct, "_IS_KNOWN", False)
+    return str(request.param)
 
 
 def deflate(data: bytes, wbits: int) -> bytes:
@@ -47,6 +58,44 @@ async def error_of(client: AudiencesClient) -> AudiencesError:
     with pytest.raises(AudiencesError) as caught:
         await client.get_audiences()
     return caught.value
+
+
+# --- the request
+
+
+async def test_either_way_sends_the_same(raw: StartRaw, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head is the same to the byte whether aiohttp's session writes it or not."""
+    heads: list[bytes] = []
+
+    async def serve(connection: RawConnection) -> None:
+        while True:
+            heads.append(await connection.request())
+            await connection.answer()
+
+    server = await raw(serve)
+    async with AudiencesClient("key", base_url=f"{server.base_url}a%20b/") as client:
+        for known in (True, False):
+            monkeypatch.setattr(direct, "_IS_KNOWN", known)
+            await client.get_audiences()
+    assert heads[0] == heads[1]
+    assert heads[0].startswith(b"GET /a%20b/audiences HTTP/1.1\r\nHost: 127.0.0.1:")
+    assert heads[0].endswith(b"\r\nAuthorization: Bearer key\r\n\r\n")
+
+
+async def test_this_aiohttp_is_known(way: str) -> None:
+    """Requests go by the pool of the installed aiohttp; where its version is a new one, read what has changed first."""
+    async with aiohttp.ClientSession() as session:
+        assert direct.DirectRequests(session, URL("http://localhost/audiences")).usable is (way == "direct")
+
+
+async def test_a_connection_that_is_lost_at_once(sandbox: Sandbox, north: Account) -> None:
+    """A connection that is gone when aiohttp gives it out is a failed one, and tried again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ResponseHandler, "closed", None)
+        async with AudiencesClient(str(north.api_key), base_url=sandbox.base_url, retry=ONCE) as client:
+            error = await error_of(client)
+    assert isinstance(error, ConnectionFailedError)
+    assert error.transient
 
 
 # --- encodings
