@@ -73,7 +73,7 @@ class DirectRequests:
         """
         connection = await self._connector.connect(self._request, [], NO_TIMEOUT)
         try:
-            return await self._exchange(connection, f"{self._head}{authorization}\r\n\r\n".encode("ascii"))
+            return await self._exchange(connection, f"{self._head}{authorization}\r\n\r\n".encode())
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
             connection.close()
             raise NotAgainError(DISCONNECTED) from None

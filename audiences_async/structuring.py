@@ -425,7 +425,9 @@ def _many_hook(records: Sequence[_Record], _: Any) -> tuple[Audience, ...]:
 
 def _has_plain_times(text: bytes) -> bool:
     """Whether msgspec reads every time in it as `_utc` does, or not at all."""
-    return not (_BEYOND_MICROSECONDS(text) or _LOWER_T(text) or _LOWER_Z(text) or _ANY_OF_IT_ESCAPED(text))
+    if _BEYOND_MICROSECONDS(text) or _LOWER_T(text) or _LOWER_Z(text):
+        return False
+    return b"\\" not in text or _ANY_OF_IT_ESCAPED(text) is None
 
 
 def _converter(*, detailed: bool) -> Converter:

@@ -73,13 +73,13 @@ async def test_either_way_sends_the_same(raw: StartRaw, monkeypatch: pytest.Monk
             await connection.answer()
 
     server = await raw(serve)
-    async with AudiencesClient("key", base_url=f"{server.base_url}a%20b/") as client:
+    async with AudiencesClient("clé %s", base_url=f"{server.base_url}a%20b/") as client:
         for known in (True, False):
             monkeypatch.setattr(direct, "_IS_KNOWN", known)
             await client.get_audiences()
     assert heads[0] == heads[1]
     assert heads[0].startswith(b"GET /a%20b/audiences HTTP/1.1\r\nHost: 127.0.0.1:")
-    assert heads[0].endswith(b"\r\nAuthorization: Bearer key\r\n\r\n")
+    assert heads[0].endswith("\r\nAuthorization: Bearer clé %s\r\n\r\n".encode())
 
 
 async def test_this_aiohttp_is_known(way: str) -> None:
