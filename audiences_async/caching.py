@@ -54,7 +54,7 @@ class CachePolicy:
     max_accounts: int = field(default=1024, validator=checks.is_count)
 
 
-@frozen
+@frozen(eq=False)
 class _Kept:
     """An answer and when it came."""
 

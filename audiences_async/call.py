@@ -38,7 +38,7 @@ from audiences_async.wire import Reply, Result, read, read_plain, used_up
 _Step: TypeAlias = Literal["fresh-key", "stale-connection", "pace", "retry-after", "backoff"]
 
 
-@frozen
+@frozen(eq=False)
 class CallSettings:
     """What all calls of one client share; see `AudiencesClient` for each."""
 

@@ -43,9 +43,7 @@ _BOM: Final = b"\xef\xbb\xbf"
 _NOT_JSON: Final = (MsgspecError, UnicodeDecodeError, RecursionError)
 # Date and time, in ISO 8601's extended format. `fromisoformat` alone also reads dates without a time, weeks, and
 # offsets of 60 minutes; what else it reads changes from one Python to the next.
-_DATE_AND_TIME: Final = re.compile(
-    r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-](?:[01]\d|2[0-3]):?[0-5]\d)?", re.ASCII
-)
+_DATE_AND_TIME: Final = r"(?a)\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-](?:[01]\d|2[0-3]):?[0-5]\d)?"
 # What msgspec takes for a time it reads alike, with two exceptions: it rounds to microseconds, which are cut off
 # here, and takes a T and a Z in lower case. Each pattern begins with a character that `re` finds fast.
 _BEYOND_MICROSECONDS: Final = re.compile(rb"\.[0-9]{7}").search
@@ -319,7 +317,7 @@ def _user_count(value: Any, _: Any) -> int:
 
 def _utc(value: Any, _: Any) -> datetime:
     try:
-        if not _DATE_AND_TIME.fullmatch(_string(value, None)):
+        if not re.fullmatch(_DATE_AND_TIME, _string(value, None)):
             raise ValueError  # noqa: TRY301 - the same words for every way to be no date and time
         return _in_utc(datetime.fromisoformat(value))
     except (ValueError, OverflowError):

@@ -41,7 +41,7 @@ _INFLATED_PIECE: Final = 256 * 1024
 _CODINGS: Final = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 
-@frozen
+@frozen(eq=False)
 class TransportSettings:
     """What one attempt needs to know; see `AudiencesClient` for each.
 

@@ -38,7 +38,7 @@ Result: TypeAlias = AudiencesResponse | AudiencesError
 
 # RFC 9110, section 10.2.3: Retry-After = HTTP-date / delay-seconds. Fractions are not in it, and are seen.
 _DELAY_SECONDS: Final = re.compile(r"[0-9]{1,20}(?:\.[0-9]{0,20})?")
-_RATE_LIMIT: Final = re.compile(r";\s*r=0\s*;\s*t=([0-9]{1,5})\s*(?:[,;]|$)")
+_RATE_LIMIT: Final = r";\s*r=0\s*;\s*t=([0-9]{1,5})\s*(?:[,;]|$)"
 # Every answer is looked at for these: a name that is made once is found faster.
 _COMBINED: Final = istr("RateLimit")
 _REMAINING_AND_RESET: Final = tuple(
@@ -46,14 +46,15 @@ _REMAINING_AND_RESET: Final = tuple(
 )
 _LONGEST_RESET: Final = 86_400.0  # seconds; a day
 # RFC 9110, section 5.6.7: IMF-fixdate, and the two obsolete forms that must still be read.
-_HTTP_DATE: Final = re.compile(
+# Compiled when there is one to read: no program's start pays for it.
+_HTTP_DATE: Final = (
     r"[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT"
     r"|[A-Z][a-z]{5,8}, [0-9]{2}-[A-Z][a-z]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT"
     r"|[A-Z][a-z]{2} [A-Z][a-z]{2} [ 0-9][0-9] [0-9]{2}:[0-9]{2}:[0-9]{2} [0-9]{4}"
 )
 
 
-@frozen
+@frozen(eq=False)
 class Reply:
     """A whole HTTP reply.
 
@@ -227,7 +228,7 @@ def used_up(headers: Mapping[str, str], *, now: float) -> float | None:
     """
     combined = headers.get(_COMBINED)
     if combined is not None:
-        found = _RATE_LIMIT.search(combined)
+        found = re.search(_RATE_LIMIT, combined)
         return None if found is None else float(found[1])
     for remaining, reset in _REMAINING_AND_RESET:
         if headers.get(remaining, "").strip() == "0":
@@ -249,7 +250,7 @@ def _reset(headers: Mapping[str, str], name: str, now: float) -> float | None:
 
 def http_date(value: str) -> float | None:
     """Seconds since 1970 of an HTTP date; ``None`` where it is none."""
-    if not _HTTP_DATE.fullmatch(value):
+    if not re.fullmatch(_HTTP_DATE, value):
         return None
     try:
         # Of the three forms only asctime's names no zone; all of them are in UTC.
