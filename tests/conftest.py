@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import random
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from unittest.mock import Mock
@@ -21,6 +22,9 @@ pytest_plugins = ["pytester"]
 
 SAMPLES = Path(__file__).parent / "samples"
 EMPTY_ANSWER = b'{"status": "200", "data": []}'
+
+# A shell ignores Ctrl-C for what it starts in the background, and so would the programs that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("default", derandomize=True, deadline=None)
 settings.load_profile("default")
