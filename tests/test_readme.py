@@ -77,16 +77,31 @@ def test_the_program_for_many_accounts_runs_as_printed(tmp_path: Path) -> None:
     assert south.startswith("account 'south': HTTP 401 Unauthorized")
 
 
-@pytest.mark.parametrize(("number", "told"), [(0, ["north 2", "south 2"]), (1, ["[2, 2]"])])
-def test_a_client_in_a_worker_runs_as_printed(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, told: list[str]
-) -> None:
-    """Under Docket, and under taskiq's hooks, one client serves the tasks of a worker and is closed with it."""
+@pytest.fixture
+def two_accounts(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the programs for a worker find in the environment."""
     monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
     for name in ("north", "south"):
         monkeypatch.setenv(f"{name.upper()}_KEY", str(sandbox.add_account(name).api_key))
-    done = run(program("In a worker", number), tmp_path)
-    assert (sorted(done.stdout.splitlines()), done.stderr) == (told, "")
+
+
+@pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed")
+@pytest.mark.usefixtures("two_accounts")
+def test_a_client_in_a_docket_worker_runs_as_printed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Under Docket one client serves the tasks of a worker and is closed with it."""
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    with redis_server(folder) as url:
+        monkeypatch.setenv("REDIS_URL", url)
+        done = run(program("In a worker", 0), tmp_path)
+    assert (sorted(done.stdout.splitlines()), done.stderr) == (["north 2", "south 2"], "")
+
+
+@pytest.mark.usefixtures("two_accounts")
+def test_a_client_in_a_taskiq_worker_runs_as_printed(tmp_path: Path) -> None:
+    """Under taskiq's hooks one client serves the tasks of a worker and is closed with it."""
+    done = run(program("In a worker", 1), tmp_path)
+    assert (done.stdout, done.stderr) == ("[2, 2]\n", "")
 
 
 @pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed")
