@@ -3,9 +3,10 @@
 import asyncio
 import os
 import re
+import select
 import ssl as tls
 import zlib
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
@@ -105,12 +106,50 @@ _current: ContextVar["_Exchange"] = ContextVar("exchange")
 async def _begin(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
     """Innermost middleware, where the pool is not ours."""
     _current.get().begin("a middleware of the session would have sent the request twice")
+    _drop_spoilt(request)
     try:
         return await send(request)
     except aiohttp.ClientConnectorError:
         raise  # never sent, and never sent again by aiohttp
     except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
         raise NotAgainError(DISCONNECTED) from None
+
+
+def _arrivals(protocol: ResponseHandler) -> Callable[[], Sequence[object]]:
+    """A function that tells whether anything has come which the event loop has not had the time to read."""
+    assert protocol.transport is not None
+    socket = protocol.transport.get_extra_info("socket")
+    if not hasattr(select, "poll"):  # on Windows, where select takes any socket
+        return lambda: select.select([socket], [], [], 0)[0]
+    poll = select.poll()
+    poll.register(socket, select.POLLIN)
+    return partial(poll.poll, 0)
+
+
+def _is_spoilt(protocol: ResponseHandler, arrivals: Callable[[], Sequence[object]]) -> bool:
+    """Whether data or the end came while it was idle: aiohttp would take the data for the next request's answer."""
+    return protocol.should_close or bool(arrivals())
+
+
+def _drop_spoilt(request: aiohttp.ClientRequest) -> None:
+    """Close what the request must not go out on, of the connections that a given session keeps."""
+    # aiohttp shows its idle connections to nobody in public. It takes the first that is connected.
+    idle = getattr(request.session.connector, "_conns", {})
+    for protocol, _ in idle.get(request.connection_key, ()):
+        if protocol.is_connected() and not _is_spoilt(protocol, _arrivals(protocol)):
+            break
+        protocol.close()
+
+
+class _Line:
+    """A connection of our own pool."""
+
+    __slots__ = ("arrivals", "exchange")
+
+    def __init__(self, protocol: ResponseHandler, exchange: "_Exchange") -> None:
+        self.arrivals = _arrivals(protocol)
+        self.exchange = exchange
+        """The last one on it."""
 
 
 class _Connector(aiohttp.TCPConnector):
@@ -121,7 +160,7 @@ class _Connector(aiohttp.TCPConnector):
         # No cache of names: its look-ups go on when the call that asked has been cancelled.
         super().__init__(limit=0, use_dns_cache=False, ssl=True if ssl is None else ssl)
         self._process = os.getpid()
-        self._exchanges: dict[ResponseHandler, _Exchange] = {}  # the last one on each connection
+        self._lines: dict[ResponseHandler, _Line] = {}
 
     async def connect(
         self,
@@ -131,24 +170,28 @@ class _Connector(aiohttp.TCPConnector):
     ) -> Connection:
         exchange = _current.get()
         exchange.begin(DISCONNECTED)
-        connection = await super().connect(req, traces, timeout)
-        while (protocol := connection.protocol) is not None and protocol.should_close:
-            # Data came while it was idle: aiohttp would give it out as the answer to this request.
-            connection.close()
+        while True:
             connection = await super().connect(req, traces, timeout)
-        assert protocol is not None
+            protocol = connection.protocol
+            assert protocol is not None
+            line = self._lines.get(protocol)
+            if line is None or not _is_spoilt(protocol, line.arrivals):
+                break
+            connection.close()
         exchange.protocol = protocol
-        exchange.reused = protocol in self._exchanges
-        if not exchange.reused:
-            self._watch(connection, protocol)
-        self._exchanges[protocol] = exchange
+        if line is None:
+            self._watch(connection, protocol, exchange)
+        else:
+            exchange.reused = True
+            line.exchange = exchange
         return connection
 
-    def _watch(self, connection: Connection, protocol: ResponseHandler) -> None:
+    def _watch(self, connection: Connection, protocol: ResponseHandler, exchange: "_Exchange") -> None:
         if (closed := protocol.closed) is None:  # lost within the moment since it was made
             connection.close()
             raise aiohttp.ServerDisconnectedError
         closed.add_done_callback(partial(self._lost, protocol))
+        self._lines[protocol] = _Line(protocol, exchange)
 
     def _close(self, *, abort_ssl: bool = False) -> Any:
         # A forked process that ends would take the connections out of the epoll that it shares with its parent.
@@ -157,7 +200,7 @@ class _Connector(aiohttp.TCPConnector):
     def _lost(self, protocol: ResponseHandler, closed: "asyncio.Future[None]") -> None:
         with suppress(asyncio.CancelledError):  # where closing the pool was
             closed.exception()  # has been told to whom it concerns
-        self._exchanges.pop(protocol).lost()
+        self._lines.pop(protocol).exchange.lost()
 
 
 class Transport:

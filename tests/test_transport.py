@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import select
 import ssl as tls
 import zlib
 from collections.abc import Awaitable, Callable
@@ -320,8 +321,24 @@ async def test_a_middleware_cannot_send_twice(sandbox: Sandbox, north: Account) 
     assert len(sandbox.requests) == 1
 
 
-async def test_an_unasked_reply_answers_nobody(raw: StartRaw) -> None:
-    """A reply that nobody asked for, on an idle pooled connection, never becomes another call's answer."""
+@pytest.mark.parametrize("has_poll", [True, False], ids=["poll", "select"])
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])  # of the event loop, in which it reads what has come
+@pytest.mark.parametrize("is_given", [False, True], ids=["own", "given"])
+@pytest.mark.parametrize(
+    "unasked", [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", None], ids=["a reply", "the end"]
+)
+async def test_what_comes_unasked_answers_nobody(
+    raw: StartRaw,
+    monkeypatch: pytest.MonkeyPatch,
+    unasked: bytes | None,
+    turns: int,
+    *,
+    is_given: bool,
+    has_poll: bool,
+) -> None:
+    """What comes on an idle connection is no answer to the next request, not even before the event loop has read it."""
+    if not has_poll:
+        monkeypatch.delattr(select, "poll")
     idle, sent = asyncio.Event(), asyncio.Event()
 
     async def serve(connection: RawConnection) -> None:
@@ -329,19 +346,25 @@ async def test_an_unasked_reply_answers_nobody(raw: StartRaw) -> None:
         await connection.answer()
         if connection.server.connections == 1:
             await idle.wait()
-            await connection.answer(b'{"status": "200", "data": [{"type": "Stale"}]}')
+            if unasked is None:
+                connection.writer.write_eof()
+            else:
+                await connection.send(unasked)
             sent.set()
         await connection.request()
         await connection.answer()
 
     server = await raw(serve)
-    async with AudiencesClient("key", base_url=server.base_url) as client:
-        assert len(await client.get_audiences()) == 0
-        idle.set()
-        await sent.wait()
-        await asyncio.sleep(0.01)  # the loopback's own time; nothing tells when the bytes have come
-        assert len(await client.get_audiences()) == 0
-    assert server.connections == 2
+    async with aiohttp.ClientSession() as session:
+        given = session if is_given else None
+        async with AudiencesClient("key", base_url=server.base_url, retry=ONCE, session=given) as client:
+            assert len(await client.get_audiences()) == 0
+            idle.set()
+            await sent.wait()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            assert len(await client.get_audiences()) == 0
+    assert (server.connections, server.requests) == (2, 2)
 
 
 async def test_whatever_a_middleware_raises_is_a_failed_exchange(sandbox: Sandbox, north: Account) -> None:
