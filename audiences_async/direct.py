@@ -30,7 +30,7 @@ _NO_TIMER: Final = TimerNoop()
 _WRITTEN: Final[Any] = SimpleNamespace(output_size=0)  # a request without a body is written when its head is
 
 
-def _is_aiohttps(function: object) -> bool:
+def _is_original(function: object) -> bool:
     return type(function) is FunctionType and function.__globals__ is vars(aiohttp.client)
 
 
@@ -38,7 +38,7 @@ def _is_aiohttps(function: object) -> bool:
 _REQUEST: Final = aiohttp.ClientSession.request
 _REQUEST_BEHIND: Final = aiohttp.ClientSession._request  # noqa: SLF001 - what mocks replace
 # How a session uses its pool is no promise of aiohttp's: any other version is asked in public.
-_IS_KNOWN: Final = aiohttp.__version__.startswith("3.14.") and _is_aiohttps(_REQUEST) and _is_aiohttps(_REQUEST_BEHIND)
+_IS_KNOWN: Final = aiohttp.__version__.startswith("3.14.") and _is_original(_REQUEST) and _is_original(_REQUEST_BEHIND)
 
 
 class DirectRequests:
