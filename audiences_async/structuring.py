@@ -51,6 +51,8 @@ _LOWER_T: Final = re.compile(rb"-[0-9]{2}t").search
 _LOWER_Z: Final = re.compile(rb'z(?<=[0-9]z)"').search
 _ANY_OF_IT_ESCAPED: Final = re.compile(rb"\\u00(?:2[DdEe]|3[0-9]|7[4Aa])").search
 _STATUS: Final = re.compile(r"[1-9][0-9]{2,8}")
+_ABSENT: Final = Raw()
+_SHORTEST: Final = len('{"type":"a"},')  # bytes of an audience
 # No field of the service has this name: it carries the fields beyond the documented ones to `extra`.
 _EXTRA: Final = "\0extra"
 
@@ -108,12 +110,11 @@ def decoding(body: bytes) -> Generator[None, None, AudiencesResponse]:
     yield
     envelope, data = _envelope(text, problems)
     yield
-    rows = _rows(data, problems)
+    rows = _rows(text, data, problems)
     audiences: list[Audience] = []
-    size = max(1, len(rows) * _AT_ONCE // len(text))
-    for start in range(0, len(rows), size):
+    for first, piece in _pieces(rows, max(1, len(rows) * _AT_ONCE // len(text))):
         yield
-        audiences += _piece(rows[start : start + size], start, problems)
+        audiences += _piece(piece, first, problems)
         if len(problems) >= MAX_PROBLEMS:
             problems[MAX_PROBLEMS:] = ["$: there may be more; these are the first"]
             break
@@ -172,20 +173,36 @@ class _Envelope(Struct, forbid_unknown_fields=True):
     response_time: datetime | None = None
 
 
+class _Members(Struct):
+    """What an envelope has of the documented members, as it was sent; of any other, only that it is JSON."""
+
+    status: Raw = _ABSENT
+    description: Raw = _ABSENT
+    response_time: Raw = _ABSENT
+    data: Raw = _ABSENT
+
+
+class _Typed(Struct, gc=False):
+    """The least that an audience is."""
+
+    type: Annotated[str, Meta(min_length=1)]
+
+
 _any: Final = Decoder().decode
 _elements: Final = Decoder(list[Raw]).decode
-_members: Final = Decoder(dict[str, Raw]).decode
+_typed: Final = Decoder(list[_Typed]).decode
+_members: Final = Decoder(_Members).decode
 _value: Final = Decoder(Raw).decode
 _plain_envelope: Final = Decoder(_Envelope).decode
 _plain_records: Final = Decoder(list[_Record]).decode
 
 
-def _envelope(text: bytes, problems: list[str]) -> tuple[AudiencesResponse, Raw | None]:
-    """The envelope without its data; and these as they were sent, ``None`` where they were not."""
+def _envelope(text: bytes, problems: list[str]) -> tuple[AudiencesResponse, Raw]:
+    """The envelope without its data; and these as they were sent."""
     members = _members_of(text)
-    data = members.pop("data", None)
+    named = {"status": members.status, "description": members.description, "response_time": members.response_time}
     with _readable(text):
-        sent = {name: _any(value) for name, value in members.items()}
+        sent = {name: _glimpse(value) for name, value in named.items() if value}
     status = 0
     try:
         status = _status(sent.get("status", ...))
@@ -195,10 +212,10 @@ def _envelope(text: bytes, problems: list[str]) -> tuple[AudiencesResponse, Raw 
         raise status_error(status, description_of(sent), response_time=response_time_of(sent), body=text)
     if not isinstance(sent.get("description"), str | None):
         problems.append(f"$.description: {_ProblemError('a string', sent['description'])}")
-    return AudiencesResponse(status, description_of(sent), response_time_of(sent), ()), data
+    return AudiencesResponse(status, description_of(sent), response_time_of(sent), ()), members.data
 
 
-def _members_of(text: bytes) -> dict[str, Raw]:
+def _members_of(text: bytes) -> _Members:
     with _readable(text):
         if not text.isascii():
             text.decode()  # also what is not looked at below, such as a member that comes once more
@@ -209,16 +226,35 @@ def _members_of(text: bytes) -> dict[str, Raw]:
     raise _invalid([f"$: {problem}"], text)
 
 
-def _rows(data: Raw | None, problems: list[str]) -> list[Raw]:
+def _rows(text: bytes, data: Raw, problems: list[str]) -> list[Raw]:
     """The records, as they were sent."""
-    if data is None:
+    if not data:
         problems.append("$.data: missing")
         return []
+    # So many values, each of which would be kept apart, are no audiences, or not all of them.
+    if len(text) > _AT_ONCE and text.count(b",") * _SHORTEST > len(text):
+        try:
+            _typed(data)
+        except ValidationError as error:
+            what, _, where = str(error).partition(" - at `$")
+            if where:
+                problems.append(f"$.data{where.removesuffix('`')}: {what}")
+                return []
     try:
         return _elements(data)
     except ValidationError:
         problems.append(f"$.data: {_ProblemError('an array', _glimpse(data))}")
         return []
+
+
+def _pieces(rows: Sequence[Raw], size: int, first: int = 0) -> Iterator[tuple[int, Sequence[Raw]]]:
+    """So many rows at a time, fewer where these are long, and the index of the first of them."""
+    for start in range(0, len(rows), size):
+        piece = rows[start : start + size]
+        if size > 1 and sum(map(len, piece)) > 2 * _AT_ONCE:
+            yield from _pieces(piece, size // 2, first + start)
+        else:
+            yield first + start, piece
 
 
 def _piece(rows: Sequence[Raw], first: int, problems: list[str]) -> list[Audience]:
@@ -277,7 +313,7 @@ def _reason(error: Exception) -> str:
 
 
 def _glimpse(sent: bytes | Raw) -> Any:
-    """A value to be shown in a problem, where it does not matter what an array or an object has in it."""
+    """A value where it does not matter what an array or an object has in it."""
     text = bytes(_value(sent))
     return [] if text.startswith(b"[") else {} if text.startswith(b"{") else _any(text)
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import tracemalloc
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -219,7 +220,52 @@ def test_a_body_that_is_no_json_object(wrong: bytes, told: str) -> None:
 @pytest.mark.parametrize("number", [b"1e400", b"9" * 5000])
 def test_a_number_beyond_reading_is_a_problem(number: bytes) -> None:
     """A number that Python cannot hold is an unreadable body, not an exception of its own kind."""
-    assert problems(b'{"status": 200, "data": [], "x": ' + number + b"}")[0].startswith("$: not JSON: ")
+    assert problems(b'{"data": [], "status": ' + number + b"}")[0].startswith("$: not JSON: ")
+
+
+def test_what_is_ignored_is_not_decoded() -> None:
+    """A member of the envelope that is not documented must be JSON, whatever that holds, and comes to nothing."""
+    ignored = b'"x": 1e400, "y": ' + b"9" * 5000 + b', "z": [{}, "\\ud83d\\ude00"]'
+    assert len(structuring.decode(b'{"status": 200, ' + ignored + b', "data": []}')) == 0
+    assert problems(b'{"status": 200, "x": [1,], "data": []}')[0].startswith("$: not JSON: ")
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (b"1", "$.data[1]: Expected `object`, got `int`"),
+        (b"{}", "$.data[1]: Object missing required field `type`"),
+        (b'{"type":""}', "$.data[1].type: Expected `str` of length >= 1"),
+    ],
+)
+def test_many_rows_that_are_no_audiences(row: bytes, told: str) -> None:
+    """A body crammed with what is no audience is refused at the first of it, in little more memory than it takes."""
+    wrong = b'{"status":"200","data":[{"type":"New"},' + b",".join([row] * 200_000) + b"]}"
+    tracemalloc.start()
+    try:
+        assert problems(wrong) == (told,)
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(wrong)
+    finally:
+        tracemalloc.stop()
+
+
+def test_many_small_rows() -> None:
+    """A body crammed with audiences that have nothing but a type is read, too."""
+    crammed = b'{"status":"200","data":[' + b",".join([b'{"type":"New"}'] * 20_000) + b"]}"
+    assert {audience.type for audience in structuring.decode(crammed)} == {"New"}
+    assert problems(b'{"status":"200","data":{"type":[' + b"0," * 100_000 + b"0]}}") == (
+        "$.data: expected an array, got an object",
+    )
+
+
+def test_rows_of_uneven_length_are_decoded_in_steps() -> None:
+    """A few long rows among many short ones are not decoded all at a stretch, and every row keeps its place."""
+    long = json.dumps({"type": "New", "x": "y" * 100_000}).encode()
+    rows = [b'{"type":"New","x":"%d"}' % number for number in range(20_000)] + [long] * 20
+    uneven = b'{"status":"200","data":[' + b",".join(rows) + b"]}"
+    assert [record(audience) for audience in decode(uneven)] == [json.loads(row) for row in rows]
+    even = b'{"status":"200","data":[' + b",".join(rows[:20_000]) + b"]}"
+    assert len(list(decoding(uneven))) > len(list(decoding(even))) + 20 * len(long) / (3 * 128 * 1024)
 
 
 def test_a_number_beyond_reading_in_a_record() -> None:
