@@ -7,7 +7,6 @@ import select
 import ssl as tls
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Final
@@ -39,6 +38,7 @@ from audiences_async.wire import FIXED_HEADERS, MAX_ERROR_BODY, Reply, authoriza
 DEFAULT_MAX_CONNECTIONS: Final = 100
 _ERROR_BODY_TIMEOUT: Final = 1.0  # s; the status has decided already
 _INFLATED_PIECE: Final = 256 * 1024
+_UNASKED: Final = "something came on an idle connection that no request had asked for"
 _CODINGS: Final = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 
@@ -105,8 +105,15 @@ _current: ContextVar["_Exchange"] = ContextVar("exchange")
 
 async def _begin(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
     """Innermost middleware, where the pool is not ours."""
-    _current.get().begin("a middleware of the session would have sent the request twice")
-    _drop_spoilt(request)
+    exchange = _current.get()
+    exchange.begin("a middleware of the session would have sent the request twice")
+    write = request.send
+
+    async def checked(connection: Connection) -> aiohttp.ClientResponse:
+        await exchange.take_given(connection)
+        return await write(connection)
+
+    request.send = checked  # type: ignore[assignment] # the connection is known to nothing else before it is written to
     try:
         return await send(request)
     except aiohttp.ClientConnectorError:
@@ -115,10 +122,19 @@ async def _begin(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType
         raise NotAgainError(DISCONNECTED) from None
 
 
-def _arrivals(protocol: ResponseHandler) -> Callable[[], Sequence[object]]:
+def _ends(connection: Connection) -> tuple[ResponseHandler, asyncio.Transport]:
+    """The two ends of a connection on our side: the protocol is aiohttp's, the transport asyncio's."""
+    protocol = connection.protocol
+    assert protocol is not None
+    if protocol.transport is None:  # lost within the moment since it was made
+        connection.close()
+        raise aiohttp.ServerDisconnectedError
+    return protocol, protocol.transport
+
+
+def _arrivals(transport: asyncio.BaseTransport) -> Callable[[], Sequence[object]]:
     """A function that tells whether anything has come which the event loop has not had the time to read."""
-    assert protocol.transport is not None
-    socket = protocol.transport.get_extra_info("socket")
+    socket = transport.get_extra_info("socket")
     if not hasattr(select, "poll"):  # on Windows, where select takes any socket
         return lambda: select.select([socket], [], [], 0)[0]
     poll = select.poll()
@@ -126,30 +142,44 @@ def _arrivals(protocol: ResponseHandler) -> Callable[[], Sequence[object]]:
     return partial(poll.poll, 0)
 
 
-def _is_spoilt(protocol: ResponseHandler, arrivals: Callable[[], Sequence[object]]) -> bool:
-    """Whether data or the end came while it was idle: aiohttp would take the data for the next request's answer."""
-    return protocol.should_close or bool(arrivals())
+class _Line(asyncio.Protocol):
+    """Our own pool's connection, between its transport and aiohttp's protocol, which reads also what nobody asked for.
 
+    It would keep however much comes, and give it out as the answers to the next requests.
+    """
 
-def _drop_spoilt(request: aiohttp.ClientRequest) -> None:
-    """Close what the request must not go out on, of the connections that a given session keeps."""
-    # aiohttp shows its idle connections to nobody in public. It takes the first that is connected.
-    idle = getattr(request.session.connector, "_conns", {})
-    for protocol, _ in idle.get(request.connection_key, ()):
-        if protocol.is_connected() and not _is_spoilt(protocol, _arrivals(protocol)):
-            break
-        protocol.close()
+    def __init__(self, protocol: ResponseHandler, transport: asyncio.Transport) -> None:
+        self._protocol = protocol
+        self.transport: asyncio.Transport = transport
+        self._arrivals = _arrivals(transport)
+        self.exchange: _Exchange | None = None
+        """The one under way."""
+        transport.set_protocol(self)
 
+    @property
+    def is_spoilt(self) -> bool:
+        """Whether something has come while it was idle, be it its end."""
+        return self._protocol.should_close or bool(self._arrivals())
 
-class _Line:
-    """A connection of our own pool."""
+    def data_received(self, data: bytes) -> None:
+        if self.exchange is None:
+            self.transport.abort()
+        else:
+            self._protocol.data_received(data)
 
-    __slots__ = ("arrivals", "exchange")
+    def eof_received(self) -> None:
+        self._protocol.eof_received()
 
-    def __init__(self, protocol: ResponseHandler, exchange: "_Exchange") -> None:
-        self.arrivals = _arrivals(protocol)
-        self.exchange = exchange
-        """The last one on it."""
+    def pause_writing(self) -> None:
+        self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._protocol.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._protocol.connection_lost(exc)
+        if self.exchange is not None:
+            self.exchange.lost(exc)
 
 
 class _Connector(aiohttp.TCPConnector):
@@ -160,7 +190,6 @@ class _Connector(aiohttp.TCPConnector):
         # No cache of names: its look-ups go on when the call that asked has been cancelled.
         super().__init__(limit=0, use_dns_cache=False, ssl=True if ssl is None else ssl)
         self._process = os.getpid()
-        self._lines: dict[ResponseHandler, _Line] = {}
 
     async def connect(
         self,
@@ -172,35 +201,20 @@ class _Connector(aiohttp.TCPConnector):
         exchange.begin(DISCONNECTED)
         while True:
             connection = await super().connect(req, traces, timeout)
-            protocol = connection.protocol
-            assert protocol is not None
-            line = self._lines.get(protocol)
-            if line is None or not _is_spoilt(protocol, line.arrivals):
-                break
+            protocol, transport = _ends(connection)
+            line = transport.get_protocol()
+            if not isinstance(line, _Line):
+                exchange.take(_Line(protocol, transport))
+                return connection
+            if not line.is_spoilt:
+                exchange.reused = True
+                exchange.take(line)
+                return connection
             connection.close()
-        exchange.protocol = protocol
-        if line is None:
-            self._watch(connection, protocol, exchange)
-        else:
-            exchange.reused = True
-            line.exchange = exchange
-        return connection
-
-    def _watch(self, connection: Connection, protocol: ResponseHandler, exchange: "_Exchange") -> None:
-        if (closed := protocol.closed) is None:  # lost within the moment since it was made
-            connection.close()
-            raise aiohttp.ServerDisconnectedError
-        closed.add_done_callback(partial(self._lost, protocol))
-        self._lines[protocol] = _Line(protocol, exchange)
 
     def _close(self, *, abort_ssl: bool = False) -> Any:
         # A forked process that ends would take the connections out of the epoll that it shares with its parent.
         return super()._close(abort_ssl=abort_ssl) if os.getpid() == self._process else []
-
-    def _lost(self, protocol: ResponseHandler, closed: "asyncio.Future[None]") -> None:
-        with suppress(asyncio.CancelledError):  # where closing the pool was
-            closed.exception()  # has been told to whom it concerns
-        self._lines.pop(protocol).exchange.lost()
 
 
 class Transport:
@@ -286,16 +300,18 @@ class Transport:
 class _Exchange:
     """One request and what has been read of its reply."""
 
-    __slots__ = ("_begun", "_body", "protocol", "response", "reused")
+    __slots__ = ("_begun", "_body", "_is_reset", "_line", "_transport", "_unwatch", "response", "reused")
 
     def __init__(self) -> None:
         self._begun = False
+        self._is_reset = False
         self._body = bytearray()
+        self._line: _Line | None = None
+        self._transport: asyncio.Transport | None = None
+        self._unwatch: Callable[[], object] | None = None
         self.response: aiohttp.ClientResponse | None = None
-        self.protocol: ResponseHandler | None = None
-        """Where it went, on our own pool."""
         self.reused: bool = False
-        """Whether that was a connection that another exchange has used before."""
+        """Whether it went out on a connection that another exchange has used before."""
 
     def begin(self, again: str) -> None:
         """The request goes out now, which it may do once.
@@ -317,21 +333,54 @@ class _Exchange:
         assert self.response is not None
         return Reply(self.response.status, self.response.headers, bytes(self._body), exceeded)
 
-    def close(self) -> None:
-        """Give back a connection that was read to its end; drop any other."""
-        if self.response is not None:
-            self.response.close()
-            # aiohttp takes a 101 without Upgrade for an answer, and the connection back for the next request.
-            if self.response.status < 200 and self.protocol is not None:
-                self.protocol.close()
-        # The pool keeps the exchange as long as the connection.
-        self.response = self.protocol = None
-        self._body = bytearray()
+    def take(self, line: _Line) -> None:
+        """It goes out on a connection of our own pool."""
+        self._line, self._transport = line, line.transport
+        line.exchange = self
 
-    def lost(self) -> None:
+    async def take_given(self, connection: Connection) -> None:
+        """It goes out on a connection of a given session.
+
+        Raises:
+            NotAgainError: Something came on it that no request has asked for.
+        """
+        protocol, transport = _ends(connection)
+        arrivals = _arrivals(transport)
+        for _ in range(3):  # turns of the event loop, which reads it then; of TLS it may be nothing that matters
+            if arrivals():
+                await asyncio.sleep(0)
+        if protocol.should_close or not protocol.is_connected():
+            self.reused = True
+            raise NotAgainError(_UNASKED)
+        self._transport = transport
+        if (closed := protocol.closed) is not None:
+            closed.add_done_callback(self._closed)
+            self._unwatch = partial(closed.remove_done_callback, self._closed)
+
+    def _closed(self, closed: "asyncio.Future[None]") -> None:
+        self.lost(None if closed.cancelled() else closed.exception())
+
+    def lost(self, error: BaseException | None) -> None:
         """The connection is gone: aiohttp does not tell it a reader whose body it could not parse."""
+        self._is_reset = error is not None
         if self.response is not None and not self.response.content.is_eof():
             self.response.content.set_exception(aiohttp.ClientPayloadError("the connection ended within it"))
+
+    def close(self) -> None:
+        """Drop the connection, unless the reply was read to its end: then the pool has it back already."""
+        if self._line is not None and self._line.exchange is self:
+            self._line.exchange = None
+        if self._unwatch is not None:
+            self._unwatch()
+        response, transport = self.response, self._transport
+        # aiohttp takes a 101 without Upgrade for an answer, and the connection back for the next request.
+        is_whole = response is not None and response.connection is None and response.status >= 200
+        if response is not None:
+            response.close()
+        if transport is not None and not (is_whole and not transport.is_closing()):
+            transport.abort()  # closing TLS waits up to 30 s for the peer
+        self.response = self._transport = self._line = self._unwatch = None
+        self._body = bytearray()
 
     async def read(self, cap: int) -> Reply:
         """The whole reply; of a 200 at most *cap* bytes."""
@@ -339,7 +388,10 @@ class _Exchange:
         if self.response.version is not None and self.response.version.major != 1:
             raise aiohttp.ClientError("it is not HTTP/1")
         if self.response.status == 200:
-            return self.reply(exceeded=None if await self._read(cap) else cap)
+            is_below = await self._read(cap)
+            if self._is_reset and not {hdrs.CONTENT_LENGTH, hdrs.TRANSFER_ENCODING} & self.response.headers.keys():
+                raise aiohttp.ClientPayloadError("the connection was reset within it")
+            return self.reply(exceeded=None if is_below else cap)
         async with asyncio.timeout(_ERROR_BODY_TIMEOUT):
             await self._read(MAX_ERROR_BODY)
         return self.reply()
@@ -354,7 +406,8 @@ class _Exchange:
         if coding in {"", "identity"}:
             return self._read_plain(cap)
         if coding not in _CODINGS:
-            raise aiohttp.ClientPayloadError(f"Content-Encoding {printable(coding)!r} was not asked for")
+            sent = ", ".join(headers.getall(hdrs.CONTENT_ENCODING))
+            raise aiohttp.ClientPayloadError(f"Content-Encoding {sent} was not asked for")
         return self._read_deflated(cap, _Inflater(_CODINGS[coding]))
 
     async def _read_plain(self, cap: int) -> bool:
@@ -378,8 +431,8 @@ class _Exchange:
                 if len(self._body) > cap:
                     self._keep_start(cap)
                     return False
-                if len(piece) in {0, _INFLATED_PIECE}:
-                    await asyncio.sleep(0)  # a bomb, or a chain of nothing, holds the event loop for one piece
+                if len(piece) in {0, _INFLATED_PIECE} or inflater.members > 1:
+                    await asyncio.sleep(0)  # a bomb, or a chain of little, holds the event loop for one piece
         inflater.finish()
         return True
 
@@ -400,14 +453,15 @@ class _Inflater:
         self._wbits = wbits
         self._waiting = b""
         self._zlib: zlib._Decompress | None = None
-        self._members = 0
+        self.members: int = 0
+        """How many have been read to their end."""
 
     def feed(self, chunk: bytes) -> None:
         self._waiting += chunk
 
     def piece(self) -> bytes | None:
         """The next piece, which may be empty; ``None`` where more has to be fed first."""
-        if self._members and self._zlib is None:
+        if self.members and self._zlib is None:
             self._waiting = self._waiting.lstrip(b"\0")  # padding
         if not self._waiting:
             return None
@@ -418,7 +472,7 @@ class _Inflater:
         if self._zlib.eof:
             # What follows may be another member: RFC 1952, section 2.2.
             self._waiting, self._zlib = self._zlib.unused_data, None
-            self._members += 1
+            self.members += 1
         return piece
 
     def finish(self) -> None:
@@ -438,17 +492,21 @@ def _failure(error: Exception, key: ApiKey, *, reused: bool) -> ConnectionFailed
         case aiohttp.ClientConnectorCertificateError():
             reason = f"the server's certificate is not trusted: {_said(error.certificate_error, key)}"
             return ConnectionFailedError(reason, transient=False)
-        case aiohttp.ClientConnectorError():
-            return ConnectionFailedError(f"cannot connect to {error.host}:{error.port}: {error.os_error}")
         case NotAgainError():
             return ConnectionFailedError(str(error), stale_connection=reused)
+        case aiohttp.ClientConnectorError():
+            reason = f"cannot connect to {error.host}:{error.port}: {error.os_error}"
+        case aiohttp.ClientHttpProxyError():
+            # Without its words, which may have its password in them.
+            reason = f"the proxy answered {error.status} and made no connection"
         case aiohttp.ClientResponseError():
             # `status` is aiohttp's word for what it could not parse, not the server's.
-            return ConnectionFailedError(f"the reply is not HTTP: {_unquoted(error.message, key)}")
+            reason = f"the reply is not HTTP: {_unquoted(error.message, key)}"
         case zlib.error() | aiohttp.ClientPayloadError():
-            return ConnectionFailedError(f"the body is cut short or corrupt: {_said(error, key)}")
+            reason = f"the body is cut short or corrupt: {_said(error, key)}"
         case _:
-            return ConnectionFailedError(f"the exchange failed: {_said(error, key)}")
+            reason = f"the exchange failed: {_said(error, key)}"
+    return ConnectionFailedError(reason)
 
 
 def _said(error: Exception, key: ApiKey) -> str:

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 import trustme
 from aiohttp import web
-from aiohttp.client_proto import ResponseHandler
+from aiohttp.connector import Connection
 from conftest import EMPTY_ANSWER, RawConnection, RawServer
 from services import free_port
 from yarl import URL
@@ -89,12 +89,21 @@ async def test_this_aiohttp_is_known(way: str) -> None:
         assert direct.DirectRequests(session, URL("http://localhost/audiences")).usable is (way == "direct")
 
 
-async def test_a_connection_that_is_lost_at_once(sandbox: Sandbox, north: Account) -> None:
+async def test_a_connection_that_is_lost_at_once(
+    sandbox: Sandbox, north: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A connection that is gone when aiohttp gives it out is a failed one, and tried again."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ResponseHandler, "closed", None)
-        async with AudiencesClient(str(north.api_key), base_url=sandbox.base_url, retry=ONCE) as client:
-            error = await error_of(client)
+    connect = aiohttp.TCPConnector.connect
+
+    async def lost(*arguments: Any) -> Connection:
+        connection = await connect(*arguments)
+        assert connection.protocol is not None
+        connection.protocol.abort()
+        return connection
+
+    monkeypatch.setattr(aiohttp.TCPConnector, "connect", lost)
+    async with AudiencesClient(str(north.api_key), base_url=sandbox.base_url, retry=ONCE) as client:
+        error = await error_of(client)
     assert isinstance(error, ConnectionFailedError)
     assert error.transient
 
@@ -357,7 +366,8 @@ async def test_what_comes_unasked_answers_nobody(
     server = await raw(serve)
     async with aiohttp.ClientSession() as session:
         given = session if is_given else None
-        async with AudiencesClient("key", base_url=server.base_url, retry=ONCE, session=given) as client:
+        retry = THRICE if is_given else ONCE
+        async with AudiencesClient("key", base_url=server.base_url, retry=retry, session=given) as client:
             assert len(await client.get_audiences()) == 0
             idle.set()
             await sent.wait()
