@@ -610,6 +610,7 @@ def _lengths_kept() -> Iterator[Fault]:
     yield Fault("a second answer after an error", _says(reply(b"", b"404 No") + reply(EMPTY)), refusal(404))
     yield Fault("no length, whole, FIN", _says(head() + ONE, **close), Value(1))
     yield Fault("no length, cut, FIN", _says(head() + ONE[:-1], **close), UNREADABLE)
+    yield _retried("no length, whole, RST", _says(head() + ONE, then="reset"))
     yield _slow("no length, whole, and silence", _says(head() + ONE, then="hang"))
     yield Fault("no body at all, FIN", _says(head(), **close), UNREADABLE)
 
@@ -1227,6 +1228,16 @@ async def _says_many(peer: Peer) -> None:
     await peer.answer(_many())
 
 
+def _members(number: int) -> bytes:
+    """An answer behind so many blanks, each compressed by itself."""
+    return gzip.compress(b" ") * number + gzip.compress(ONE)
+
+
+def _ignored(number: int) -> bytes:
+    """An answer with so many empty arrays in a field that nobody reads."""
+    return gzip.compress(ONE.replace(b"{", b'{"ignored": [' + b"[]," * number + b"[]], ", 1), compresslevel=1)
+
+
 LONG: Final[tuple[Fault, ...]] = (
     Fault("gzip bomb of 1024 MiB", _bomb("gzip", 1024, GZIP), TOO_LARGE),
     Fault("deflate bomb of 1024 MiB", _bomb("deflate", 1024, DEFLATE), TOO_LARGE),
@@ -1235,6 +1246,8 @@ LONG: Final[tuple[Fault, ...]] = (
     Fault(
         "an error body of 64 MiB", _goes_on(head(length(64 * MIB), status=b"404 None"), b"x" * MIB, 64), refusal(404)
     ),
+    Fault("gzip of 20,000 members", _keep(_members(20_000), b"200 OK", b"Content-Encoding: gzip"), Value(1)),
+    Fault("gzip of what is ignored", _keep(_ignored(2_000_000), b"200 OK", b"Content-Encoding: gzip"), Value(1)),
     Fault("an error body that is a bomb", _bomb("gzip", 1024, GZIP, b"404 None"), refusal(404)),
 )
 """Faults that must not hold the event loop."""

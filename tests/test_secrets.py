@@ -285,6 +285,9 @@ HEADS: Final = {
     "chunk size": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%s\r\n",
     "chunk size of an error": b"HTTP/1.1 400 No\r\nTransfer-Encoding: chunked\r\n\r\n%s\r\n",
     "content encoding": b"HTTP/1.1 200 OK\r\nContent-Encoding: %s\r\nContent-Length: 1\r\n\r\nx",
+    "content encoding, cut": b"HTTP/1.1 200 OK\r\nContent-Encoding: "
+    + b"x" * 188
+    + b"%s\r\nContent-Length: 1\r\n\r\nx",
     "reason": b"HTTP/1.1 400 %s\r\nContent-Length: 0\r\n\r\n",
     "cut body": b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n%s",
     "long value": b"HTTP/1.1 200 OK\r\nX: " + b"%s" * 700 + b"\r\n\r\n",

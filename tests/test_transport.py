@@ -4,7 +4,9 @@ import asyncio
 import gzip
 import json
 import select
+import socket
 import ssl as tls
+import struct
 import zlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import aiohttp
 import pytest
 import trustme
 from aiohttp import web
+from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 from conftest import EMPTY_ANSWER, RawConnection, RawServer
 from services import free_port
@@ -377,6 +380,137 @@ async def test_what_comes_unasked_answers_nobody(
     assert (server.connections, server.requests) == (2, 2)
 
 
+async def test_nothing_is_read_from_an_idle_connection(raw: StartRaw) -> None:
+    """What comes on an idle connection, however much, ends it at once, and is not kept."""
+    idle, ended = asyncio.Event(), asyncio.Event()
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        await connection.answer()
+        await idle.wait()
+        try:
+            while True:
+                await connection.answer()
+        except ConnectionError:
+            ended.set()
+
+    server = await raw(serve)
+    async with AudiencesClient("key", base_url=server.base_url) as client:
+        await client.get_audiences()
+        idle.set()
+        await asyncio.wait_for(ended.wait(), 10)
+
+
+async def test_what_comes_while_a_given_session_takes_its_connection(raw: StartRaw) -> None:
+    """A given session's connection is looked at when it is taken, whatever the session does before."""
+    reused, sent = asyncio.Event(), asyncio.Event()
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        await connection.answer()
+        if connection.server.connections == 1:
+            await reused.wait()
+            await connection.answer(b'{"status": "200", "data": [{"type": "Stale"}]}')
+            sent.set()
+        await connection.request()
+        await connection.answer()
+
+    async def wait(*_: object) -> None:
+        reused.set()
+        await sent.wait()
+
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_reuseconn.append(wait)
+    server = await raw(serve)
+    async with aiohttp.ClientSession(trace_configs=[trace]) as session:
+        client = AudiencesClient("key", base_url=server.base_url, session=session, retry=THRICE)
+        assert len(await client.get_audiences()) == 0
+        assert len(await client.get_audiences()) == 0
+    assert (server.connections, server.requests) == (2, 2)
+
+
+async def test_a_given_session_that_loses_its_connection_at_once(
+    sandbox: Sandbox, north: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection of a given session that tells nobody of its end is used all the same."""
+    monkeypatch.setattr(ResponseHandler, "closed", None)
+    async with aiohttp.ClientSession() as session:
+        client = AudiencesClient(str(north.api_key), base_url=sandbox.base_url, session=session, retry=ONCE)
+        assert len(await client.get_audiences()) == 2
+
+
+@pytest.mark.parametrize("is_given", [False, True], ids=["own", "given"])
+async def test_what_follows_a_101_answers_nobody(raw: StartRaw, *, is_given: bool) -> None:
+    """The answer that comes after a 101 which nobody asked for is not the next account's."""
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        await connection.send(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+        await connection.request()
+        await connection.answer()
+
+    server = await raw(serve)
+    async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as session:
+        given = session if is_given else None
+        async with AudiencesClient("key", base_url=server.base_url, retry=ONCE, session=given) as client:
+            for _ in range(2):
+                assert isinstance(await error_of(client), InvalidResponseError)
+    assert (server.connections, server.requests) == (2, 2)
+
+
+@pytest.mark.parametrize("is_given", [False, True], ids=["own", "given"])
+async def test_a_body_that_cannot_be_parsed_ends_its_attempt_at_once(raw: StartRaw, *, is_given: bool) -> None:
+    """A chunk that is none, in a segment of its own, is not waited out."""
+    sent, begun = asyncio.Event(), asyncio.Event()
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        await connection.send(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n")
+        sent.set()
+        await begun.wait()
+        await connection.send(b"no size\r\n")
+        await connection.reader.read()
+
+    server = await raw(serve)
+    async with aiohttp.ClientSession() as session:
+        given = session if is_given else None
+        async with AudiencesClient("key", base_url=server.base_url, retry=ONCE, session=given) as client:
+            call = asyncio.create_task(error_of(client))
+            await sent.wait()
+            for _ in range(10):  # turns, in which the client reads what has come so far
+                await asyncio.sleep(0)
+            begun.set()
+            error = await asyncio.wait_for(call, 5)
+    assert isinstance(error, ConnectionFailedError)
+    assert "cut short or corrupt" in str(error)
+
+
+async def test_a_body_that_ends_with_a_reset_is_cut(raw: StartRaw) -> None:
+    """A body of no known length is whole where the connection ends in order, and not where it is reset."""
+    sent, begun = asyncio.Event(), asyncio.Event()
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        await connection.send(b"HTTP/1.1 200 OK\r\n\r\n" + EMPTY_ANSWER)
+        sent.set()
+        if connection.server.requests == 1:
+            await begun.wait()
+            linger = struct.pack("ii", 1, 0)  # its close is a reset
+            connection.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+    server = await raw(serve)
+    async with AudiencesClient("key", base_url=server.base_url, retry=ONCE) as client:
+        call = asyncio.create_task(error_of(client))
+        await sent.wait()
+        for _ in range(10):  # turns, in which the client reads what has come so far
+            await asyncio.sleep(0)
+        begun.set()
+        error = await asyncio.wait_for(call, 5)
+        assert isinstance(error, ConnectionFailedError)
+        assert "reset" in str(error)
+        assert len(await client.get_audiences()) == 0
+
+
 async def test_whatever_a_middleware_raises_is_a_failed_exchange(sandbox: Sandbox, north: Account) -> None:
     """An exception from code of the session's owner is one of our errors, and leaves no frames with headers behind."""
 
@@ -538,6 +672,54 @@ async def test_an_explicit_proxy_is_used(raw: StartRaw) -> None:
     async with AudiencesClient("key", base_url="http://localhost:1/", proxy=proxy.base_url) as client:
         assert len(await client.get_audiences()) == 0
     assert heads[0].startswith(b"GET http://localhost:1/audiences HTTP/1.1\r\n")
+
+
+async def test_a_proxy_that_refuses(raw: StartRaw) -> None:
+    """A proxy that makes no connection is told by its status, without its words: they may quote its password."""
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        await connection.answer(b"", head=b"HTTP/1.1 407 no me:s3cret")
+
+    proxy = (await raw(serve)).base_url.replace("http://", "http://me:s3cret@")
+    async with AudiencesClient("key", base_url="https://localhost:1/", proxy=proxy, retry=ONCE) as client:
+        error = await error_of(client)
+    assert isinstance(error, ConnectionFailedError)
+    assert error.message == "the proxy answered 407 and made no connection"
+
+
+async def test_a_dropped_tls_connection_is_gone_at_once(raw: StartRaw) -> None:
+    """A peer that says nothing, not even good-bye, does not keep a connection that the client has given up."""
+    ca = trustme.CA()
+    ours, theirs = tls.create_default_context(), tls.create_default_context(tls.Purpose.CLIENT_AUTH)
+    ca.configure_trust(ours)
+    ca.issue_cert("localhost").configure_cert(theirs)
+    connected, gone = asyncio.Event(), asyncio.Event()
+
+    async def serve(connection: RawConnection) -> None:
+        incoming, outgoing = tls.MemoryBIO(), tls.MemoryBIO()
+        peer = theirs.wrap_bio(incoming, outgoing, server_side=True)
+        while True:
+            try:
+                request = peer.read()
+            except tls.SSLWantReadError:
+                await connection.send(outgoing.read())
+                incoming.write(await connection.reader.read(1 << 16))
+            else:
+                break
+        assert request.startswith(b"GET ")
+        connected.set()
+        await connection.reader.read()  # until the client has gone
+        gone.set()
+
+    server = await raw(serve)
+    base_url = server.base_url.replace("http://127.0.0.1", "https://localhost")
+    async with AudiencesClient("key", base_url=base_url, ssl=ours) as client:
+        call = asyncio.create_task(client.get_audiences())
+        await asyncio.wait_for(connected.wait(), 10)
+        call.cancel()
+        await asyncio.wait_for(gone.wait(), 10)
+    assert call.cancelled()
 
 
 @pytest.fixture
