@@ -60,6 +60,7 @@ class _Kept:
 
     response: AudiencesResponse
     at: float
+    generation: int
 
 
 @define(eq=False)
@@ -68,6 +69,7 @@ class _Flight:
 
     call: Call
     scope: Scope
+    generation: int
     waiters: int = 0
     keep: bool = True
     task: asyncio.Task[Result] = field(init=False)
@@ -111,6 +113,8 @@ class Cache:
         self._flights: dict[bytes, _Flight] = {}
         self._tasks: set[asyncio.Task[Result]] = set()
         self._digests: OrderedDict[Account, bytes] = OrderedDict()
+        self._generation = 0  # counts what has been invalidated
+        self._invalidated: dict[str, int] = {}  # by name, of accounts whose key a function gives
 
     async def get(self, account: Account, key: ApiKey, timeout: float) -> Result:
         """The account's answer, kept or new, or the error.
@@ -122,7 +126,7 @@ class Cache:
         """
         digest = self._digest(key)
         self._remember(account, digest)
-        kept = self._kept.get(digest)
+        kept = self._kept_for(account, digest)
         if kept is not None:
             self._kept.move_to_end(digest)
             age = self._now() - kept.at
@@ -132,24 +136,44 @@ class Cache:
                 self._refresh(digest, account)
                 return kept.response
         result = await self._joined(digest, account, timeout)
-        stale = self._in_place_of(result, digest) if isinstance(result, AudiencesError) else None
+        stale = self._in_place_of(result, account, digest) if isinstance(result, AudiencesError) else None
         return result if stale is None else stale
 
     def in_place_of(self, error: AudiencesError, account: Account) -> AudiencesResponse | None:
         """What is given instead of the error; ``None`` where that is nothing."""
         digest = self._digests.get(account)
-        return None if digest is None else self._in_place_of(error, digest)
+        return None if digest is None else self._in_place_of(error, account, digest)
 
     def invalidate(self, account: Account) -> None:
         """Keep no answer of this account that was asked for before now."""
-        digest = self._digests.pop(account, None)
-        if digest is None and isinstance(account.credential, ApiKey):
-            digest = self._digest(account.credential)
-        if digest is not None:
-            self._kept.pop(digest, None)
-            flight = self._flights.pop(digest, None)
-            if flight is not None:
-                flight.keep = False
+        if isinstance(account.credential, ApiKey):
+            self._forget(self._digest(account.credential))
+            return
+        if len(self._invalidated) >= self._policy.max_accounts:
+            for digest in {*self._kept, *self._flights}:
+                self._forget(digest)
+            self._invalidated.clear()
+        self._generation += 1
+        self._invalidated[account.name] = self._generation
+
+    def _forget(self, digest: bytes) -> None:
+        self._kept.pop(digest, None)
+        flight = self._flights.pop(digest, None)
+        if flight is not None:
+            flight.keep = False
+
+    def _is_valid(self, held: _Kept | _Flight | None, account: Account) -> bool:
+        """Whether it was asked for after the account was last invalidated.
+
+        Which key a function gave before is not known, and two functions do not compare: such accounts go by name.
+        """
+        if held is None:
+            return False
+        return isinstance(account.credential, ApiKey) or held.generation >= self._invalidated.get(account.name, 0)
+
+    def _kept_for(self, account: Account, digest: bytes) -> _Kept | None:
+        kept = self._kept.get(digest)
+        return kept if self._is_valid(kept, account) else None
 
     async def close(self) -> None:
         """End what is under way."""
@@ -167,8 +191,8 @@ class Cache:
         while len(self._digests) > self._policy.max_accounts:
             self._digests.popitem(last=False)
 
-    def _in_place_of(self, error: AudiencesError, digest: bytes) -> AudiencesResponse | None:
-        kept = self._kept.get(digest)
+    def _in_place_of(self, error: AudiencesError, account: Account, digest: bytes) -> AudiencesResponse | None:
+        kept = self._kept_for(account, digest)
         if kept is None or not isinstance(error, _OUTAGES):
             return None
         return kept.response if self._now() - kept.at < self._policy.ttl + self._policy.stale_if_error else None
@@ -178,11 +202,17 @@ class Cache:
             self._start(digest, account, self._timeout).waiters = 1
 
     async def _joined(self, digest: bytes, account: Account, timeout: float) -> Result:
-        flight = self._flights.get(digest) or self._start(digest, account, timeout)
+        flight = self._flights.get(digest)
+        joined = flight is not None and not flight.scope.expired and self._is_valid(flight, account)
+        if flight is None or not joined:
+            flight = self._start(digest, account, timeout)
         flight.extend(timeout)
         with self._waiting(digest, flight):
             await asyncio.wait({flight.task})
         result = flight.task.result()
+        if joined and isinstance(result, DeadlineExceededError):
+            # Where it waited for its turn, it may have had no more time than the first who asked.
+            return await self._joined(digest, account, timeout)
         return _of(result, account) if isinstance(result, AudiencesError) else result
 
     @contextmanager
@@ -197,9 +227,9 @@ class Cache:
                 self._land(digest, flight)
 
     def _start(self, digest: bytes, account: Account, timeout: float) -> _Flight:
-        flight = _Flight(*self._begin(account, timeout))
+        flight = _Flight(*self._begin(account, timeout), self._generation)
+        self._flights[digest] = flight  # before the task, which may be an eager one
         flight.task = asyncio.get_running_loop().create_task(self._fly(digest, account, flight))
-        self._flights[digest] = flight
         self._tasks.add(flight.task)
         flight.task.add_done_callback(self._tasks.discard)
         return flight
@@ -212,15 +242,15 @@ class Cache:
         if flight.keep and isinstance(result, AudiencesResponse) and flight.call.key is not None:
             answered = self._digest(flight.call.key)  # perhaps by a fresh key, after a 401
             self._remember(account, answered)
-            self._keep(answered, result)
+            self._keep(answered, _Kept(result, self._now(), flight.generation))
         return result
 
     def _land(self, digest: bytes, flight: _Flight) -> None:
         if self._flights.get(digest) is flight:
             del self._flights[digest]
 
-    def _keep(self, digest: bytes, response: AudiencesResponse) -> None:
-        self._kept[digest] = _Kept(response, self._now())
+    def _keep(self, digest: bytes, kept: _Kept) -> None:
+        self._kept[digest] = kept
         self._kept.move_to_end(digest)
         while len(self._kept) > self._policy.max_accounts:
             self._kept.popitem(last=False)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Generator
+from functools import partial
 from typing import Literal, TypeAlias
 
 from attrs import frozen
@@ -9,6 +10,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_result
 
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, KeySource
+from audiences_async.deadlines import Scope
 from audiences_async.errors import (
     AudiencesError,
     ConnectionFailedError,
@@ -29,8 +31,8 @@ from audiences_async.events import (
     emit,
     is_watched,
 )
-from audiences_async.models import AudiencesResponse
-from audiences_async.pacing import Lane, Verdict
+from audiences_async.models import Account, AudiencesResponse
+from audiences_async.pacing import Pacer, Verdict
 from audiences_async.retrying import RetryPolicy, RetryTokens, wait_full_jitter
 from audiences_async.transport import Transport
 from audiences_async.wire import Reply, Result, read, read_plain, used_up
@@ -52,29 +54,33 @@ class Call:
     """One call for one account, from the first attempt to the answer or the error.
 
     Args:
-        account: The account's name.
+        account: The account.
         credential: The key, or where fresh ones come from.
-        timeout: Seconds for the whole call. Only waits are held against it here; the caller cuts off the rest.
-        lane: Where the account's turns come from.
+        timeout: Seconds for the whole call. Only waits are held against it here; *scope* cuts off the rest.
+        scope: What the caller runs it in.
+        pacer: Where the account's turns come from.
         transport: Where attempts are made.
         settings: What all calls of the client share.
     """
 
     def __init__(
         self,
-        account: str,
+        account: Account,
         credential: ApiKey | KeySource,
         timeout: float,
         *,
-        lane: Lane,
+        scope: Scope,
+        pacer: Pacer,
         transport: Transport,
         settings: CallSettings,
     ) -> None:
-        self._account = account
+        self._account = account.name
+        # Not the lane itself yet: it is forgotten where nobody uses it.
+        self._find_lane = partial(pacer.lane, account)
+        self._scope = scope
         self._key: ApiKey | None = credential if isinstance(credential, ApiKey) else None
         self._source: KeySource | None = None if isinstance(credential, ApiKey) else credential
         self._refused_key: ApiKey | None = None
-        self._lane = lane
         self._transport = transport
         self._settings = settings
         self._started = settings.clock.monotonic()
@@ -102,10 +108,11 @@ class Call:
 
     async def run(self) -> Result:
         """The answer, or the error of the last attempt; tenacity comes in when something has failed."""
+        self._lane = self._find_lane()
         self._lane.users += 1
-        if self._watched:
-            self._tell(CallStarted(self._account))
         try:
+            if self._watched:
+                self._tell(CallStarted(self._account))
             result = await self._attempt()
             if self._retries(result):
                 result = await self._run_again(result)
@@ -155,6 +162,8 @@ class Call:
         if key is None or key is self._refused_key:
             assert self._source is not None
             key = self._key = await self._source.get(account=self._account, refused=self._refused_key)
+        if self._scope.expired or self._settings.clock.monotonic() >= self._deadline:
+            raise TimeoutError  # which the function for the key has kept to itself
         result = await self._exchange(key)
         assert self._sent_at is not None
         self._attempt_elapsed = self._settings.clock.monotonic() - self._sent_at
@@ -165,12 +174,12 @@ class Call:
         """Wait for a turn, use it, and tell the lane what came of it."""
         asked_at = self._settings.clock.monotonic() if self._watched else 0.0
         turn = await self._lane.acquire(self._deadline)
-        self._sent_at = self._settings.clock.monotonic()
-        if self._watched:
-            self._tell(AttemptStarted(self._account, self._next_number, self._sent_at - asked_at))
         verdict: Verdict = "nothing"
         pause: float | None = None
         try:
+            self._sent_at = self._settings.clock.monotonic()
+            if self._watched:
+                self._tell(AttemptStarted(self._account, self._next_number, self._sent_at - asked_at))
             reply = await self._transport.attempt(key)
             if not isinstance(reply, Reply):
                 return reply
@@ -267,7 +276,8 @@ class Call:
         error.elapsed = self._settings.clock.monotonic() - self._started
         error.stop_reason = stop_reason
         self._tell_finished(error)
-        return error
+        # Its frames hold this call, and this the key, for as long as somebody keeps the error.
+        return error.with_traceback(None)
 
     def _tell_finished(self, error: AudiencesError | None) -> None:
         elapsed = self._settings.clock.monotonic() - self._started

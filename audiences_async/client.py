@@ -193,7 +193,10 @@ class AudiencesClient:
         else:
             result = await self._cached(self._cache, account, limit)
         if isinstance(result, AudiencesError):
-            raise result
+            try:
+                raise result
+            finally:
+                del result  # its traceback has this frame, and would keep it and itself
         return result
 
     def stream(
@@ -341,15 +344,17 @@ class AudiencesClient:
     def _begin(self, account: Account, limit: float) -> tuple[Call, Scope]:
         """A call, and the time that it has."""
         transport, pacer, deadlines = self._open()
+        scope = deadlines.within(limit)
         call = Call(
-            account.name,
+            account,
             self._credential(account),
             limit,
-            lane=pacer.lane(account),
+            scope=scope,
+            pacer=pacer,
             transport=transport,
             settings=self._call_settings,
         )
-        return call, deadlines.within(limit)
+        return call, scope
 
     async def _run(self, call: Call, scope: Scope) -> Result:
         try:
@@ -367,8 +372,10 @@ class AudiencesClient:
         _, _, deadlines = self._open()
         credential = self._credential(account)
         try:
-            with deadlines.within(limit):
+            with deadlines.within(limit) as scope:
                 key = credential if isinstance(credential, ApiKey) else await credential.get(account=account.name)
+                if scope.expired:
+                    raise TimeoutError  # noqa: TRY301 - which the function for the key has kept to itself
                 return await cache.get(account, key, limit)
         except TimeoutError:
             error, reason = self._out_of_time(limit)

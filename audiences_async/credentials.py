@@ -11,6 +11,7 @@ from hashlib import blake2b
 from typing import Any, Final, Self, TypeAlias
 from urllib.parse import quote, quote_plus
 
+from audiences_async.deadlines import is_cancelled
 from audiences_async.errors import ConfigurationError
 
 KeyProvider: TypeAlias = Callable[[], str | Awaitable[str]]
@@ -222,7 +223,9 @@ async def _ask(provider: KeyProvider, account: str, before: ApiKey | None) -> Ap
     try:
         answer = provider()
         key = ApiKey(await answer if inspect.isawaitable(answer) else answer, before=before)
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
+        if isinstance(error, asyncio.CancelledError) and is_cancelled():
+            raise
         message = f"the function for the API key raised {type(error).__name__}"
         raise ConfigurationError(message, account=account) from error
     del answer  # the plain key leaves this frame before anything else can raise

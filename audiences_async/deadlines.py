@@ -11,6 +11,12 @@ from typing import Any, Final, Self
 _TICK: Final = 0.002  # s between two looks, so that thousands of calls that end at the same time do not crowd the loop
 
 
+def is_cancelled() -> bool:
+    """Whether somebody has cancelled this task; a `CancelledError` may also come out of what it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class Deadlines:
     """The scopes under way on one event loop."""
 

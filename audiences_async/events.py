@@ -5,6 +5,7 @@ Every time is in seconds. Nothing here ever holds an API key.
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, Literal, TypeAlias
 
 from attrs import frozen
@@ -137,10 +138,13 @@ def is_watched(hook: EventHook | None) -> bool:
 
 def emit(hook: EventHook | None, event: Event) -> None:
     """Log the event, and tell the hook; one that raises is logged too, and never hurts the call."""
-    _log.debug("%r", event)
+    # Hooks and the log's filters are somebody else's code, on the path of a call that must go on.
+    with suppress(Exception):
+        _log.debug("%r", event)
     if hook is None:
         return
     try:
         hook(event)
-    except Exception:  # noqa: BLE001 - somebody else's code, on the path of a call that must go on
-        _log.warning("on_event raised on %r", event, exc_info=True)
+    except Exception:  # noqa: BLE001
+        with suppress(Exception):
+            _log.warning("on_event raised on %r", event, exc_info=True)

@@ -70,6 +70,7 @@ class Results(AsyncIterator[R], Generic[T, R]):
         self._concurrency = concurrency
         self._reading = asyncio.Lock()
         self._exhausted = False
+        self._is_left = False
         self._room = asyncio.Semaphore(_HELD * concurrency)
         self._done: asyncio.Queue[tuple[R] | None] = asyncio.Queue()
         self._failure: BaseException | None = None
@@ -83,31 +84,39 @@ class Results(AsyncIterator[R], Generic[T, R]):
         result = await self._done.get()
         if result is None:
             self._done.put_nowait(None)  # for whoever else asks, or asks again
-            failure, self._failure = self._failure, None
-            raise failure or StopAsyncIteration
+            failure = self._failure
+            if failure is None:
+                raise StopAsyncIteration
+            # An exception that is raised twice shows the frames of both.
+            self._failure = ClientClosedError("the stream ended before its end; another consumer was told why")
+            raise failure
         self._room.release()
         return result[0]
 
     async def leave(self) -> None:
         """End every task at once. Whoever still iterates is told that the results are not whole."""
-        workers = tuple(self._workers)
-        for worker in workers:
+        self._is_left = True  # also for a worker whose cancellation is lost in somebody else's code
+        for worker in self._workers:
             worker.cancel()
-        if workers:
+        if self._workers:
             self._failure = ClientClosedError("the stream was left before its end")
-            await asyncio.wait(workers)
+            await asyncio.wait(self._workers)
         await self._items.aclose()
 
+    def _has_been_left(self) -> bool:
+        return self._is_left
+
     def _start_worker(self) -> None:
-        worker = asyncio.get_running_loop().create_task(self._run())
+        # Never an eager one, which would start the next before it counts itself.
+        worker = asyncio.Task(self._run())
         self._workers.add(worker)
         worker.add_done_callback(self._finished)
 
     async def _run(self) -> None:
-        while True:
+        while not self._has_been_left():
             await self._room.acquire()
             item = await self._next()
-            if item is None:
+            if item is None or self._has_been_left():
                 return
             if len(self._workers) < self._concurrency:
                 self._start_worker()  # one by one: a job of three accounts starts no hundred tasks

@@ -11,6 +11,7 @@ from attrs import frozen
 
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey
+from audiences_async.deadlines import is_cancelled
 from audiences_async.errors import ConfigurationError, DeadlineExceededError
 from audiences_async.events import AccountPaused, AccountResumed, Event, EventHook, RateLearned, emit
 from audiences_async.models import Account
@@ -197,13 +198,15 @@ class Lane:
         fresh = sent_at >= self._cut_at  # a reply to what was sent before the last cut is old news
         if fresh:
             self._probe_out = False
-        if verdict == "throttled":
-            self._throttled(now, pause, fresh=fresh)
-        elif verdict == "answered":
-            self._answered(now, fresh=fresh)
-            if pause is not None:
-                self._close(now, pause, asked=True)
-        self._changed.set()
+        try:
+            if verdict == "throttled":
+                self._throttled(now, pause, fresh=fresh)
+            elif verdict == "answered":
+                self._answered(now, fresh=fresh)
+                if pause is not None:
+                    self._close(now, pause, asked=True)
+        finally:  # a hook may raise what ends the program, and be mistaken
+            self._changed.set()
 
     def cancel(self) -> None:
         """End the lane's task."""
@@ -297,8 +300,10 @@ class Lane:
         try:
             while self._queue:
                 await self._wait_or_give_turn(self._delay(self._now()))
-        except Exception as error:  # noqa: BLE001 - of the caller's limiter or clock; whoever waits must hear of it
-            for waiter in self._queue:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and is_cancelled():
+                raise
+            for waiter in self._queue:  # who must hear of it
                 refusal = ConfigurationError(f"rate_limit.acquire(), or the clock, raised {type(error).__name__}")
                 refusal.__cause__ = error
                 waiter.refuse(refusal)

@@ -22,7 +22,7 @@ from yarl import URL
 
 from audiences_async import checks
 from audiences_async.credentials import ApiKey
-from audiences_async.deadlines import Deadlines
+from audiences_async.deadlines import Deadlines, is_cancelled
 from audiences_async.direct import DISCONNECTED, NO_TIMEOUT, DirectRequests, NotAgainError
 from audiences_async.errors import (
     AttemptTimeoutError,
@@ -270,6 +270,8 @@ class Transport:
                 exchange.response = await self._send(authorization(key))
                 return await exchange.read(self._settings.max_body_bytes)
         except asyncio.CancelledError as cancelled:
+            if not is_cancelled():
+                return ConnectionFailedError("the exchange was cancelled by another than its caller")
             cancelled.__context__ = None
             raise cancelled.with_traceback(None) from None
         except Exception as error:  # noqa: BLE001 - aiohttp raises far more than ClientError, bugs of its own included

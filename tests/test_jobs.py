@@ -163,7 +163,7 @@ async def test_leaving_early_ends_every_task(sandbox: Sandbox, client: Audiences
 async def test_a_source_that_raises_ends_the_job_after_what_was_begun(
     sandbox: Sandbox, client: AudiencesClient
 ) -> None:
-    """What was read before is delivered, then the source's own error comes, once."""
+    """What was read before is delivered, then the source's own error comes; whoever asks again is told, too."""
     accounts = opened(sandbox, 4)
 
     def source() -> Iterator[Account]:
@@ -179,7 +179,8 @@ async def test_a_source_that_raises_ends_the_job_after_what_was_begun(
     async with client.stream(source(), concurrency=2) as outcomes:
         with pytest.raises(LookupError, match="the file ends here"):
             await take_all()
-        await take_all()
+        with pytest.raises(ClientClosedError, match="before its end"):
+            await take_all()
     assert sorted(delivered) == [account.name for account in accounts]
 
 
