@@ -116,13 +116,14 @@ class Cache:
         self._generation = 0  # counts what has been invalidated
         self._invalidated: dict[str, int] = {}  # by name, of accounts whose key a function gives
 
-    async def get(self, account: Account, key: ApiKey, timeout: float) -> Result:
+    async def get(self, account: Account, key: ApiKey, timeout: float, on_call: Callable[[Call], object]) -> Result:
         """The account's answer, kept or new, or the error.
 
         Args:
             account: Whose it is.
             key: Its key right now.
             timeout: Seconds that the caller has; keeping to them is the caller's own matter.
+            on_call: Told of the call that it waits for.
         """
         digest = self._digest(key)
         self._remember(account, digest)
@@ -135,7 +136,7 @@ class Cache:
             if age < self._policy.ttl + self._policy.stale_while_revalidate:
                 self._refresh(digest, account)
                 return kept.response
-        result = await self._joined(digest, account, timeout)
+        result = await self._joined(digest, account, timeout, on_call)
         stale = self._in_place_of(result, account, digest) if isinstance(result, AudiencesError) else None
         return result if stale is None else stale
 
@@ -201,18 +202,21 @@ class Cache:
         if digest not in self._flights:
             self._start(digest, account, self._timeout).waiters = 1
 
-    async def _joined(self, digest: bytes, account: Account, timeout: float) -> Result:
+    async def _joined(
+        self, digest: bytes, account: Account, timeout: float, on_call: Callable[[Call], object]
+    ) -> Result:
         flight = self._flights.get(digest)
         joined = flight is not None and not flight.scope.expired and self._is_valid(flight, account)
         if flight is None or not joined:
             flight = self._start(digest, account, timeout)
         flight.extend(timeout)
+        on_call(flight.call)
         with self._waiting(digest, flight):
             await asyncio.wait({flight.task})
         result = flight.task.result()
         if joined and isinstance(result, DeadlineExceededError):
             # Where it waited for its turn, it may have had no more time than the first who asked.
-            return await self._joined(digest, account, timeout)
+            return await self._joined(digest, account, timeout, on_call)
         return _of(result, account) if isinstance(result, AudiencesError) else result
 
     @contextmanager

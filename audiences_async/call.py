@@ -119,6 +119,8 @@ class Call:
             return self._finish(result)
         finally:
             self._lane.users -= 1
+            # Whatever still holds this call does not hold the key for those that come later.
+            self._source = None
 
     async def _run_again(self, first: Result) -> Result:
         pending = [first]
@@ -145,11 +147,17 @@ class Call:
         An attempt that was under way counts: its request may be on the wire.
         """
         if self._sent_at is not None:
-            elapsed = self._settings.clock.monotonic() - self._sent_at
-            self._record(Attempt(self._next_number, None, "cut off", elapsed, 0.0, stop_reason))
+            self._record(self._cut_off_attempt(self._sent_at, stop_reason))
+            self._sent_at = None
         elif isinstance(error, DeadlineExceededError) and error.retry_after is None:
             error.retry_after = self._lane.expected(self._settings.clock.monotonic()) or None
         return self._with_context(error, stop_reason)
+
+    def attempts_until_now(self, stop_reason: StopReason) -> tuple[Attempt, ...]:
+        """The attempts that a caller who leaves now, for this reason, knows of."""
+        if self._sent_at is None:
+            return self._attempts
+        return (*self._attempts, self._cut_off_attempt(self._sent_at, stop_reason))
 
     def abandoned(self, error: BaseException) -> None:
         """The caller was cancelled: told, and nothing else comes of it."""
@@ -266,6 +274,10 @@ class Call:
         status = result.status if isinstance(result, AudiencesResponse | StatusError) else None
         return Attempt(self._next_number, status, error, self._attempt_elapsed, wait, reason)
 
+    def _cut_off_attempt(self, sent_at: float, reason: StopReason) -> Attempt:
+        elapsed = self._settings.clock.monotonic() - sent_at
+        return Attempt(self._next_number, None, "cut off", elapsed, 0.0, reason)
+
     def _record(self, attempt: Attempt) -> None:
         self._attempts += (attempt,)
         self._tell(AttemptFinished(self._account, attempt))
@@ -276,8 +288,7 @@ class Call:
         error.elapsed = self._settings.clock.monotonic() - self._started
         error.stop_reason = stop_reason
         self._tell_finished(error)
-        # Its frames hold this call, and this the key, for as long as somebody keeps the error.
-        return error.with_traceback(None)
+        return error.with_traceback(None)  # whose frames would hold this call for as long as somebody keeps the error
 
     def _tell_finished(self, error: AudiencesError | None) -> None:
         elapsed = self._settings.clock.monotonic() - self._started

@@ -371,15 +371,17 @@ class AudiencesClient:
     async def _cached(self, cache: Cache, account: Account, limit: float) -> Result:
         _, _, deadlines = self._open()
         credential = self._credential(account)
+        calls: list[Call] = []
         try:
             with deadlines.within(limit) as scope:
                 key = credential if isinstance(credential, ApiKey) else await credential.get(account=account.name)
                 if scope.expired:
                     raise TimeoutError  # noqa: TRY301 - which the function for the key has kept to itself
-                return await cache.get(account, key, limit)
+                return await cache.get(account, key, limit, calls.append)
         except TimeoutError:
             error, reason = self._out_of_time(limit)
             error.account, error.elapsed, error.stop_reason = account.name, limit, reason
+            error.attempts = calls[-1].attempts_until_now(reason) if calls else ()
             kept = cache.in_place_of(error, account)
             return error if kept is None else kept
 

@@ -6,6 +6,7 @@ import random
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import aiohttp
@@ -145,3 +146,11 @@ async def raw() -> AsyncIterator[Callable[[Callable[[RawConnection], Awaitable[N
     if handling:
         await asyncio.wait(handling)
     await asyncio.sleep(0)  # the event loop closes sockets in its next turn
+
+
+def eager_task_factory() -> Any:
+    """asyncio's, or a skip where there is none."""
+    factory = getattr(asyncio, "eager_task_factory", None)
+    if factory is None:
+        pytest.skip("eager tasks came with CPython 3.12")
+    return factory

@@ -2,9 +2,11 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from conftest import eager_task_factory
 
 from audiences_async import (
     Account,
@@ -15,11 +17,14 @@ from audiences_async import (
     ClientClosedError,
     ConfigurationError,
     DeadlineExceededError,
+    Event,
+    RateLimit,
     RetryPolicy,
     ServerError,
     TooManyRequestsError,
     UnauthorizedError,
 )
+from audiences_async.events import AttemptStarted
 from audiences_async.sandbox import Answer, Sandbox, SteppedTime, many_audiences
 
 ONCE = RetryPolicy(max_attempts=1)
@@ -185,6 +190,75 @@ async def test_who_joins_with_more_time_is_not_turned_away_with_the_first(
     assert 30.0 <= sum(time.slept) < 50.0
 
 
+async def test_who_joins_a_request_that_waits_for_its_turn_has_its_own_time(
+    sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient]
+) -> None:
+    """Where the first who asked has no time for the account's pause, one who joined and has some gets the answer."""
+    pause = Answer(429, retry_after=0.3, delay=0.05)
+    sandbox.script("north", pause)
+    cache = CachePolicy(0)
+    async with AudiencesClient(base_url=sandbox.base_url, cache=cache, rate_limit=RateLimit(20), retry=ONCE) as client:
+        other = Account("north", str(north.api_key))
+        throttled = asyncio.create_task(error_of(client.get_audiences(other)))
+        await asyncio.wait({throttled})
+        first = asyncio.create_task(error_of(client.get_audiences(north, timeout=0.1)))
+        second = asyncio.create_task(client.get_audiences(north, timeout=30.0))
+        assert isinstance(await first, DeadlineExceededError)
+        assert len(await second) == 2
+
+
+async def test_cached_accounts_that_begin_together_keep_their_pace(
+    sandbox: Sandbox, make: Callable[..., AudiencesClient]
+) -> None:
+    """Each of several accounts that begin in one turn of the event loop is remembered: a pause of it is kept."""
+    accounts = [sandbox.add_account(f"a{number}") for number in range(10)]
+    for account in accounts:
+        sandbox.script(account.name, Answer(429, retry_after=30))
+    async with make() as client:
+        for expected in (TooManyRequestsError, DeadlineExceededError):
+            errors = await asyncio.gather(*(error_of(client.get_audiences(each, timeout=5.0)) for each in accounts))
+            assert {type(error) for error in errors} == {expected}
+        assert len(client.snapshot().accounts) == 10
+    assert len(sandbox.requests) == 10
+
+
+async def test_a_cached_call_that_is_cut_off_tells_its_attempts(sandbox: Sandbox, north: Account) -> None:
+    """Who waits for a shared request in vain knows what was tried."""
+    sandbox.script("north", Answer(500), Answer(delay=30.0))
+    at_once = RetryPolicy(base_delay=0)
+    async with AudiencesClient(base_url=sandbox.base_url, cache=CachePolicy(0), retry=at_once) as client:
+        error = await error_of(client.get_audiences(north, timeout=0.3))
+    assert isinstance(error, DeadlineExceededError)
+    assert [(attempt.status, attempt.reason) for attempt in error.attempts] == [(500, "backoff"), (None, "deadline")]
+
+
+async def test_an_answer_that_a_key_function_makes_late(sandbox: Sandbox, north: Account) -> None:
+    """Where a key function keeps the end of the caller's time to itself, nothing is sent, and nothing given."""
+
+    async def provider() -> str:
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return str(north.api_key)
+
+    async with AudiencesClient(base_url=sandbox.base_url, cache=CachePolicy(10)) as client:
+        error = await error_of(client.get_audiences(Account("north", provider), timeout=0.05))
+    assert isinstance(error, DeadlineExceededError)
+    assert sandbox.requests == []
+
+
+async def test_eager_tasks_keep_no_error(
+    sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
+) -> None:
+    """Where tasks start eagerly, an error that comes at once is not what the next call gets."""
+    asyncio.get_running_loop().set_task_factory(eager_task_factory())
+    sandbox.script("north", Answer(429, retry_after=30))
+    async with make() as client:
+        for expected in (TooManyRequestsError, DeadlineExceededError):
+            assert type(await error_of(client.get_audiences(north, timeout=5.0))) is expected
+        time.now += 30.0
+        assert len(await client.get_audiences(north, timeout=5.0)) == 2
+
+
 async def test_stale_while_revalidate(
     sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
 ) -> None:
@@ -293,6 +367,46 @@ async def test_invalidate(sandbox: Sandbox, north: Account, make: Callable[..., 
         assert len(sandbox.requests) == 6
         with pytest.raises(ConfigurationError, match="no account"):
             client.invalidate()
+
+
+@pytest.mark.parametrize("others", [0, 2, 5])
+async def test_invalidate_an_account_whose_key_a_function_gives(
+    sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient], others: int
+) -> None:
+    """It goes by its name: the function may be made anew for each call, and many others be invalidated too."""
+
+    def again() -> Account:
+        return Account("north", lambda: str(north.api_key))
+
+    async with make(max_accounts=3) as client:
+        await client.get_audiences(again())
+        await client.get_audiences(again())
+        assert len(sandbox.requests) == 1
+        client.invalidate(again())
+        for number in range(others):
+            client.invalidate(Account(f"a{number}", lambda: "key"))
+        await client.get_audiences(again())
+        await client.get_audiences(again())
+    assert len(sandbox.requests) == 2
+
+
+async def test_invalidate_while_a_key_is_replaced(sandbox: Sandbox, north: Account) -> None:
+    """An answer that was asked for before, and came by a fresh key after, is not kept."""
+    keys = ["old", str(north.api_key)]
+    account = Account("north", lambda: keys.pop(0) if len(keys) > 1 else keys[0])
+    replaced = asyncio.Event()
+
+    def hook(event: Event) -> None:
+        if isinstance(event, AttemptStarted) and event.number == 2:
+            replaced.set()
+
+    async with AudiencesClient(base_url=sandbox.base_url, cache=CachePolicy(10), on_event=hook) as client:
+        call = asyncio.create_task(client.get_audiences(account))
+        await replaced.wait()
+        client.invalidate(account)
+        await call
+        await client.get_audiences(account)
+    assert len(sandbox.requests) == 3
 
 
 async def test_as_many_answers_are_kept_as_allowed(sandbox: Sandbox, make: Callable[..., AudiencesClient]) -> None:

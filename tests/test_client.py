@@ -1,12 +1,14 @@
 """One account, end to end, against the sandbox on real sockets."""
 
 import asyncio
+import gc
 import json
 import logging
 import math
 import ssl as tls
 import traceback
 import warnings
+import weakref
 from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
@@ -27,6 +29,7 @@ from audiences_async import (
     DeadlineExceededError,
     Event,
     NotFoundError,
+    RateLimit,
     RetryPolicy,
     ServerError,
     StatusError,
@@ -34,7 +37,7 @@ from audiences_async import (
     UnauthorizedError,
 )
 from audiences_async.clock import Clock
-from audiences_async.events import AttemptFinished, AttemptStarted, CallFinished, CallStarted
+from audiences_async.events import AccountPaused, AttemptFinished, AttemptStarted, CallFinished, CallStarted
 from audiences_async.sandbox import Answer, Sandbox, SteppedTime, many_audiences
 from audiences_async.structuring import record
 
@@ -358,6 +361,68 @@ async def test_a_key_function_that_holds_on_does_not_lift_the_bound(sandbox: San
             await client.get_audiences(Account("north", provider), timeout=0.05)
     ended = [event.error for event in events if isinstance(event, CallFinished)]
     assert ended == ["DeadlineExceededError"], "the end is told once"
+    assert sandbox.requests == [], "nothing is sent after the time is up"
+
+
+async def test_a_key_function_that_holds_on_while_the_client_is_closed(sandbox: Sandbox) -> None:
+    """A call whose key comes after the client was closed sends nothing."""
+    sandbox.add_account("north", api_key=KEY)
+    asked = asyncio.Event()
+
+    async def provider() -> str:
+        asked.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return KEY
+
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        call = asyncio.create_task(client.get_audiences(Account("north", provider)))
+        await asked.wait()
+    with pytest.raises(ClientClosedError, match="closed while the call ran"):
+        await call
+    assert sandbox.requests == []
+
+
+async def test_an_error_that_is_kept_does_not_keep_the_key(sandbox: Sandbox) -> None:
+    """While somebody holds the error of an earlier call, the next one asks the key function anew all the same."""
+    sandbox.add_account("north", api_key=KEY)
+    sandbox.script("north", Answer(429, retry_after=30))
+    asked: list[str] = []
+
+    def provider() -> str:
+        asked.append(KEY)
+        return KEY
+
+    account = Account("north", provider)
+    errors: list[AudiencesError] = []
+    gc.collect()
+    gc.disable()
+    try:
+        async with AudiencesClient(base_url=sandbox.base_url, rate_limit=RateLimit(10)) as client:
+            for _ in range(4):
+                with pytest.raises(AudiencesError) as caught:
+                    await client.get_audiences(account, timeout=5.0)
+                errors.append(caught.value)
+    finally:
+        gc.enable()
+    assert len(asked) == 4
+    assert [type(error).__name__ for error in errors] == ["TooManyRequestsError"] + ["DeadlineExceededError"] * 3
+
+
+async def test_an_error_is_freed_without_the_garbage_collector(sandbox: Sandbox, north: Account) -> None:
+    """An error that nobody holds is gone at once, with the body it quotes."""
+    sandbox.script("north", Answer(400))
+    gc.collect()
+    gc.disable()
+    try:
+        async with AudiencesClient(base_url=sandbox.base_url) as client:
+            try:
+                await client.get_audiences(north)
+            except AudiencesError as error:
+                gone = weakref.ref(error)
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 async def test_a_key_function_that_closes_the_client(sandbox: Sandbox) -> None:
@@ -726,6 +791,53 @@ async def test_a_failing_hook_hurts_nobody(sandbox: Sandbox, north: Account, cap
     async with AudiencesClient(base_url=sandbox.base_url, on_event=hook) as client:
         assert len(await client.get_audiences(north)) == 2
     assert "on_event raised" in caplog.text
+
+
+async def test_a_log_that_raises_does_not_hurt_the_call(
+    sandbox: Sandbox, north: Account, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A filter of the log that fails, at whatever is told, costs no call its answer and no connection its slot."""
+
+    def fail(record: logging.LogRecord) -> bool:
+        raise AttributeError("request_id")
+
+    def hook(event: Event) -> None:
+        raise LookupError
+
+    caplog.set_level(logging.DEBUG, logger="audiences_async")
+    caplog.handler.addFilter(fail)
+    try:
+        async with AudiencesClient(base_url=sandbox.base_url, max_connections=1, on_event=hook) as client:
+            for _ in range(3):
+                assert len(await client.get_audiences(north, timeout=10.0)) == 2
+    finally:
+        caplog.handler.removeFilter(fail)
+
+
+@pytest.mark.parametrize("at", [CallStarted, AttemptStarted, AttemptFinished, CallFinished, AccountPaused])
+async def test_a_hook_that_ends_the_program_leaves_nothing_taken(
+    sandbox: Sandbox, north: Account, at: type[Event]
+) -> None:
+    """Where a hook raises what is no Exception, it goes through, and other calls go on."""
+
+    class Ends(BaseException):
+        pass
+
+    def hook(event: Event) -> None:
+        nonlocal at
+        if isinstance(event, at):
+            at = type(None)
+            raise Ends
+
+    if at is AccountPaused:
+        sandbox.script("north", Answer(429, retry_after=0.01))
+    async with AudiencesClient(base_url=sandbox.base_url, max_connections=1, on_event=hook) as client:
+        with pytest.raises(Ends):
+            await client.get_audiences(north)
+        others = await asyncio.gather(*(client.get_audiences(north, timeout=10.0) for _ in range(3)))
+        assert [len(answer) for answer in others] == [2, 2, 2]
+        (pace,) = client.snapshot().accounts
+        assert (pace.in_flight, pace.waiting) == (0, 0)
 
 
 async def test_concurrent_calls_keep_their_own_attempts(sandbox: Sandbox) -> None:

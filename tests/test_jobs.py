@@ -3,9 +3,11 @@
 import asyncio
 import pickle
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
+from conftest import eager_task_factory
 
 from audiences_async import (
     Account,
@@ -277,3 +279,90 @@ async def test_a_cancelled_worker_is_not_passed_over() -> None:
             task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await anext(results)
+
+
+async def test_a_worker_that_loses_its_cancellation_stops_all_the_same() -> None:
+    """Where a source or a worker keeps the cancellation to itself, as 3.11's wait_for can, nothing else begins."""
+    begun: list[int] = []
+
+    async def work(number: int) -> int:
+        begun.append(number)
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return number
+
+    async def source() -> AsyncIterator[int]:
+        yield 0
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        for number in range(1, 100):
+            yield number
+
+    async with jobs.stream(jobs.each(source()), work, 2):
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert len(others()) == 2
+    assert begun == [0]
+    assert others() == set()
+
+
+async def test_eager_tasks_keep_the_bounds() -> None:
+    """Where tasks start eagerly, no more of them run than allowed, and the job ends."""
+    asyncio.get_running_loop().set_task_factory(eager_task_factory())
+    under_way: list[int] = []
+
+    async def work(number: int) -> int:
+        under_way.append(number)
+        await asyncio.sleep(0)
+        assert len(under_way) <= 3
+        under_way.remove(number)
+        return number
+
+    async with jobs.stream(numbers_of(2000), work, 3) as results:
+        assert sorted([number async for number in results]) == list(range(2000))
+
+
+@pytest.mark.parametrize("way", ["left", "source"])
+async def test_every_consumer_is_told_that_the_results_are_not_whole(way: str) -> None:
+    """Of several tasks that iterate, one gets the reason, and none takes the end for the end of the job."""
+
+    async def work(number: int) -> int:
+        if way == "left":
+            await asyncio.Event().wait()
+        return number
+
+    async def source() -> AsyncIterator[int]:
+        yield 0
+        if way == "source":
+            raise LookupError("no more")
+
+    async with jobs.stream(jobs.each(source()), work, 1) as results:
+
+        async def consume() -> None:
+            async for _ in results:
+                pass
+
+        consumers = [asyncio.create_task(consume()) for _ in range(3)]
+        await asyncio.wait(consumers, timeout=None if way == "source" else 0.01)
+    errors = await asyncio.gather(*consumers, return_exceptions=True)
+    expected = [ClientClosedError] * 3 if way == "left" else [ClientClosedError, ClientClosedError, LookupError]
+    assert sorted(map(type, errors), key=lambda kind: kind.__name__) == expected
+    assert len({id(error) for error in errors}) == 3
+
+
+async def test_a_token_task_that_somebody_cancelled_is_an_accounts_failure(
+    sandbox: Sandbox, client: AudiencesClient
+) -> None:
+    """A cancellation that comes out of a key function, and that nobody meant for the call, does not end the job."""
+    token = asyncio.get_running_loop().create_future()
+    token.cancel()
+
+    async def provider() -> str:
+        return str(await token)
+
+    north = sandbox.add_account("north")
+    failed, fetched = await client.fetch_all([Account("bad", provider), north])
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, ConfigurationError)
+    assert str(failed.error) == "account 'bad': the function for the API key raised CancelledError"
+    assert fetched.ok

@@ -43,17 +43,21 @@ async def test_a_limiter_is_asked_before_every_attempt(sandbox: Sandbox, north: 
     assert isinstance(limiter, Limiter)
 
 
-async def test_a_limiter_that_fails_is_an_error_of_the_call(sandbox: Sandbox, north: Account) -> None:
+@pytest.mark.parametrize("kind", [OSError, asyncio.CancelledError])
+async def test_a_limiter_that_fails_is_an_error_of_the_call(
+    sandbox: Sandbox, north: Account, kind: type[BaseException]
+) -> None:
     """What a limiter raises ends the call before anything is sent."""
 
     class Broken:
         async def acquire(self, account_name: str) -> None:
-            raise OSError("Redis is away")
+            raise kind("Redis is away")
 
+    told = rf"account 'north': rate_limit.acquire.* raised {kind.__name__}"
     async with AudiencesClient(base_url=sandbox.base_url, rate_limit=Broken()) as client:
-        with pytest.raises(ConfigurationError, match=r"account 'north': rate_limit.acquire.* raised OSError") as caught:
-            await client.get_audiences(north)
-    assert isinstance(caught.value.__cause__, OSError)
+        with pytest.raises(ConfigurationError, match=told) as caught:
+            await client.get_audiences(north, timeout=10.0)
+    assert isinstance(caught.value.__cause__, kind)
     assert sandbox.requests == []
 
 
