@@ -194,15 +194,23 @@ async def test_who_joins_a_request_that_waits_for_its_turn_has_its_own_time(
     sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient]
 ) -> None:
     """Where the first who asked has no time for the account's pause, one who joined and has some gets the answer."""
-    pause = Answer(429, retry_after=0.3, delay=0.05)
-    sandbox.script("north", pause)
-    cache = CachePolicy(0)
-    async with AudiencesClient(base_url=sandbox.base_url, cache=cache, rate_limit=RateLimit(20), retry=ONCE) as client:
-        other = Account("north", str(north.api_key))
-        throttled = asyncio.create_task(error_of(client.get_audiences(other)))
-        await asyncio.wait({throttled})
-        first = asyncio.create_task(error_of(client.get_audiences(north, timeout=0.1)))
+    sandbox.script("north", Answer(429, retry_after=0.4, delay=0.1))
+    started = asyncio.Event()
+    async with AudiencesClient(
+        base_url=sandbox.base_url,
+        cache=CachePolicy(0),
+        rate_limit=RateLimit(5),
+        retry=ONCE,
+        on_event=lambda event: started.set() if isinstance(event, AttemptStarted) else None,
+    ) as client:
+        throttled = asyncio.create_task(error_of(client.get_audiences(north)))
+        await started.wait()
+        client.invalidate(north)  # so that the next call is another request, which waits for its turn
+        first = asyncio.create_task(error_of(client.get_audiences(north, timeout=0.3)))
+        while not any(pace.waiting for pace in client.snapshot().accounts):
+            await asyncio.sleep(0)  # noqa: ASYNC110 - nothing else tells
         second = asyncio.create_task(client.get_audiences(north, timeout=30.0))
+        assert isinstance(await throttled, TooManyRequestsError)
         assert isinstance(await first, DeadlineExceededError)
         assert len(await second) == 2
 
@@ -395,6 +403,7 @@ async def test_invalidate_while_a_key_is_replaced(sandbox: Sandbox, north: Accou
     keys = ["old", str(north.api_key)]
     account = Account("north", lambda: keys.pop(0) if len(keys) > 1 else keys[0])
     replaced = asyncio.Event()
+    sandbox.script("north", Answer(delay=0.2))
 
     def hook(event: Event) -> None:
         if isinstance(event, AttemptStarted) and event.number == 2:
@@ -403,10 +412,11 @@ async def test_invalidate_while_a_key_is_replaced(sandbox: Sandbox, north: Accou
     async with AudiencesClient(base_url=sandbox.base_url, cache=CachePolicy(10), on_event=hook) as client:
         call = asyncio.create_task(client.get_audiences(account))
         await replaced.wait()
+        await client.get_audiences(account)
         client.invalidate(account)
         await call
         await client.get_audiences(account)
-    assert len(sandbox.requests) == 3
+    assert len(sandbox.requests) == 4
 
 
 async def test_as_many_answers_are_kept_as_allowed(sandbox: Sandbox, make: Callable[..., AudiencesClient]) -> None:
