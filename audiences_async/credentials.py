@@ -24,6 +24,7 @@ _TELLING: Final = 4  # characters of a key that may stand at a cut without telli
 _RUN: Final = re.compile("[A-Za-z0-9]+")
 _PIECES: Final = re.compile(r"[A-Za-z0-9]+|\\+|.", re.DOTALL)
 _BACKSLASHES: Final = r"\\*+"
+_WAYS: Final = 16  # in which one character is spelled
 
 
 class Secret:
@@ -96,7 +97,8 @@ class ApiKey(Secret):
         for encoding in ("utf-16-le", "utf-16-be"):
             start = start.replace(self._text.encode(encoding), MASK.encode(encoding))
         text = self._without_cut_key(self.redact(start.decode(errors="surrogateescape")))
-        return text.encode(errors="surrogateescape")
+        start = text.encode(errors="surrogateescape")
+        return start if self.before is None else self.before.redact_start(start, len(start))
 
     def _without_cut_key(self, text: str) -> str:
         end = text[-2 * max(map(len, _forms(self._text))) :].lower()
@@ -169,7 +171,7 @@ def _pattern(piece: str) -> str:
 def _spellings(character: str) -> tuple[str, ...]:
     """The character as it is, and as servers escape it in JSON, JavaScript, URLs, HTML and Python's ``repr``."""
     if _RUN.fullmatch(character):
-        return (character,) * 12
+        return (character,) * _WAYS
     import html.entities  # noqa: PLC0415 - a millisecond of every program's start, for what only a refusal needs
 
     named = html.entities.codepoint2name.get(ord(character), "apos")
@@ -185,9 +187,13 @@ def _spellings(character: str) -> tuple[str, ...]:
         quote_plus(character),
         html.escape(character),
         f"&#{ord(character)};",
+        html.escape(character).replace("&#x27;", "&#039;"),  # PHP's
         f"&#x{ord(character):x};",
         f"&{named};",
         "".join(rf"\x{byte:02x}" if byte > 126 else chr(byte) for byte in utf8),
+        repr(character)[1:-1],
+        character.encode("latin-1", "replace").decode(errors="surrogateescape"),
+        character.encode("ascii", "replace").decode(),
     )
 
 

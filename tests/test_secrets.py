@@ -20,6 +20,7 @@ from urllib.parse import quote, quote_plus
 import pytest
 from command import COMMAND
 from conftest import EMPTY_ANSWER, RawConnection, RawServer
+from multidict import CIMultiDict, CIMultiDictProxy
 
 from audiences_async import (
     Account,
@@ -48,10 +49,12 @@ from audiences_async import (
     errors,
 )
 from audiences_async.accounts import AccountFile
+from audiences_async.credentials import ApiKey
 from audiences_async.events import AttemptFinished
 from audiences_async.results import line
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
-from audiences_async.wire import Reply
+from audiences_async.structuring import whole
+from audiences_async.wire import Reply, read
 
 StartRaw: TypeAlias = Callable[[Callable[[RawConnection], Awaitable[None]]], Awaitable[RawServer]]
 
@@ -104,6 +107,7 @@ SPELLINGS: Final[dict[str, Callable[[str], str]]] = {
     "plus": quote_plus,
     "html": html.escape,
     "html-decimal": html_decimal,
+    "php": lambda key: html.escape(key).replace("&#x27;", "&#039;"),
 }
 """How a server may write the key of a request into its reply."""
 
@@ -274,6 +278,46 @@ async def test_no_echo_as_base64_gets_through(sandbox: Sandbox) -> None:
     assert_no_key(everything_of(error))
 
 
+def test_the_key_before_this_one_at_the_cut_of_a_body() -> None:
+    """Where a reply still echoes the key that was replaced, and is cut within it, what is left of it is masked."""
+    key = ApiKey("another key", before=ApiKey(KEY))
+    assert key.redact_start(b"bad key " + KEY.encode(), 8 + len(KEY) - 2) == b"bad key ***"
+    assert KEY.encode("utf-16-le") not in key.redact_start(KEY.encode("utf-16-le"), 1000)
+
+
+@pytest.mark.parametrize("key", ["Zq7Lw3Rt\xa0B9fK2mXv", "Zq7Lw3Rt\u200bB9fK2mXv", "Zq7Lw3Rt\U000e0001B9fK2mXv"])
+def test_a_key_that_our_own_words_escape(key: str) -> None:
+    """A value in a problem is written as Python writes it; a key in it is masked all the same."""
+    record = {"type": "Dynamic", "id": "1", "name": "one", "created_time": key}
+    body = json.dumps({"status": "200", "data": [record]}).encode()
+    reply = Reply(200, CIMultiDictProxy(CIMultiDict()), body)
+    error = whole(read(reply, ApiKey(key), now=0.0))
+    assert isinstance(error, InvalidResponseError)
+    assert any("***" in problem for problem in error.problems)
+    assert "Zq7Lw3Rt" not in str(error.problems)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_key_that_the_service_encodes_in_its_own_way(encoding: str) -> None:
+    """A key beyond ASCII is masked where the service writes it in Latin-1, or with question marks."""
+    echoed = "bad key Zq7Lw3Rt-é-B9fK2mXv".encode(encoding, "replace")
+    assert ApiKey("Zq7Lw3Rt-é-B9fK2mXv").redact_start(echoed, 1000) == b"bad key ***"
+
+
+async def test_a_key_at_the_cut_of_a_long_header(raw: StartRaw) -> None:
+    """Of a Content-Encoding that the message quotes in part, no part is one of the key's."""
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        await connection.answer(head=b"HTTP/1.1 200 OK\r\nContent-Encoding: " + b"x" * 140 + KEY.encode() * 4)
+
+    server = await raw(serve)
+    async with AudiencesClient(base_url=server.base_url, retry=ONCE) as client:
+        error = await failure(client, Account("north", KEY * 4))
+    assert "xxx" in str(error)
+    assert KEY[:4].lower() not in str(error).lower()
+
+
 HEADS: Final = {
     "status line": b"HTTP/1.1 200%s OK\r\n\r\n",
     "no status line": b"%s\r\n\r\n",
@@ -285,9 +329,6 @@ HEADS: Final = {
     "chunk size": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%s\r\n",
     "chunk size of an error": b"HTTP/1.1 400 No\r\nTransfer-Encoding: chunked\r\n\r\n%s\r\n",
     "content encoding": b"HTTP/1.1 200 OK\r\nContent-Encoding: %s\r\nContent-Length: 1\r\n\r\nx",
-    "content encoding, cut": b"HTTP/1.1 200 OK\r\nContent-Encoding: "
-    + b"x" * 188
-    + b"%s\r\nContent-Length: 1\r\n\r\nx",
     "reason": b"HTTP/1.1 400 %s\r\nContent-Length: 0\r\n\r\n",
     "cut body": b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n%s",
     "long value": b"HTTP/1.1 200 OK\r\nX: " + b"%s" * 700 + b"\r\n\r\n",
