@@ -170,8 +170,7 @@ class Call:
         if key is None or key is self._refused_key:
             assert self._source is not None
             key = self._key = await self._source.get(account=self._account, refused=self._refused_key)
-        if self._scope.expired or self._settings.clock.monotonic() >= self._deadline:
-            raise TimeoutError  # which the function for the key has kept to itself
+        self._scope.check()
         result = await self._exchange(key)
         assert self._sent_at is not None
         self._attempt_elapsed = self._settings.clock.monotonic() - self._sent_at
@@ -252,7 +251,7 @@ class Call:
             self._refused_key = self._key
 
     def _finish(self, result: Result) -> Result:
-        # Decoding, or a key function that held on, may have taken longer than the call had.
+        # Decoding may have taken longer than the call had.
         if isinstance(result, AudiencesResponse) and self._settings.clock.monotonic() >= self._deadline:
             self._stop_reason = "deadline"
             result = out_of_time(self.timeout)

@@ -75,12 +75,14 @@ class AudiencesClient:
             learned from the service's 429s. A 429 pauses its account in any case.
         cache: For how long answers are kept, and shared by those who ask; ``None`` means that every call goes out.
         max_connections: Connections of the client's own session; ``None`` means 100.
-        max_body_bytes: The largest body that is read, in bytes after inflating.
+        max_body_bytes: The largest body that is read, in bytes after inflating. Decoded, it takes several times as much
+            memory; a single record of it is decoded at a stretch.
         ssl: The TLS context of the client's own session, for a CA or a client certificate of your own; ``None`` means
             the system's CAs.
         proxy: URL of an HTTP proxy for the client's own session; ``None`` means none, whatever the environment says.
         session: A session of yours to send on; it stays yours and is never closed here. One that keeps cookies serves
-            a single account. ``ssl``, ``proxy`` and ``max_connections`` are then your session's matter.
+            a single account. What comes on its idle connections is aiohttp's to read; a connection that has had any is
+            not used, which costs an attempt. ``ssl``, ``proxy`` and ``max_connections`` are then your session's matter.
         on_event: Called with each `Event` as it happens, inside the event loop: it must not block. What it raises is
             logged and goes no further.
         clock: Time and randomness, to be stepped in tests.
@@ -215,9 +217,10 @@ class AudiencesClient:
         way, ends every task at once.
 
         Args:
-            accounts: Any iterable or async iterable, read as there is room; a sync one must not block. Names are
-                labels: one that comes twice gives two outcomes. If it raises, what was begun is delivered first,
-                and the error then.
+            accounts: Any iterable or async iterable, read as there is room, by one task after the other: it cannot hold
+                a task group or a timeout open while it yields. A sync one must not block. It stays yours, and is not
+                closed where the block is left early. Names are labels: one that comes twice gives two outcomes. If it
+                raises, what was begun is delivered first, and the error then.
             concurrency: Accounts under way at the same time; more than the client's connections do not help.
             timeout: Seconds for each account's call; ``None`` means the client's.
 
@@ -375,8 +378,7 @@ class AudiencesClient:
         try:
             with deadlines.within(limit) as scope:
                 key = credential if isinstance(credential, ApiKey) else await credential.get(account=account.name)
-                if scope.expired:
-                    raise TimeoutError  # noqa: TRY301 - which the function for the key has kept to itself
+                scope.check()
                 return await cache.get(account, key, limit, calls.append)
         except TimeoutError:
             error, reason = self._out_of_time(limit)

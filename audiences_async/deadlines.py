@@ -110,6 +110,11 @@ class Scope:
         """It may take so long from now, or longer if it could before."""
         self.ends_at = max(self.ends_at, self._deadlines.at(seconds))
 
+    def check(self) -> None:
+        """Raise the `TimeoutError` that somebody else's code may have kept to itself."""
+        if self.expired:
+            raise TimeoutError
+
     def expire(self) -> None:
         """End it now."""
         if not self.expired:

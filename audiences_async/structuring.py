@@ -52,6 +52,7 @@ _LOWER_Z: Final = re.compile(rb'z(?<=[0-9]z)"').search
 _ANY_OF_IT_ESCAPED: Final = re.compile(rb"\\u00(?:2[DdEe]|3[0-9]|7[4Aa])").search
 _STATUS: Final = re.compile(r"[1-9][0-9]{2,8}")
 _ABSENT: Final = Raw()
+_MUCH: Final = 1024 * 1024  # bytes that may become many times as many
 _SHORTEST: Final = len('{"type":"a"},')  # bytes of an audience
 # No field of the service has this name: it carries the fields beyond the documented ones to `extra`.
 _EXTRA: Final = "\0extra"
@@ -232,7 +233,7 @@ def _rows(text: bytes, data: Raw, problems: list[str]) -> list[Raw]:
         problems.append("$.data: missing")
         return []
     # So many values, each of which would be kept apart, are no audiences, or not all of them.
-    if len(text) > _AT_ONCE and text.count(b",") * _SHORTEST > len(text):
+    if len(text) > _MUCH and text.count(b",") * _SHORTEST > len(text):
         try:
             _typed(data)
         except ValidationError as error:

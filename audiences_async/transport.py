@@ -170,12 +170,6 @@ class _Line(asyncio.Protocol):
     def eof_received(self) -> None:
         self._protocol.eof_received()
 
-    def pause_writing(self) -> None:
-        self._protocol.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._protocol.resume_writing()
-
     def connection_lost(self, exc: Exception | None) -> None:
         self._protocol.connection_lost(exc)
         if self.exchange is not None:

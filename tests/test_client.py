@@ -364,6 +364,40 @@ async def test_a_key_function_that_holds_on_does_not_lift_the_bound(sandbox: San
     assert sandbox.requests == [], "nothing is sent after the time is up"
 
 
+async def test_an_answer_that_takes_too_long_to_decode(sandbox: Sandbox, north: Account, time: SteppedTime) -> None:
+    """An answer that is there after the call's time is an error, whatever has held up the event loop."""
+
+    def hook(event: Event) -> None:
+        if isinstance(event, AttemptStarted):
+            time.now += 100.0
+
+    async with AudiencesClient(base_url=sandbox.base_url, clock=time.clock, on_event=hook) as client:
+        with pytest.raises(DeadlineExceededError, match="timeout=60 s") as caught:
+            await client.get_audiences(north)
+    assert (len(caught.value.attempts), caught.value.elapsed) == (1, 100.0)
+
+
+async def test_a_session_that_is_closed_while_a_name_is_looked_up() -> None:
+    """Where the session's owner closes it in the middle of a call, the call says so, and is not cancelled."""
+    asked = asyncio.Event()
+
+    class Hangs(aiohttp.abc.AbstractResolver):
+        async def resolve(self, *_: Any, **__: Any) -> list[Any]:
+            asked.set()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def close(self) -> None:
+            pass
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(resolver=Hangs())) as session:
+        client = AudiencesClient(KEY, base_url="https://api.example/", session=session)
+        call = asyncio.create_task(client.get_audiences())
+        await asked.wait()
+    with pytest.raises(ClientClosedError, match="the session given to the client was closed"):
+        await call
+
+
 async def test_a_key_function_that_holds_on_while_the_client_is_closed(sandbox: Sandbox) -> None:
     """A call whose key comes after the client was closed sends nothing."""
     sandbox.add_account("north", api_key=KEY)

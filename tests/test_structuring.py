@@ -241,7 +241,7 @@ def test_what_is_ignored_is_not_decoded() -> None:
 )
 def test_many_rows_that_are_no_audiences(row: bytes, told: str) -> None:
     """A body crammed with what is no audience is refused at the first of it, in little more memory than it takes."""
-    wrong = b'{"status":"200","data":[{"type":"New"},' + b",".join([row] * 200_000) + b"]}"
+    wrong = b'{"status":"200","data":[{"type":"New"},' + b",".join([row] * 600_000) + b"]}"
     tracemalloc.start()
     try:
         assert problems(wrong) == (told,)
@@ -252,9 +252,9 @@ def test_many_rows_that_are_no_audiences(row: bytes, told: str) -> None:
 
 def test_many_small_rows() -> None:
     """A body crammed with audiences that have nothing but a type is read, too."""
-    crammed = b'{"status":"200","data":[' + b",".join([b'{"type":"New"}'] * 20_000) + b"]}"
+    crammed = b'{"status":"200","data":[' + b",".join([b'{"type":"New"}'] * 80_000) + b"]}"
     assert {audience.type for audience in structuring.decode(crammed)} == {"New"}
-    assert problems(b'{"status":"200","data":{"type":[' + b"0," * 100_000 + b"0]}}") == (
+    assert problems(b'{"status":"200","data":{"type":[' + b"0," * 600_000 + b"0]}}") == (
         "$.data: expected an array, got an object",
     )
 
