@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Generator
-from functools import partial
 from typing import Literal, TypeAlias
 
 from attrs import frozen
@@ -76,7 +75,7 @@ class Call:
     ) -> None:
         self._account = account.name
         # Not the lane itself yet: it is forgotten where nobody uses it.
-        self._find_lane = partial(pacer.lane, account)
+        self._of, self._pacer = account, pacer
         self._scope = scope
         self._key: ApiKey | None = credential if isinstance(credential, ApiKey) else None
         self._source: KeySource | None = None if isinstance(credential, ApiKey) else credential
@@ -108,8 +107,8 @@ class Call:
 
     async def run(self) -> Result:
         """The answer, or the error of the last attempt; tenacity comes in when something has failed."""
-        self._lane = self._find_lane()
-        self._lane.users += 1
+        self._lane = lane = self._pacer.lane(self._of)
+        lane.users += 1
         try:
             if self._watched:
                 self._tell(CallStarted(self._account))
@@ -118,7 +117,7 @@ class Call:
                 result = await self._run_again(result)
             return self._finish(result)
         finally:
-            self._lane.users -= 1
+            lane.users -= 1
             # Whatever still holds this call does not hold the key for those that come later.
             self._source = None
 

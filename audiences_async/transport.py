@@ -151,15 +151,10 @@ class _Line(asyncio.Protocol):
     def __init__(self, protocol: ResponseHandler, transport: asyncio.Transport) -> None:
         self._protocol = protocol
         self.transport: asyncio.Transport = transport
-        self._arrivals = _arrivals(transport)
+        self.arrivals = _arrivals(transport)
         self.exchange: _Exchange | None = None
         """The one under way."""
         transport.set_protocol(self)
-
-    @property
-    def is_spoilt(self) -> bool:
-        """Whether something has come while it was idle, be it its end."""
-        return self._protocol.should_close or bool(self._arrivals())
 
     def data_received(self, data: bytes) -> None:
         if self.exchange is None:
@@ -200,11 +195,13 @@ class _Connector(aiohttp.TCPConnector):
             if not isinstance(line, _Line):
                 exchange.take(_Line(protocol, transport))
                 return connection
-            if not line.is_spoilt:
-                exchange.reused = True
-                exchange.take(line)
-                return connection
-            connection.close()
+            # Something has come while it was idle, be it its end.
+            if protocol.should_close or line.arrivals():
+                connection.close()
+                continue
+            exchange.reused = True
+            exchange.take(line)
+            return connection
 
     def _close(self, *, abort_ssl: bool = False) -> Any:
         # A forked process that ends would take the connections out of the epoll that it shares with its parent.
