@@ -205,6 +205,7 @@ class Cache:
     async def _joined(
         self, digest: bytes, account: Account, timeout: float, on_call: Callable[[Call], object]
     ) -> Result:
+        until = self._now() + timeout
         flight = self._flights.get(digest)
         joined = flight is not None and not flight.scope.expired and self._is_valid(flight, account)
         if flight is None or not joined:
@@ -214,9 +215,9 @@ class Cache:
         with self._waiting(digest, flight):
             await asyncio.wait({flight.task})
         result = flight.task.result()
-        if joined and isinstance(result, DeadlineExceededError):
-            # Where it waited for its turn, it may have had no more time than the first who asked.
-            return await self._joined(digest, account, timeout, on_call)
+        if joined and isinstance(result, DeadlineExceededError) and self._now() + (result.retry_after or 0) < until:
+            # Where it waited for its turn, it had no more time than the first who asked.
+            return await self._joined(digest, account, until - self._now(), on_call)
         return _of(result, account) if isinstance(result, AudiencesError) else result
 
     @contextmanager

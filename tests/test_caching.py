@@ -24,7 +24,7 @@ from audiences_async import (
     TooManyRequestsError,
     UnauthorizedError,
 )
-from audiences_async.events import AttemptStarted
+from audiences_async.events import AttemptStarted, CallStarted
 from audiences_async.sandbox import Answer, Sandbox, SteppedTime, many_audiences
 
 ONCE = RetryPolicy(max_attempts=1)
@@ -213,6 +213,18 @@ async def test_who_joins_a_request_that_waits_for_its_turn_has_its_own_time(
         assert isinstance(await throttled, TooManyRequestsError)
         assert isinstance(await first, DeadlineExceededError)
         assert len(await second) == 2
+
+
+async def test_a_crowd_whose_turn_comes_too_late_is_told_at_once(sandbox: Sandbox, north: Account) -> None:
+    """Where a pause fits into nobody's time, a hundred who share a call are told by that one."""
+    sandbox.script("north", Answer(429, retry_after=30))
+    events: list[Event] = []
+    cache = CachePolicy(0)
+    async with AudiencesClient(base_url=sandbox.base_url, cache=cache, retry=ONCE, on_event=events.append) as client:
+        for expected in (TooManyRequestsError, DeadlineExceededError):
+            calls = [error_of(client.get_audiences(north, timeout=5.0)) for _ in range(100)]
+            assert {type(error) for error in await asyncio.gather(*calls)} == {expected}
+    assert sum(isinstance(event, CallStarted) for event in events) == 2
 
 
 async def test_cached_accounts_that_begin_together_keep_their_pace(
