@@ -347,6 +347,8 @@ class _Exchange:
             raise NotAgainError(_UNASKED)
         self._transport = transport
         if (closed := protocol.closed) is not None:
+            closed.remove_done_callback(_hear)
+            closed.add_done_callback(_hear)
             closed.add_done_callback(self._closed)
             self._unwatch = partial(closed.remove_done_callback, self._closed)
 
@@ -432,6 +434,12 @@ class _Exchange:
     def _keep_start(self, cap: int) -> None:
         """Of a body that is too large, an error shows as much as of any."""
         del self._body[min(cap, MAX_ERROR_BODY) :]
+
+
+def _hear(closed: "asyncio.Future[None]") -> None:
+    """Take note of how a connection ended, which asyncio would complain about if nobody did."""
+    if not closed.cancelled():
+        closed.exception()
 
 
 def _codings(headers: CIMultiDictProxy[str], name: str) -> str:

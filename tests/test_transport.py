@@ -1,6 +1,7 @@
 """One attempt on real sockets: bodies, encodings, caps, broken connections, TLS, cookies and proxies."""
 
 import asyncio
+import gc
 import gzip
 import json
 import select
@@ -378,6 +379,33 @@ async def test_what_comes_unasked_answers_nobody(
                 await asyncio.sleep(0)
             assert len(await client.get_audiences()) == 0
     assert (server.connections, server.requests) == (2, 2)
+
+
+@pytest.mark.parametrize("is_given", [False, True], ids=["own", "given"])
+async def test_the_end_of_an_idle_connection_is_no_ones_error(raw: StartRaw, *, is_given: bool) -> None:
+    """Where a peer resets an idle connection, asyncio has nothing to complain about."""
+    told: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+
+    async def serve(connection: RawConnection) -> None:
+        for _ in range(2):
+            await connection.request()
+            await connection.answer()
+        linger = struct.pack("ii", 1, 0)  # its close is a reset
+        connection.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+    server = await raw(serve)
+    async with aiohttp.ClientSession() as session:
+        given = session if is_given else None
+        async with AudiencesClient("key", base_url=server.base_url, retry=ONCE, session=given) as client:
+            for _ in range(2):
+                await client.get_audiences()
+            for _ in range(10):  # turns, in which the reset comes
+                await asyncio.sleep(0)
+            await client.get_audiences()  # on another, for which the pool lets the first one go
+            gc.collect()
+    assert told == []
+    assert server.connections == 2
 
 
 async def test_nothing_is_read_from_an_idle_connection(raw: StartRaw) -> None:
