@@ -353,7 +353,7 @@ class _Exchange:
             self._unwatch = partial(closed.remove_done_callback, self._closed)
 
     def _closed(self, closed: "asyncio.Future[None]") -> None:
-        self.lost(None if closed.cancelled() else closed.exception())
+        self.lost(_error_of(closed))
 
     def lost(self, error: BaseException | None) -> None:
         """The connection is gone: aiohttp does not tell it a reader whose body it could not parse."""
@@ -437,9 +437,12 @@ class _Exchange:
 
 
 def _hear(closed: "asyncio.Future[None]") -> None:
-    """Take note of how a connection ended, which asyncio would complain about if nobody did."""
-    if not closed.cancelled():
-        closed.exception()
+    """Ask how a connection ended; asyncio would complain if nobody did."""
+    _error_of(closed)
+
+
+def _error_of(closed: "asyncio.Future[None]") -> BaseException | None:
+    return None if closed.cancelled() else closed.exception()
 
 
 def _codings(headers: CIMultiDictProxy[str], name: str) -> str:

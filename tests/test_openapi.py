@@ -101,9 +101,7 @@ def account(sandbox: Sandbox) -> Account:
 def asked(sandbox: Sandbox) -> Iterator[None]:
     """Fails a test in which schemathesis did not use the key for the audiences and for every other method."""
     yield
-    seen = sandbox.seen("north")
-    assert len(seen) >= 15
-    assert {"GET", *OTHER_METHODS} <= {request.method for request in seen}
+    assert {"GET", *OTHER_METHODS} <= {request.method for request in sandbox.seen("north")}
 
 
 @contract.parametrize()
