@@ -59,6 +59,12 @@ def deflate(data: bytes, wbits: int) -> bytes:
     return compressor.compress(data) + compressor.flush()
 
 
+async def a_few_turns() -> None:
+    """Let the event loop do what can be done without a wait, such as reading what has come."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
 async def error_of(client: AudiencesClient) -> AudiencesError:
     with pytest.raises(AudiencesError) as caught:
         await client.get_audiences()
@@ -400,8 +406,7 @@ async def test_the_end_of_an_idle_connection_is_no_ones_error(raw: StartRaw, *, 
         async with AudiencesClient("key", base_url=server.base_url, retry=ONCE, session=given) as client:
             for _ in range(2):
                 await client.get_audiences()
-            for _ in range(10):  # turns, in which the reset comes
-                await asyncio.sleep(0)
+            await a_few_turns()
             await client.get_audiences()  # on another, for which the pool lets the first one go
             gc.collect()
     assert told == []
@@ -505,8 +510,7 @@ async def test_a_body_that_cannot_be_parsed_ends_its_attempt_at_once(raw: StartR
         async with AudiencesClient("key", base_url=server.base_url, retry=ONCE, session=given) as client:
             call = asyncio.create_task(error_of(client))
             await sent.wait()
-            for _ in range(10):  # turns, in which the client reads what has come so far
-                await asyncio.sleep(0)
+            await a_few_turns()
             begun.set()
             error = await asyncio.wait_for(call, 5)
     assert isinstance(error, ConnectionFailedError)
@@ -530,8 +534,7 @@ async def test_a_body_that_ends_with_a_reset_is_cut(raw: StartRaw) -> None:
     async with AudiencesClient("key", base_url=server.base_url, retry=ONCE) as client:
         call = asyncio.create_task(error_of(client))
         await sent.wait()
-        for _ in range(10):  # turns, in which the client reads what has come so far
-            await asyncio.sleep(0)
+        await a_few_turns()
         begun.set()
         error = await asyncio.wait_for(call, 5)
         assert isinstance(error, ConnectionFailedError)
