@@ -9,7 +9,7 @@ the service sends, and costs a fifth. What is not plain takes the reference, a p
 
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
@@ -50,6 +50,7 @@ _BEYOND_MICROSECONDS: Final = re.compile(rb"\.[0-9]{7}").search
 _LOWER_T: Final = re.compile(rb"-[0-9]{2}t").search
 _LOWER_Z: Final = re.compile(rb'z(?<=[0-9]z)"').search
 _ANY_OF_IT_ESCAPED: Final = re.compile(rb"\\u00(?:2[DdEe]|3[0-9]|7[4Aa])").search
+_SEEMING_END: Final = re.compile(rb"\}[ \t\n\r]*,").search
 _STATUS: Final = re.compile(r"[1-9][0-9]{2,8}")
 _ABSENT: Final = Raw()
 _MUCH: Final = 1024 * 1024  # bytes that may become many times as many
@@ -109,16 +110,14 @@ def decoding(body: bytes) -> Generator[None, None, AudiencesResponse]:
     text = body.removeprefix(_BOM)
     problems: list[str] = []
     yield
-    envelope, data = _envelope(text, problems)
-    yield
-    rows = _rows(text, data, problems)
-    audiences: list[Audience] = []
-    for first, piece in _pieces(rows, max(1, len(rows) * _AT_ONCE // len(text))):
+    if not text.isascii():
+        with _readable(text):
+            text.decode()  # also what is not looked at below, such as a member that comes once more
         yield
-        audiences += _piece(piece, first, problems)
-        if len(problems) >= MAX_PROBLEMS:
-            problems[MAX_PROBLEMS:] = ["$: there may be more; these are the first"]
-            break
+    envelope, data = _envelope(text, problems)
+    audiences = yield from _audiences(data, problems)
+    if len(problems) >= MAX_PROBLEMS:
+        problems[MAX_PROBLEMS:] = ["$: there may be more; these are the first"]
     if problems:
         raise _invalid(problems, text)
     return attrs.evolve(envelope, data=tuple(audiences))
@@ -218,8 +217,6 @@ def _envelope(text: bytes, problems: list[str]) -> tuple[AudiencesResponse, Raw]
 
 def _members_of(text: bytes) -> _Members:
     with _readable(text):
-        if not text.isascii():
-            text.decode()  # also what is not looked at below, such as a member that comes once more
         try:
             return _members(text)
         except ValidationError:
@@ -227,43 +224,93 @@ def _members_of(text: bytes) -> _Members:
     raise _invalid([f"$: {problem}"], text)
 
 
-def _rows(text: bytes, data: Raw, problems: list[str]) -> list[Raw]:
-    """The records, as they were sent."""
-    if not data:
-        problems.append("$.data: missing")
-        return []
-    # So many values, each of which would be kept apart, are no audiences, or not all of them.
-    if len(text) > _MUCH and text.count(b",") * _SHORTEST > len(text):
+def _audiences(data: Raw, problems: list[str]) -> Generator[None, None, list[Audience]]:
+    """The audiences, or their problems, some at a time."""
+    audiences: list[Audience] = []
+    array = memoryview(data)
+    if bytes(array[:1]) != b"[":
+        problems.append("$.data: missing" if not data else f"$.data: {_ProblemError('an array', _glimpse(data))}")
+        return audiences
+    first, start = 0, 1
+    while start < len(array) and len(problems) < MAX_PROBLEMS:
+        plain, others, start = yield from _part(array, start, first, problems)
+        audiences += plain
+        for index, piece in _pieces(others, first + len(plain)):
+            yield
+            audiences += _piece(piece, index, problems)
+            if len(problems) >= MAX_PROBLEMS:
+                break
+        first += len(plain) + len(others)
+    return audiences
+
+
+def _part(
+    array: memoryview, start: int, first: int, problems: list[str]
+) -> Generator[None, None, tuple[Sequence[Audience], Sequence[Raw], int]]:
+    """The next audiences, or all as they were sent where any is not plain; and where the array goes on.
+
+    The part ends where a record seems to end. If none does, as within a text that has a brace, it is no array by
+    itself, and a longer one is tried; if it is an array, it has the very records that the whole has there.
+    """
+    size = _AT_ONCE
+    while True:
+        yield
+        end = _SEEMING_END(array, start + size)
+        stop, further = (end.start() + 1, end.end()) if end else (len(array) - 1, len(array))
+        part = b"".join((b"[", array[start:stop], b"]"))
+        plain = _plain(part) if size == _AT_ONCE else None
+        if plain is not None:
+            return plain, (), further
         try:
-            _typed(data)
-        except ValidationError as error:
-            what, _, where = str(error).partition(" - at `$")
-            if where:
-                problems.append(f"$.data{where.removesuffix('`')}: {what}")
-                return []
+            return (), _rows(part, first, problems), further
+        except InvalidResponseError:
+            if end is None:
+                raise
+        size *= 2
+
+
+def _rows(part: bytes, first: int, problems: list[str]) -> Sequence[Raw]:
+    """The records of a part, as they were sent.
+
+    Raises:
+        InvalidResponseError: It is no array by itself.
+    """
+    with _readable(part):
+        # So many values, each of which would be kept apart, are no audiences, or not all of them.
+        if len(part) > _MUCH and part.count(b",") * _SHORTEST > len(part):
+            try:
+                _typed(part)
+            except ValidationError as error:
+                what, _, where = str(error).partition(" - at `$[")
+                index, _, below = where.removesuffix("`").partition("]")
+                problems.append(f"$.data[{first + int(index)}]{below}: {what}")
+                return ()
+        return _elements(part)
+
+
+def _pieces(rows: Sequence[Raw], first: int) -> Iterator[tuple[int, Sequence[Raw]]]:
+    """As many rows at a time as are not too long together, and the index of the first of them."""
+    if len(rows) > 1 and sum(map(len, rows)) > 2 * _AT_ONCE:
+        half = len(rows) // 2
+        yield from _pieces(rows[:half], first)
+        yield from _pieces(rows[half:], first + half)
+    elif rows:
+        yield first, rows
+
+
+def _plain(part: bytes) -> Sequence[Audience] | None:
+    """The audiences in an array that has nothing but plain records in it; ``None`` for any other."""
     try:
-        return _elements(data)
-    except ValidationError:
-        problems.append(f"$.data: {_ProblemError('an array', _glimpse(data))}")
-        return []
+        return _structure_many(_plain_records(part), _Many) if _has_plain_times(part) else None
+    except Exception:  # noqa: BLE001 - the reference tells what is wrong, if anything
+        return None
 
 
-def _pieces(rows: Sequence[Raw], size: int, first: int = 0) -> Iterator[tuple[int, Sequence[Raw]]]:
-    """So many rows at a time, fewer where these are long, and the index of the first of them."""
-    for start in range(0, len(rows), size):
-        piece = rows[start : start + size]
-        if size > 1 and sum(map(len, piece)) > 2 * _AT_ONCE:
-            yield from _pieces(piece, size // 2, first + start)
-        else:
-            yield first + start, piece
-
-
-def _piece(rows: Sequence[Raw], first: int, problems: list[str]) -> list[Audience]:
+def _piece(rows: Sequence[Raw], first: int, problems: list[str]) -> Sequence[Audience]:
     """The audiences of some rows, the first of which has the index *first*; or their problems."""
-    text = b"[" + b",".join(rows) + b"]"
-    with suppress(Exception):  # not plain
-        if _has_plain_times(text):
-            return list(_structure_many(_plain_records(text), _Many))
+    plain = _plain(b"[%b]" % b",".join(rows))
+    if plain is not None:
+        return plain
     audiences: list[Audience] = []
     for index, row in enumerate(rows, first):
         try:

@@ -18,11 +18,10 @@ from faults import (
     Fault,
     FaultServer,
     Measured,
-    Refused,
     ServerThread,
-    Value,
     measure,
 )
+from one_call import Refused, Value
 
 from audiences_async import AudiencesClient, AudiencesError, InvalidResponseError, StatusError
 
