@@ -1,6 +1,7 @@
 """A program: one call in a process of its own, with little else in it, and what that takes; see `faults.measure`."""
 
 import asyncio
+import gc
 import json
 import sys
 from collections.abc import Mapping
@@ -42,6 +43,8 @@ async def _measured(ordinary: int, port: int, settings: Mapping[str, Any]) -> di
     async with AudiencesClient("key", base_url=f"http://127.0.0.1:{ordinary}/", retry=once) as client:
         await client.get_audiences()
     idle = _memory("VmRSS")
+    gc.collect()
+    gc.freeze()  # the collector's passes over what the program itself keeps in memory are not the client's
     async with AudiencesClient("key", base_url=f"http://127.0.0.1:{port}/", retry=once, **settings) as client:
         gaps: list[float] = []
         ticker = asyncio.create_task(_tick(gaps))
