@@ -76,7 +76,7 @@ class AudiencesClient:
         cache: For how long answers are kept, and shared by those who ask; ``None`` means that every call goes out.
         max_connections: Connections of the client's own session; ``None`` means 100.
         max_body_bytes: The largest body that is read, in bytes after inflating. Decoded, it takes several times as much
-            memory; a single record of it, and its envelope, are decoded at a stretch, at up to 5 ms a MiB.
+            memory. A single record of it is decoded at a stretch; so is the whole looked at once, up to 5 ms a MiB.
         ssl: The TLS context of the client's own session, for a CA or a client certificate of your own; ``None`` means
             the system's CAs.
         proxy: URL of an HTTP proxy for the client's own session; ``None`` means none, whatever the environment says.
