@@ -52,10 +52,13 @@ ATTEMPTS: Final = 2
 
 
 def fuzzed(examples: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """So many examples, or as many as the environment wants; a slow machine is no failure."""
+    """So many examples, or as many as the environment wants; the same ones each time, unless more than these.
+
+    A slow machine is no failure.
+    """
     return settings(
         max_examples=ON_DEMAND or examples,
-        derandomize=not ON_DEMAND,
+        derandomize=examples >= ON_DEMAND,
         suppress_health_check=[
             HealthCheck.too_slow,
             HealthCheck.data_too_large,
