@@ -234,6 +234,8 @@ def _audiences(data: Raw, problems: list[str]) -> Generator[None, None, list[Aud
     first, start = 0, 1
     while start < len(array) and len(problems) < MAX_PROBLEMS:
         plain, others, start = yield from _part(array, start, first, problems)
+        if not (plain or others):
+            break  # there are none at all, or the part was refused as a whole
         audiences += plain
         for index, piece in _pieces(others, first + len(plain)):
             yield

@@ -256,6 +256,8 @@ def test_many_rows_behind_one_that_is_long() -> None:
     start = b'{"status":"200","data":[{"type":"New","id":"a"},{"type":"New","x":[' + b"{}," * 600_000 + b"{}]}"
     assert [audience.id for audience in decode(start + b',{"type":"New"}]}')] == ["a", None, None]
     assert problems(start + b',{"type":0}]}') == ("$.data[2].type: Expected `str`, got `int`",)
+    start = b'{"status":"200","data":[{"type":0,"x":[' + b"{}," * 600_000 + b"{}]}"
+    assert problems(start + b',{"type":"New"}' * 100_000 + b"]}") == ("$.data[0].type: Expected `str`, got `int`",)
 
 
 def test_many_small_rows() -> None:
