@@ -260,8 +260,17 @@ def status_error(status: int, description: str, **context: Any) -> StatusError:
     return cls(f"HTTP {status}{_phrase(status)}{said}", status=status, description=description, **context)
 
 
+# Python before 3.13 has the names of RFC 2616 and RFC 4918: https://www.rfc-editor.org/rfc/rfc9110#section-15.5.
+_RENAMED: Final[Mapping[int, str]] = {
+    413: "Content Too Large",
+    414: "URI Too Long",
+    416: "Range Not Satisfiable",
+    422: "Unprocessable Content",
+}
+
+
 def _phrase(status: int) -> str:
     try:
-        return f" {HTTPStatus(status).phrase}"
+        return f" {_RENAMED.get(status) or HTTPStatus(status).phrase}"
     except ValueError:
         return ""

@@ -8,7 +8,7 @@ the service sends, and costs a fifth. What is not plain takes the reference, a p
 """
 
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
@@ -41,9 +41,13 @@ _AT_ONCE: Final = 128 * 1024  # bytes that are decoded at a stretch: a milliseco
 _SHOWN_TEXT: Final = 40
 _BOM: Final = b"\xef\xbb\xbf"
 _NOT_JSON: Final = (MsgspecError, UnicodeDecodeError, RecursionError)
-# Date and time, in ISO 8601's extended format. `fromisoformat` alone also reads dates without a time, weeks, and
-# offsets of 60 minutes; what else it reads changes from one Python to the next.
-_DATE_AND_TIME: Final = r"(?a)\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-](?:[01]\d|2[0-3]):?[0-5]\d)?"
+# Date and time, in ISO 8601's extended format. `fromisoformat` alone also reads dates without a time, weeks, hour 24
+# and offsets of 60 minutes, and what it reads changes from one Python to the next.
+_HOUR_AND_MINUTE: Final = r"(?:[01]\d|2[0-3]){}[0-5]\d"
+_DATE_AND_TIME: Final = (
+    rf"(?a)\d{{4}}-\d\d-\d\d[T ]{_HOUR_AND_MINUTE.format(':')}(?::[0-5]\d(?:\.\d+)?)?"
+    rf"(?:Z|[+-]{_HOUR_AND_MINUTE.format(':?')})?"
+)
 # What msgspec takes for a time it reads alike, with two exceptions: it rounds to microseconds, which are cut off
 # here, and takes a T and a Z in lower case. Each pattern begins with a character that `re` finds fast.
 _BEYOND_MICROSECONDS: Final = re.compile(rb"\.[0-9]{7}").search
@@ -51,12 +55,14 @@ _LOWER_T: Final = re.compile(rb"-[0-9]{2}t").search
 _LOWER_Z: Final = re.compile(rb'z(?<=[0-9]z)"').search
 _ANY_OF_IT_ESCAPED: Final = re.compile(rb"\\u00(?:2[DdEe]|3[0-9]|7[4Aa])").search
 _SEEMING_END: Final = re.compile(rb"\}[ \t\n\r]*,").search
-_STATUS: Final = re.compile(r"[1-9][0-9]{2,8}")
+_STATUS: Final = re.compile(r"[1-5][0-9]{2}")
 _ABSENT: Final = Raw()
 _MUCH: Final = 1024 * 1024  # bytes that may become many times as many
 _SHORTEST: Final = len('{"type":"a"},')  # bytes of an audience
-# No field of the service has this name: it carries the fields beyond the documented ones to `extra`.
-_EXTRA: Final = "\0extra"
+# Carries the fields beyond the documented ones to `extra`. cattrs writes it into source code: no quotes, no control
+# characters. A field of the service with this very name is in `extra` like any other.
+_EXTRA: Final = "audiences_async:extra"
+_MAX_DEPTH: Final = 200  # of an undocumented value; the JSON parser's own limit depends on the Python and its stack
 
 
 class _ProblemError(ValueError):
@@ -65,6 +71,16 @@ class _ProblemError(ValueError):
     def __init__(self, expected: str, value: Any, below: str = "") -> None:
         super().__init__("missing" if value is ... else f"expected {expected}, got {_shown(value)}")
         self.below = below
+
+
+class _OutOfRange(float):
+    """Stands for a number in JSON that no Python number can hold."""
+
+    def __repr__(self) -> str:
+        return "a number out of range"
+
+
+_OUT_OF_RANGE: Final = _OutOfRange("inf")
 
 
 def decode(body: bytes) -> AudiencesResponse:
@@ -110,12 +126,12 @@ def decoding(body: bytes) -> Generator[None, None, AudiencesResponse]:
     text = body.removeprefix(_BOM)
     problems: list[str] = []
     yield
-    if not text.isascii():
-        with _readable(text):
+    with _readable(text):
+        if not text.isascii():
             text.decode()  # also what is not looked at below, such as a member that comes once more
-        yield
-    envelope, data = _envelope(text, problems)
-    audiences = yield from _audiences(data, problems)
+            yield
+        envelope, data = _envelope(text, problems)
+        audiences = yield from _audiences(data, problems)
     if len(problems) >= MAX_PROBLEMS:
         problems[MAX_PROBLEMS:] = ["$: there may be more; these are the first"]
     if problems:
@@ -193,6 +209,7 @@ _elements: Final = Decoder(list[Raw]).decode
 _typed: Final = Decoder(list[_Typed]).decode
 _members: Final = Decoder(_Members).decode
 _value: Final = Decoder(Raw).decode
+_fields: Final = Decoder(dict[str, Raw]).decode
 _plain_envelope: Final = Decoder(_Envelope).decode
 _plain_records: Final = Decoder(list[_Record]).decode
 
@@ -201,8 +218,7 @@ def _envelope(text: bytes, problems: list[str]) -> tuple[AudiencesResponse, Raw]
     """The envelope without its data; and these as they were sent."""
     members = _members_of(text)
     named = {"status": members.status, "description": members.description, "response_time": members.response_time}
-    with _readable(text):
-        sent = {name: _glimpse(value) for name, value in named.items() if value}
+    sent = {name: _glimpse(value) for name, value in named.items() if value}
     status = 0
     try:
         status = _status(sent.get("status", ...))
@@ -216,12 +232,10 @@ def _envelope(text: bytes, problems: list[str]) -> tuple[AudiencesResponse, Raw]
 
 
 def _members_of(text: bytes) -> _Members:
-    with _readable(text):
-        try:
-            return _members(text)
-        except ValidationError:
-            problem = _ProblemError("an object", _glimpse(text))
-    raise _invalid([f"$: {problem}"], text)
+    try:
+        return _members(text)
+    except ValidationError:
+        raise _invalid([f"$: {_ProblemError('an object', _glimpse(text))}"], text) from None
 
 
 def _audiences(data: Raw, problems: list[str]) -> Generator[None, None, list[Audience]]:
@@ -316,7 +330,7 @@ def _piece(rows: Sequence[Raw], first: int, problems: list[str]) -> Sequence[Aud
     audiences: list[Audience] = []
     for index, row in enumerate(rows, first):
         try:
-            audiences.append(_structure(_any(row), Audience))
+            audiences.append(_structure(_record(row), Audience))
         except Exception:  # noqa: BLE001 - cattrs raises what its hooks raise; the second look tells what and where
             problems += _problems_of(row, f"$.data[{index}]")
             if len(problems) >= MAX_PROBLEMS:
@@ -327,7 +341,9 @@ def _piece(rows: Sequence[Raw], first: int, problems: list[str]) -> Sequence[Aud
 def _problems_of(row: Raw, path: str) -> list[str]:
     """The second look, at a record that is known to be wrong: what is wrong, and where."""
     try:
-        _structure_detailed()(_any(row), Audience)
+        _structure_detailed()(_record(row), Audience)
+    except ValidationError:
+        return [f"{path}{below}: {problem}" for below, problem in _numbers_out_of_range(row)]
     except _NOT_JSON as error:
         return [f"{path}: {_reason(error)}"]
     except _ProblemError as problem:
@@ -336,6 +352,43 @@ def _problems_of(row: Raw, path: str) -> list[str]:
         told = transform_error(group, path, lambda error, _: _told(error))
         return [f"{where}: {what}" for what, _, where in (line.rpartition(" @ ") for line in told)]
     return [f"{path}: cannot be read"]  # at the first look; it must not be lost
+
+
+def _record(row: Raw) -> Any:
+    """Decode a record.
+
+    Raises:
+        ValidationError: A number in it is out of range.
+        RecursionError: It is nested too deeply.
+    """
+    value = _any(row)
+    opened = bytes(row).count(b"[") + bytes(row).count(b"{")
+    if opened > _MAX_DEPTH and _is_deep(value):
+        raise RecursionError
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [below for each in level for below in _children(each)]
+    return bool(level)
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _numbers_out_of_range(row: Raw) -> Iterator[tuple[str, _ProblemError]]:
+    """Find the fields of a record that hold a number which no Python can hold."""
+    fields = _fields(row) if bytes(row).startswith(b"{") else {"": row}
+    for name, value in fields.items():
+        try:
+            _any(value)
+        except ValidationError:
+            yield f".{name}" if name else "", _ProblemError("a number in range", _OUT_OF_RANGE)
 
 
 def _told(error: BaseException) -> str:
@@ -365,7 +418,10 @@ def _reason(error: Exception) -> str:
 def _glimpse(sent: bytes | Raw) -> Any:
     """A value where it does not matter what an array or an object has in it."""
     text = bytes(_value(sent))
-    return [] if text.startswith(b"[") else {} if text.startswith(b"{") else _any(text)
+    try:
+        return [] if text.startswith(b"[") else {} if text.startswith(b"{") else _any(text)
+    except ValidationError:
+        return _OUT_OF_RANGE
 
 
 def _invalid(problems: list[str], body: bytes) -> InvalidResponseError:
@@ -376,7 +432,7 @@ def _status(status: Any) -> int:
     # Documented as a string in a 200 and as an integer in errors; both come.
     if isinstance(status, str) and _STATUS.fullmatch(status):
         status = int(status)
-    if type(status) is not int or status < 100:
+    if type(status) is not int or not 100 <= status <= 599:
         raise _ProblemError("an HTTP status", status)
     return status
 

@@ -127,9 +127,11 @@ def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return False
+    # Python before 3.13 does not look into an IPv4-mapped address.
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 FIXED_HEADERS: Final[Mapping[str, str]] = {
