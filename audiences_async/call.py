@@ -186,7 +186,7 @@ class Call:
             self._sent_at = self._settings.clock.monotonic()
             if self._watched:
                 self._tell(AttemptStarted(self._account, self._next_number, self._sent_at - asked_at))
-            reply = await self._transport.attempt(key)
+            reply = await self._transport.attempt(key, self._scope)
             if not isinstance(reply, Reply):
                 return reply
             result: Result | None = read_plain(reply)

@@ -5,6 +5,7 @@ As `asyncio.timeout`, which sets a timer for each: two of those take more of a c
 
 import asyncio
 import math
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -28,9 +29,12 @@ class Deadlines:
         self._next_look = math.inf
         self._idle: asyncio.Event | None = None
 
-    def within(self, seconds: float) -> "Scope":
-        """A scope for what may take so long, and raises `TimeoutError` where it takes longer."""
-        return Scope(self, self._loop.time() + seconds)
+    def within(self, seconds: float, on_expire: Callable[[], object] | None = None) -> "Scope":
+        """Return a scope that raises `TimeoutError` after *seconds*.
+
+        *on_expire* is called at that moment, before the task is cancelled.
+        """
+        return Scope(self, self._loop.time() + seconds, on_expire)
 
     def at(self, seconds: float) -> float:
         """The event loop's time in so many seconds."""
@@ -83,10 +87,11 @@ class Deadlines:
 class Scope:
     """A part of a task that has a deadline."""
 
-    __slots__ = ("_cancelling", "_deadlines", "ends_at", "expired", "task")
+    __slots__ = ("_cancelling", "_deadlines", "_on_expire", "ends_at", "expired", "task")
 
-    def __init__(self, deadlines: Deadlines, ends_at: float) -> None:
+    def __init__(self, deadlines: Deadlines, ends_at: float, on_expire: Callable[[], object] | None = None) -> None:
         self._deadlines = deadlines
+        self._on_expire = on_expire
         self.ends_at: float = ends_at
         self.expired: bool = False
 
@@ -120,4 +125,6 @@ class Scope:
         if not self.expired:
             self.expired = True
             self.ends_at = math.inf
+            if self._on_expire is not None:
+                self._on_expire()
             self.task.cancel()

@@ -6,12 +6,16 @@ third more (``benchmarks/call.py``).
 """
 
 import asyncio
+import inspect
+from collections.abc import Callable
+from functools import cache
 from types import FunctionType, SimpleNamespace
 from typing import Any, Final
 
 import aiohttp
 import aiohttp.client
 from aiohttp import hdrs
+from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 from aiohttp.helpers import TimerNoop
 from yarl import URL
@@ -37,8 +41,41 @@ def _is_original(function: object) -> bool:
 # Mocks and tracers put their own in the place of one of these.
 _REQUEST: Final = aiohttp.ClientSession.request
 _REQUEST_BEHIND: Final = aiohttp.ClientSession._request  # noqa: SLF001 - what mocks replace
-# How a session uses its pool is no promise of aiohttp's: any other version is asked in public.
-_IS_KNOWN: Final = aiohttp.__version__.startswith("3.14.") and _is_original(_REQUEST) and _is_original(_REQUEST_BEHIND)
+
+
+def direct_requests(session: aiohttp.ClientSession, url: URL) -> "DirectRequests | None":
+    """Return what sends requests directly; ``None`` if this aiohttp has not the members and signatures it takes.
+
+    How a session uses its pool is no promise of aiohttp's. One that does it in another way is asked in public.
+    """
+    try:
+        return DirectRequests(session, url) if _is_known() else None
+    except Exception:  # noqa: BLE001 - whatever an aiohttp of the future raises, it is not known
+        return None
+
+
+@cache
+def _is_known() -> bool:
+    return _is_original(_REQUEST) and _is_original(_REQUEST_BEHIND) and all(_can_be_called(*call) for call in _CALLS)
+
+
+def _can_be_called(function: Callable[..., object], positional: int, *keywords: str) -> bool:
+    try:
+        inspect.signature(function).bind(*[None] * positional, **dict.fromkeys(keywords))
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+# All that is called here, with the number of positional arguments and the names of the others.
+_CALLS: Final[tuple[tuple[Any, ...], ...]] = (
+    (aiohttp.ClientRequest, 2, "headers", "loop", "session", "traces"),
+    (aiohttp.ClientResponse, 2, "writer", "continue100", "timer", "request_info", "traces", "loop", "session",
+     "stream_writer"),
+    (aiohttp.ClientResponse.start, 2),
+    (aiohttp.BaseConnector.connect, 4),
+    (ResponseHandler.set_response_params, 1, "read_until_eof", "auto_decompress"),
+)  # fmt: skip
 
 
 class DirectRequests:
@@ -62,7 +99,7 @@ class DirectRequests:
         """Whether nobody would miss the session: no tracer and no mock stands in the way of its requests."""
         session = aiohttp.ClientSession
         is_untouched = session.request is _REQUEST and session._request is _REQUEST_BEHIND  # noqa: SLF001
-        return _IS_KNOWN and is_untouched and not self._session.trace_configs
+        return is_untouched and not self._session.trace_configs
 
     async def send(self, authorization: str) -> aiohttp.ClientResponse:
         """Send one, and give the reply when its head has come.

@@ -139,14 +139,16 @@ class ConnectionFailedError(TransportError):
     """No readable HTTP reply: name not found, refused, TLS, reset, malformed, cut short, or a corrupt encoding.
 
     Attributes:
-        stale_connection: ``True`` where the peer had closed a pooled connection before it saw the request.
+        stale_connection: Whether the peer had closed a pooled connection before it saw the request.
+        unsent: Whether this machine could not open a socket, so that the service knows nothing of the request.
     """
 
     hint = "check base_url, the network and any proxy in between, or try again later"
 
-    def __init__(self, message: str, *, stale_connection: bool = False, **context: Any) -> None:
+    def __init__(self, message: str, *, stale_connection: bool = False, unsent: bool = False, **context: Any) -> None:
         super().__init__(message, **context)
         self.stale_connection = stale_connection
+        self.unsent = unsent
 
 
 class AttemptTimeoutError(TransportError):

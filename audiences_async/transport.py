@@ -1,9 +1,12 @@
 """The aiohttp session, and one attempt on it: send, headers, whole body, and every failure as one of our errors."""
 
 import asyncio
+import errno
+import math
 import os
 import re
 import select
+import socket
 import ssl as tls
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import aiohttp
 from aiohttp import hdrs
+from aiohttp.abc import ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 from attrs import field, frozen
@@ -22,8 +26,8 @@ from yarl import URL
 
 from audiences_async import checks
 from audiences_async.credentials import ApiKey
-from audiences_async.deadlines import Deadlines, is_cancelled
-from audiences_async.direct import DISCONNECTED, NO_TIMEOUT, DirectRequests, NotAgainError
+from audiences_async.deadlines import Deadlines, Scope, is_cancelled
+from audiences_async.direct import DISCONNECTED, NO_TIMEOUT, DirectRequests, NotAgainError, direct_requests
 from audiences_async.errors import (
     AttemptTimeoutError,
     ClientClosedError,
@@ -33,12 +37,19 @@ from audiences_async.errors import (
     printable,
 )
 from audiences_async.models import Account
+from audiences_async.resolver import SharedResolver
 from audiences_async.wire import FIXED_HEADERS, MAX_ERROR_BODY, Reply, authorization
 
 DEFAULT_MAX_CONNECTIONS: Final = 100
 _ERROR_BODY_TIMEOUT: Final = 1.0  # s; the status has decided already
 _INFLATED_PIECE: Final = 256 * 1024
-_UNASKED: Final = "something came on an idle connection that no request had asked for"
+_NO_SOCKETS: Final = {errno.EMFILE, errno.ENFILE}
+# What an attempt was doing when its time ran out.
+_CONNECT: Final = "connecting"
+_LOOK_UP: Final = "looking up the name"
+_HANDSHAKE: Final = "in the TLS handshake"
+_HEAD: Final = "waiting for the reply"
+_BODY: Final = "reading the body"
 _CODINGS: Final = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 
@@ -114,12 +125,48 @@ async def _begin(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType
         return await write(connection)
 
     request.send = checked  # type: ignore[assignment] # the connection is known to nothing else before it is written to
-    try:
-        return await send(request)
-    except aiohttp.ClientConnectorError:
-        raise  # never sent, and never sent again by aiohttp
-    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
-        raise NotAgainError(DISCONNECTED) from None
+    while True:
+        try:
+            return await send(request)
+        except _UnusableConnectionError:
+            continue  # closed, and nothing was sent on it: the pool has another
+        except aiohttp.ClientConnectorError:
+            raise  # never sent, and never sent again by aiohttp
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+            raise NotAgainError(DISCONNECTED) from None
+
+
+class _UnusableConnectionError(Exception):
+    """A pooled connection that must not be used."""
+
+
+class _Trust:
+    """Which idle connections of a pool may still be used: those that became idle after the last failure of one."""
+
+    def __init__(self) -> None:
+        self.now = asyncio.get_running_loop().time
+        self._failed_at = -math.inf
+        self._idle_since: WeakKeyDictionary[asyncio.Transport, float] = WeakKeyDictionary()
+
+    def has(self, idle_since: float) -> bool:
+        """Return whether a connection that is idle since then may be used."""
+        return idle_since > self._failed_at
+
+    def has_given(self, transport: asyncio.Transport) -> bool:
+        """As `has`, of a connection of a caller's session."""
+        return self.has(self._idle_since.get(transport, math.inf))
+
+    def knows(self, transport: asyncio.Transport) -> bool:
+        """Return whether a connection of a caller's session was used here before."""
+        return transport in self._idle_since
+
+    def returned(self, transport: asyncio.Transport) -> None:
+        """Note that a connection of a caller's session is idle from now on."""
+        self._idle_since[transport] = self.now()
+
+    def lose(self) -> None:
+        """Note that a reused connection has failed: what is idle now is likely to be as dead."""
+        self._failed_at = self.now()
 
 
 def _ends(connection: Connection) -> tuple[ResponseHandler, asyncio.Transport]:
@@ -154,6 +201,7 @@ class _Line(asyncio.Protocol):
         self.arrivals = _arrivals(transport)
         self.exchange: _Exchange | None = None
         """The one under way."""
+        self.idle_since: float = math.inf
         transport.set_protocol(self)
 
     def data_received(self, data: bytes) -> None:
@@ -171,13 +219,41 @@ class _Line(asyncio.Protocol):
             self.exchange.lost(exc)
 
 
+class _Resolver(SharedResolver):
+    """Lets each exchange know how far it is."""
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        exchange = _current.get()
+        exchange.phase = _LOOK_UP
+        found = await super().resolve(host, port, family)
+        exchange.phase = _CONNECT
+        exchange.address = found[0]["host"]
+        return found
+
+
+def _new_socket(address: tuple[Any, ...]) -> socket.socket:
+    """Create a socket, and let the exchange look at it when its time runs out."""
+    made = socket.socket(*address[:3])
+    _current.get().sockets.append(made)
+    return made
+
+
 class _Connector(aiohttp.TCPConnector):
     """A pool that lets each exchange know its connection, and gives it no second one."""
 
-    def __init__(self, ssl: tls.SSLContext | None) -> None:
+    def __init__(self, ssl: tls.SSLContext | None, resolver: _Resolver, trust: _Trust, *, is_tls: bool) -> None:
         # No limit here: the pacer's slots bound the connections, and waiting for one is no part of an attempt.
         # No cache of names: its look-ups go on when the call that asked has been cancelled.
-        super().__init__(limit=0, use_dns_cache=False, ssl=True if ssl is None else ssl)
+        super().__init__(
+            limit=0,
+            use_dns_cache=False,
+            ssl=True if ssl is None else ssl,
+            resolver=resolver,
+            socket_factory=_new_socket if is_tls else None,
+        )
+        self._trust = trust
         self._process = os.getpid()
 
     async def connect(
@@ -195,8 +271,8 @@ class _Connector(aiohttp.TCPConnector):
             if not isinstance(line, _Line):
                 exchange.take(_Line(protocol, transport))
                 return connection
-            # Something has come while it was idle, be it its end.
-            if protocol.should_close or line.arrivals():
+            # Something has come while it was idle, be it its end; or another that was idle then has failed.
+            if protocol.should_close or not self._trust.has(line.idle_since) or line.arrivals():
                 connection.close()
                 continue
             exchange.reused = True
@@ -215,19 +291,23 @@ class Transport:
         """Must run inside the event loop that will use it."""
         self._settings = settings
         self._deadlines = deadlines
+        self._trust = _Trust()
+        self._resolver = _Resolver()
         self._middlewares: tuple[aiohttp.ClientMiddlewareType, ...] = ()
         self._direct: DirectRequests | None = None
         if settings.session is None:
             # The jar that keeps nothing: one account's cookie never goes out with another account's key.
             self._session = aiohttp.ClientSession(
-                connector=_Connector(settings.ssl),
+                connector=_Connector(
+                    settings.ssl, self._resolver, self._trust, is_tls=settings.endpoint.scheme == "https"
+                ),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=FIXED_HEADERS,
                 proxy=settings.proxy,
             )
             self._headers: dict[str, str] = {}
             if settings.proxy is None:
-                self._direct = DirectRequests(self._session, settings.endpoint)
+                self._direct = direct_requests(self._session, settings.endpoint)
             connections = settings.max_connections
         else:
             self._session = settings.session
@@ -245,35 +325,51 @@ class Transport:
         """Close the session if it is our own. May be called again."""
         if self._settings.session is None:
             await self._session.close()
+            await self._resolver.close()
 
-    async def attempt(self, key: ApiKey) -> Reply | TransportError:
+    async def attempt(self, key: ApiKey, call: Scope | None = None) -> Reply | TransportError:
         """Send the request once and read the whole reply.
 
         Whatever goes wrong is a value, with none of aiohttp's frames on it: their locals hold the key.
+
+        Args:
+            key: The API key to send.
+            call: The scope of the whole call, if there is one; its end is a failure of the connection, too.
         """
         if self._session.closed:
             raise ClientClosedError("the session given to the client was closed")
-        exchange = _Exchange()
+        exchange = _Exchange(self._trust)
         _current.set(exchange)
-        scope = self._deadlines.within(self._settings.attempt_timeout)
+        scope = self._deadlines.within(self._settings.attempt_timeout, exchange.out_of_time)
         try:
             with scope:
                 exchange.response = await self._send(authorization(key))
+                exchange.phase = _BODY
                 return await exchange.read(self._settings.max_body_bytes)
         except asyncio.CancelledError as cancelled:
             if not is_cancelled():
                 return ConnectionFailedError("the exchange was cancelled by another than its caller")
+            if call is not None and call.expired:
+                self._distrust(exchange)
             cancelled.__context__ = None
             raise cancelled.with_traceback(None) from None
         except Exception as error:  # noqa: BLE001 - aiohttp raises far more than ClientError, bugs of its own included
             if exchange.refused:
                 return exchange.reply()
+            self._distrust(exchange)
             if scope.expired:
                 limit = self._settings.attempt_timeout
-                return AttemptTimeoutError(f"no whole reply within attempt_timeout={limit:g} s")
-            return _failure(error, key, reused=exchange.reused)
+                return AttemptTimeoutError(f"no whole reply within attempt_timeout={limit:g} s, {exchange.phase}")
+            return _failure(error, exchange.lost_by, key, reused=exchange.reused)
         finally:
             exchange.close()
+
+    def _distrust(self, exchange: "_Exchange") -> None:
+        """Have the next attempt go another way: not by a connection of the same age, nor to the same address."""
+        if exchange.reused:
+            self._trust.lose()
+        elif exchange.address is not None:
+            self._resolver.failed(exchange.address)
 
     def _send(self, authorization: str) -> Awaitable[aiohttp.ClientResponse]:
         if self._direct is not None and self._direct.usable:
@@ -293,11 +389,14 @@ class Transport:
 class _Exchange:
     """One request and what has been read of its reply."""
 
-    __slots__ = ("_begun", "_body", "_is_reset", "_line", "_transport", "_unwatch", "response", "reused")
+    __slots__ = (
+        "_begun", "_body", "_line", "_transport", "_trust", "_unwatch",
+        "address", "lost_by", "phase", "response", "reused", "sockets",
+    )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, trust: _Trust) -> None:
+        self._trust = trust
         self._begun = False
-        self._is_reset = False
         self._body = bytearray()
         self._line: _Line | None = None
         self._transport: asyncio.Transport | None = None
@@ -305,6 +404,19 @@ class _Exchange:
         self.response: aiohttp.ClientResponse | None = None
         self.reused: bool = False
         """Whether it went out on a connection that another exchange has used before."""
+        self.phase: str = _CONNECT
+        """What it is doing, for the message of a timeout."""
+        self.address: str | None = None
+        """Where it connects to first, if a name was looked up."""
+        self.sockets: list[socket.socket] = []
+        """What was made to connect with TLS."""
+        self.lost_by: BaseException | None = None
+        """What ended its connection; ``None`` if that was closed in order, or is still there."""
+
+    def out_of_time(self) -> None:
+        """Note what it was doing; a moment later its sockets are closed."""
+        if self.phase == _CONNECT and any(map(_is_connected, self.sockets)):
+            self.phase = _HANDSHAKE
 
     def begin(self, again: str) -> None:
         """The request goes out now, which it may do once.
@@ -329,22 +441,24 @@ class _Exchange:
     def take(self, line: _Line) -> None:
         """It goes out on a connection of our own pool."""
         self._line, self._transport = line, line.transport
+        self.phase = _HEAD
         line.exchange = self
 
     async def take_given(self, connection: Connection) -> None:
         """It goes out on a connection of a given session.
 
         Raises:
-            NotAgainError: Something came on it that no request has asked for.
+            _UnusableConnectionError: Something came on it that no request has asked for, or it may be dead.
         """
         protocol, transport = _ends(connection)
         arrivals = _arrivals(transport)
         for _ in range(3):  # turns of the event loop, which reads it then; of TLS it may be nothing that matters
             if arrivals():
                 await asyncio.sleep(0)
-        if protocol.should_close or not protocol.is_connected():
-            self.reused = True
-            raise NotAgainError(_UNASKED)
+        if protocol.should_close or not protocol.is_connected() or not self._trust.has_given(transport):
+            raise _UnusableConnectionError
+        self.reused = self._trust.knows(transport)
+        self.phase = _HEAD
         self._transport = transport
         if (closed := protocol.closed) is not None:
             closed.remove_done_callback(_hear)
@@ -353,11 +467,12 @@ class _Exchange:
             self._unwatch = partial(closed.remove_done_callback, self._closed)
 
     def _closed(self, closed: "asyncio.Future[None]") -> None:
-        self.lost(_error_of(closed))
+        error = _error_of(closed)
+        self.lost(error if error is None else error.__cause__)
 
     def lost(self, error: BaseException | None) -> None:
         """The connection is gone: aiohttp does not tell it a reader whose body it could not parse."""
-        self._is_reset = error is not None
+        self.lost_by = error
         if self.response is not None and not self.response.content.is_eof():
             self.response.content.set_exception(aiohttp.ClientPayloadError("the connection ended within it"))
 
@@ -365,6 +480,7 @@ class _Exchange:
         """Drop the connection, unless the reply was read to its end: then the pool has it back already."""
         if self._line is not None and self._line.exchange is self:
             self._line.exchange = None
+            self._line.idle_since = self._trust.now()
         if self._unwatch is not None:
             self._unwatch()
         response, transport = self.response, self._transport
@@ -374,6 +490,8 @@ class _Exchange:
             response.close()
         if transport is not None and not (is_whole and not transport.is_closing()):
             transport.abort()  # closing TLS waits up to 30 s for the peer
+        elif transport is not None and self._line is None:
+            self._trust.returned(transport)
         self.response = self._transport = self._line = self._unwatch = None
         self._body = bytearray()
 
@@ -384,7 +502,8 @@ class _Exchange:
             raise aiohttp.ClientError("it is not HTTP/1")
         if self.response.status == 200:
             is_below = await self._read(cap)
-            if self._is_reset and not {hdrs.CONTENT_LENGTH, hdrs.TRANSFER_ENCODING} & self.response.headers.keys():
+            has_end = {hdrs.CONTENT_LENGTH, hdrs.TRANSFER_ENCODING} & self.response.headers.keys()
+            if self.lost_by is not None and not has_end:
                 raise aiohttp.ClientPayloadError("the connection was reset within it")
             return self.reply(exceeded=None if is_below else cap)
         async with asyncio.timeout(_ERROR_BODY_TIMEOUT):
@@ -490,12 +609,36 @@ class _Inflater:
         return -zlib.MAX_WBITS if raw else self._wbits
 
 
-def _failure(error: Exception, key: ApiKey, *, reused: bool) -> ConnectionFailedError:
-    """Our error for whatever kept a readable reply from coming."""
+def _is_connected(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+def _failure(error: Exception, lost_by: BaseException | None, key: ApiKey, *, reused: bool) -> ConnectionFailedError:
+    """Return our error for whatever kept a readable reply from coming.
+
+    Args:
+        error: What aiohttp raised.
+        lost_by: What ended the connection, if anything did; aiohttp's own error does not say.
+        key: The key that was sent, to be masked.
+        reused: Whether the connection had been used before.
+    """
+    alert = _alert(error.os_error if isinstance(error, aiohttp.ClientConnectorSSLError) else lost_by)
+    if alert is not None:
+        hint = "; a client certificate goes into ssl=" if "CERT" in alert or "UNKNOWN_CA" in alert else ""
+        return ConnectionFailedError(f"the server refused the TLS connection: {alert}{hint}", transient=False)
     match error:
         case aiohttp.ClientConnectorCertificateError():
             reason = f"the server's certificate is not trusted: {_said(error.certificate_error, key)}"
             return ConnectionFailedError(reason, transient=False)
+        case aiohttp.ClientConnectorError() if error.os_error.errno in _NO_SOCKETS:
+            reason = f"this process cannot open another socket: {error.os_error.strerror}"
+            return ConnectionFailedError(
+                f"{reason}; raise its limit (ulimit -n), or lower max_connections", unsent=True
+            )
         case NotAgainError():
             return ConnectionFailedError(str(error), stale_connection=reused)
         case aiohttp.ClientConnectorError():
@@ -511,6 +654,12 @@ def _failure(error: Exception, key: ApiKey, *, reused: bool) -> ConnectionFailed
         case _:
             reason = f"the exchange failed: {_said(error, key)}"
     return ConnectionFailedError(reason)
+
+
+def _alert(error: BaseException | None) -> str | None:
+    """Return the TLS alert by which the peer refused us; ``None`` if it is none, or one that may pass."""
+    reason = error.reason if isinstance(error, tls.SSLError) else None
+    return reason if reason and "ALERT" in reason and "INTERNAL_ERROR" not in reason else None
 
 
 def _said(error: Exception, key: ApiKey) -> str:

@@ -222,7 +222,9 @@ def test_a_body_that_is_no_json_object(wrong: bytes, told: str) -> None:
 @pytest.mark.parametrize("number", [b"1e400", b"9" * 5000])
 def test_a_number_beyond_reading_is_a_problem(number: bytes) -> None:
     """A number that Python cannot hold is an unreadable body, not an exception of its own kind."""
-    assert problems(b'{"data": [], "status": ' + number + b"}") == ("$.status: expected an HTTP status, got a number out of range",)
+    assert problems(b'{"data": [], "status": ' + number + b"}") == (
+        "$.status: expected an HTTP status, got a number out of range",
+    )
 
 
 def test_what_is_ignored_is_not_decoded() -> None:

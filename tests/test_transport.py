@@ -50,7 +50,7 @@ LONG_ANSWER = json.dumps({"status": "200", "data": list(many_audiences("a", 5000
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How our own session sends: on its pool directly, or as with an aiohttp of another version."""
     if request.param == "session":
-        monkeypatch.setattr(direct, "_IS_KNOWN", False)
+        monkeypatch.setattr(direct, "_is_known", lambda: False)
     return str(request.param)
 
 
@@ -84,10 +84,11 @@ async def test_either_way_sends_the_same(raw: StartRaw, monkeypatch: pytest.Monk
             await connection.answer()
 
     server = await raw(serve)
-    async with AudiencesClient("clé %s", base_url=f"{server.base_url}a%20b/") as client:
-        for known in (True, False):
-            monkeypatch.setattr(direct, "_IS_KNOWN", known)
-            await client.get_audiences()
+    for known in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(direct, "_is_known", lambda known=known: known)
+            async with AudiencesClient("clé %s", base_url=f"{server.base_url}a%20b/") as client:
+                await client.get_audiences()
     assert heads[0] == heads[1]
     assert heads[0].startswith(b"GET /a%20b/audiences HTTP/1.1\r\nHost: 127.0.0.1:")
     assert heads[0].endswith("\r\nAuthorization: Bearer clé %s\r\n\r\n".encode())
@@ -96,7 +97,8 @@ async def test_either_way_sends_the_same(raw: StartRaw, monkeypatch: pytest.Monk
 async def test_this_aiohttp_is_known(way: str) -> None:
     """Requests go by the pool of the installed aiohttp; where its version is a new one, read what has changed first."""
     async with aiohttp.ClientSession() as session:
-        assert direct.DirectRequests(session, URL("http://localhost/audiences")).usable is (way == "direct")
+        requests = direct.direct_requests(session, URL("http://localhost/audiences"))
+        assert (requests is not None and requests.usable) is (way == "direct")
 
 
 async def test_a_connection_that_is_lost_at_once(

@@ -81,7 +81,7 @@ class Service:
         """Be made in the place of a `Transport`."""
         return self
 
-    async def attempt(self, key: ApiKey) -> Reply | TransportError:
+    async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
         """Answer after a round trip, as decided when the request arrived."""
         await asyncio.sleep(self.round_trip / 2)
         decided = self.decide(key.reveal(), now())
