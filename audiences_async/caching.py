@@ -14,7 +14,6 @@ from audiences_async import checks
 from audiences_async.call import Call
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey
-from audiences_async.deadlines import Scope
 from audiences_async.errors import (
     AudiencesError,
     DeadlineExceededError,
@@ -68,7 +67,6 @@ class _Flight:
     """A request under way, and how many wait for it; the client itself counts as one while it refreshes."""
 
     call: Call
-    scope: Scope
     generation: int
     waiters: int = 0
     keep: bool = True
@@ -76,8 +74,7 @@ class _Flight:
 
     def extend(self, timeout: float) -> None:
         """Whoever joins has so many seconds: no shorter time of somebody else's ends the request before."""
-        self.call.extend(timeout)
-        self.scope.extend(timeout)
+        self.call.time.extend(timeout)
 
 
 class Cache:
@@ -98,8 +95,8 @@ class Cache:
         clock: Clock,
         *,
         base_url: str,
-        begin: Callable[[Account, float], tuple[Call, Scope]],
-        run: Callable[[Call, Scope], Awaitable[Result]],
+        begin: Callable[[Account, float], Call],
+        run: Callable[[Call], Awaitable[Result]],
         timeout: float,
     ) -> None:
         self._policy = policy
@@ -207,7 +204,7 @@ class Cache:
     ) -> Result:
         until = self._now() + timeout
         flight = self._flights.get(digest)
-        joined = flight is not None and not flight.scope.expired and self._is_valid(flight, account)
+        joined = flight is not None and not flight.call.time.scope.expired and self._is_valid(flight, account)
         if flight is None or not joined:
             flight = self._start(digest, account, timeout)
         flight.extend(timeout)
@@ -232,7 +229,7 @@ class Cache:
                 self._land(digest, flight)
 
     def _start(self, digest: bytes, account: Account, timeout: float) -> _Flight:
-        flight = _Flight(*self._begin(account, timeout), self._generation)
+        flight = _Flight(self._begin(account, timeout), self._generation)
         self._flights[digest] = flight  # before the task, which may be an eager one
         flight.task = asyncio.get_running_loop().create_task(self._fly(digest, account, flight))
         self._tasks.add(flight.task)
@@ -241,7 +238,7 @@ class Cache:
 
     async def _fly(self, digest: bytes, account: Account, flight: _Flight) -> Result:
         try:
-            result = await self._run(flight.call, flight.scope)
+            result = await self._run(flight.call)
         finally:
             self._land(digest, flight)
         if flight.keep and isinstance(result, AudiencesResponse) and flight.call.key is not None:

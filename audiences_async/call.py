@@ -5,17 +5,18 @@ from collections.abc import Generator
 from typing import Literal, TypeAlias
 
 from attrs import frozen
-from tenacity import AsyncRetrying, RetryCallState, retry_if_result
+from tenacity import AsyncRetrying, RetryCallState
 
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, KeySource
-from audiences_async.deadlines import Scope
+from audiences_async.deadlines import CallTime
 from audiences_async.errors import (
     AudiencesError,
     ConnectionFailedError,
     DeadlineExceededError,
     StatusError,
     TooManyRequestsError,
+    TransportError,
     UnauthorizedError,
 )
 from audiences_async.events import (
@@ -31,12 +32,27 @@ from audiences_async.events import (
     is_watched,
 )
 from audiences_async.models import Account, AudiencesResponse
-from audiences_async.pacing import Pacer, Verdict
+from audiences_async.pacing import Pacer, Place, Verdict
 from audiences_async.retrying import RetryPolicy, RetryTokens, wait_full_jitter
 from audiences_async.transport import Transport
 from audiences_async.wire import Reply, Result, read, read_plain, used_up
 
-_Step: TypeAlias = Literal["fresh-key", "stale-connection", "pace", "retry-after", "backoff"]
+_Reason: TypeAlias = Literal["fresh-key", "stale-connection", "pace", "retry-after", "backoff"]
+
+
+@frozen
+class _Again:
+    """The next attempt.
+
+    Attributes:
+        wait: Seconds until it.
+        reason: Why it is made after that time.
+        borrows: Whether it waits for a place among the retries that the budget has no tokens for.
+    """
+
+    wait: float
+    reason: _Reason
+    borrows: bool = False
 
 
 @frozen(eq=False)
@@ -55,55 +71,45 @@ class Call:
     Args:
         account: The account.
         credential: The key, or where fresh ones come from.
-        timeout: Seconds for the whole call. Only waits are held against it here; *scope* cuts off the rest.
-        scope: What the caller runs it in.
+        time: The time that the call has. Only waits are held against it here; its scope cuts off the rest.
         pacer: Where the account's turns come from.
         transport: Where attempts are made.
         settings: What all calls of the client share.
+        place: The call's place in a job; ``None`` if it is of no job.
     """
 
     def __init__(
         self,
         account: Account,
         credential: ApiKey | KeySource,
-        timeout: float,
+        time: CallTime,
         *,
-        scope: Scope,
         pacer: Pacer,
         transport: Transport,
         settings: CallSettings,
+        place: Place | None = None,
     ) -> None:
         self._account = account.name
         # Not the lane itself yet: it is forgotten where nobody uses it.
         self._of, self._pacer = account, pacer
-        self._scope = scope
+        self.time: CallTime = time
+        self._place = place
         self._key: ApiKey | None = credential if isinstance(credential, ApiKey) else None
         self._source: KeySource | None = None if isinstance(credential, ApiKey) else credential
         self._refused_key: ApiKey | None = None
         self._transport = transport
         self._settings = settings
-        self._started = settings.clock.monotonic()
-        self._deadline = self._started + timeout
         self._sent_at: float | None = None
         self._attempt_elapsed = 0.0
         self._attempts: tuple[Attempt, ...] = ()
+        self._next: _Again | StopReason = "final"
         self._stale_before = False
-        self._stop_reason: StopReason = "final"
         self._watched = is_watched(settings.on_event)
 
     @property
     def key(self) -> ApiKey | None:
         """The key of the last attempt; ``None`` before the first."""
         return self._key
-
-    @property
-    def timeout(self) -> float:
-        """Seconds that the call has had in all."""
-        return self._deadline - self._started
-
-    def extend(self, timeout: float) -> None:
-        """Give the call so many seconds from now, if it has not as many."""
-        self._deadline = max(self._deadline, self._settings.clock.monotonic() + timeout)
 
     async def run(self) -> Result:
         """The answer, or the error of the last attempt; tenacity comes in when something has failed."""
@@ -113,7 +119,7 @@ class Call:
             if self._watched:
                 self._tell(CallStarted(self._account))
             result = await self._attempt()
-            if self._retries(result):
+            if isinstance(result, AudiencesError) and self._may_help(result):
                 result = await self._run_again(result)
             return self._finish(result)
         finally:
@@ -130,12 +136,10 @@ class Call:
         # One object for each call: tenacity keeps the state of its loop on itself. Errors are results, not
         # exceptions, so that a cancellation is never taken for something to retry.
         retrying = AsyncRetrying(
-            retry=retry_if_result(self._retries),
+            retry=self._decides_to_retry,
             wait=self._wait,
-            stop=self._stops,
             before_sleep=self._before_sleep,
-            sleep=self._settings.clock.sleep,
-            retry_error_callback=_result_of,
+            sleep=self._sleep,
         )
         result: Result = await retrying(attempt)
         return result
@@ -149,7 +153,7 @@ class Call:
             self._record(self._cut_off_attempt(self._sent_at, stop_reason))
             self._sent_at = None
         elif isinstance(error, DeadlineExceededError) and error.retry_after is None:
-            error.retry_after = self._lane.expected(self._settings.clock.monotonic()) or None
+            error.retry_after = self._pacer.expected(self._lane, self.time) or None
         return self._with_context(error, stop_reason)
 
     def attempts_until_now(self, stop_reason: StopReason) -> tuple[Attempt, ...]:
@@ -161,54 +165,88 @@ class Call:
     def abandoned(self, error: BaseException) -> None:
         """The caller was cancelled: told, and nothing else comes of it."""
         under_way = self._sent_at is not None
-        elapsed = self._settings.clock.monotonic() - self._started
+        elapsed = self._settings.clock.monotonic() - self.time.started
         self._tell(CallFinished(self._account, len(self._attempts) + under_way, elapsed, type(error).__name__))
 
     async def _attempt(self) -> Result:
-        key = self._key
-        if key is None or key is self._refused_key:
-            assert self._source is not None
-            key = self._key = await self._source.get(account=self._account, refused=self._refused_key)
-        self._scope.check()
-        result = await self._exchange(key)
-        assert self._sent_at is not None
-        self._attempt_elapsed = self._settings.clock.monotonic() - self._sent_at
-        self._sent_at = None
+        self._attempt_elapsed = 0.0
+        try:
+            key = self._key
+            if key is None or key is self._refused_key:
+                assert self._source is not None
+                key = self._key = await self._source.get(account=self._account, refused=self._refused_key)
+            self.time.scope.check()
+            result = await self._exchange(key)
+            while isinstance(result, ConnectionFailedError) and result.unsent and self._pacer.service.shrink():
+                result = await self._exchange(key)  # with a socket that another request returns
+        except TransportError as error:  # of the key function or of a limiter
+            return error.with_traceback(None)
+        finally:
+            if self._place is not None:
+                self._place.give_back()
         return result
 
     async def _exchange(self, key: ApiKey) -> Result:
         """Wait for a turn, use it, and tell the lane what came of it."""
         asked_at = self._settings.clock.monotonic() if self._watched else 0.0
-        turn = await self._lane.acquire(self._deadline)
+        turn = await self._pacer.acquire(self._lane, self.time, self._place)
         verdict: Verdict = "nothing"
         pause: float | None = None
+        result: Result | None
         try:
             self._sent_at = self._settings.clock.monotonic()
             if self._watched:
                 self._tell(AttemptStarted(self._account, self._next_number, self._sent_at - asked_at))
-            reply = await self._transport.attempt(key, self._scope)
+            reply = await self._transport.attempt(key, self.time.scope)
             if not isinstance(reply, Reply):
-                return reply
-            result: Result | None = read_plain(reply)
-            if result is None:
-                result = await _in_turns(read(reply, key, now=self._settings.clock.wall()))
-            if isinstance(result, TooManyRequestsError):
-                verdict, pause = "throttled", result.retry_after
+                result = reply
             else:
-                verdict, pause = "answered", used_up(reply.headers, now=self._settings.clock.wall())
-            return result
+                result = read_plain(reply)
+                if result is None:
+                    result = await _in_turns(read(reply, key, now=self._settings.clock.wall()))
+                if isinstance(result, TooManyRequestsError):
+                    verdict, pause = "throttled", result.retry_after
+                else:
+                    verdict, pause = "answered", used_up(reply.headers, now=self._settings.clock.wall())
         finally:
-            self._lane.release(turn, verdict, pause=pause)
+            self._pacer.release(self._lane, turn, verdict, pause=pause)
+        self._attempt_elapsed = self._settings.clock.monotonic() - self._sent_at
+        self._sent_at = None
+        return result
 
-    def _retries(self, result: Result) -> bool:
-        return isinstance(result, AudiencesError) and (
-            self._may_refresh_key(result) or self._settings.policy.retries(result)
-        )
+    def _may_help(self, error: AudiencesError) -> bool:
+        """Return whether another attempt may help."""
+        return self._may_refresh_key(error) or self._settings.policy.retries(error)
 
     def _may_refresh_key(self, error: AudiencesError) -> bool:
         return isinstance(error, UnauthorizedError) and self._source is not None and self._refused_key is None
 
-    def _step(self, error: AudiencesError) -> _Step:
+    def _decides_to_retry(self, state: RetryCallState) -> bool:
+        result = _result_of(state)
+        if isinstance(result, AudiencesError):
+            self._next = self._decide(result, state)
+            return isinstance(self._next, _Again)
+        return False
+
+    def _decide(self, error: AudiencesError, state: RetryCallState) -> _Again | StopReason:
+        """Return the next attempt, or why there is none."""
+        if not self._may_help(error):
+            return "final"
+        if state.attempt_number >= self._settings.policy.max_attempts:
+            return "attempts"
+        reason = self._reason(error)
+        is_free = reason in {"fresh-key", "stale-connection", "pace"}
+        wait = 0.0 if is_free else wait_full_jitter(self._settings.policy, self._settings.clock)(state)
+        needed = max(wait, self._pacer.expected(self._lane, self.time))
+        if self._settings.clock.monotonic() + needed >= self.time.deadline:
+            error.retry_after = needed if error.retry_after is None else error.retry_after
+            return "deadline"
+        # A 429's retry is paced; it cannot storm.
+        if is_free or isinstance(error, TooManyRequestsError) or self._settings.tokens.take():
+            return _Again(wait, reason)
+        return "budget" if self._place is None else _Again(wait, reason, borrows=True)
+
+    def _reason(self, error: AudiencesError) -> _Reason:
         if self._may_refresh_key(error):
             return "fresh-key"
         # That the peer closed a pooled connection says nothing about the service: once, ask again at once.
@@ -220,48 +258,42 @@ class Call:
             return "pace"
         return "backoff"
 
-    def _wait(self, state: RetryCallState) -> float:
-        if self._step(_error_of(state)) in {"fresh-key", "stale-connection", "pace"}:
-            return 0.0
-        return wait_full_jitter(self._settings.policy, self._settings.clock)(state)
-
-    def _stops(self, state: RetryCallState) -> bool:
-        if state.attempt_number >= self._settings.policy.max_attempts:
-            self._stop_reason = "attempts"
-            return True
-        now = self._settings.clock.monotonic()
-        needed = max(state.upcoming_sleep, self._lane.expected(now))
-        if now + needed >= self._deadline:
-            self._stop_reason = "deadline"
-            error = _error_of(state)
-            error.retry_after = needed if error.retry_after is None else error.retry_after
-            return True
-        if not self._settings.tokens.take():
-            self._stop_reason = "budget"
-            return True
-        return False
+    def _wait(self, _: RetryCallState) -> float:
+        assert isinstance(self._next, _Again)
+        return self._next.wait
 
     def _before_sleep(self, state: RetryCallState) -> None:
-        error = _error_of(state)
-        step = self._step(error)
-        self._stale_before |= step == "stale-connection"
-        self._record(self._attempt_record(error, state.upcoming_sleep, step))
-        if step == "fresh-key":
+        assert isinstance(self._next, _Again)
+        result = _result_of(state)
+        self._stale_before |= self._next.reason == "stale-connection"
+        self._record(self._attempt_record(result, self._next.wait, self._next.reason))
+        if self._next.reason == "fresh-key":
             self._refused_key = self._key
+
+    async def _sleep(self, seconds: float) -> None:
+        """Wait between two attempts, in a job without a place."""
+        assert isinstance(self._next, _Again)
+        if self._place is not None:
+            self._place.leave()
+        await self._settings.clock.sleep(seconds)
+        if self._place is not None and self._next.borrows:
+            with self.time.held():
+                await self._place.borrow()
 
     def _finish(self, result: Result) -> Result:
         # Decoding may have taken longer than the call had.
-        if isinstance(result, AudiencesResponse) and self._settings.clock.monotonic() >= self._deadline:
-            self._stop_reason = "deadline"
-            result = out_of_time(self.timeout)
+        if isinstance(result, AudiencesResponse) and self._settings.clock.monotonic() >= self.time.deadline:
+            self._next = "deadline"
+            result = out_of_time(self.time.timeout)
         if isinstance(result, AudiencesResponse):
             self._settings.tokens.give_back()
             if self._watched:
                 self._record(self._attempt_record(result, 0.0, "success"))
                 self._tell_finished(None)
             return result
-        self._record(self._attempt_record(result, 0.0, self._stop_reason))
-        return self._with_context(result, self._stop_reason)
+        assert not isinstance(self._next, _Again)
+        self._record(self._attempt_record(result, 0.0, self._next))
+        return self._with_context(result, self._next)
 
     @property
     def _next_number(self) -> int:
@@ -283,13 +315,13 @@ class Call:
     def _with_context(self, error: AudiencesError, stop_reason: StopReason) -> AudiencesError:
         error.account = self._account
         error.attempts = self._attempts
-        error.elapsed = self._settings.clock.monotonic() - self._started
+        error.elapsed = self._settings.clock.monotonic() - self.time.started
         error.stop_reason = stop_reason
         self._tell_finished(error)
         return error.with_traceback(None)  # whose frames would hold this call for as long as somebody keeps the error
 
     def _tell_finished(self, error: AudiencesError | None) -> None:
-        elapsed = self._settings.clock.monotonic() - self._started
+        elapsed = self._settings.clock.monotonic() - self.time.started
         name = None if error is None else type(error).__name__
         self._tell(CallFinished(self._account, len(self._attempts), elapsed, name))
 
@@ -317,10 +349,4 @@ async def _in_turns(steps: Generator[None, None, Result]) -> Result:
 def _result_of(state: RetryCallState) -> Result:
     assert state.outcome is not None
     result: Result = state.outcome.result()
-    return result
-
-
-def _error_of(state: RetryCallState) -> AudiencesError:
-    result = _result_of(state)
-    assert isinstance(result, AudiencesError)
     return result

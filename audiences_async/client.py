@@ -16,11 +16,11 @@ from audiences_async.caching import Cache, CachePolicy
 from audiences_async.call import Call, CallSettings, out_of_time
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, KeySource, Secret
-from audiences_async.deadlines import Deadlines, Scope
+from audiences_async.deadlines import CallTime, Deadlines
 from audiences_async.errors import AudiencesError, ClientClosedError, ConfigurationError, DeadlineExceededError
-from audiences_async.events import EventHook, StopReason
+from audiences_async.events import EventHook, StopReason, log_unexpected
 from audiences_async.models import Account, AudiencesResponse, Failed, Fetched, Outcome
-from audiences_async.pacing import AccountPace, Limiter, Pacer, Slots
+from audiences_async.pacing import AccountPace, Limiter, Pacer, Place
 from audiences_async.rates import RateLimit
 from audiences_async.retrying import RetryBudget, RetryPolicy, RetryTokens
 from audiences_async.transport import (
@@ -73,6 +73,8 @@ class AudiencesClient:
         budget: How many retries all calls of this client may make together; ``None`` means no such bound.
         rate_limit: The rate of each account where it is known, or a `Limiter` that knows; ``None`` means that it is
             learned from the service's 429s. A 429 pauses its account in any case.
+        service_rate_limit: The rate of all accounts together where it is known, or a `Limiter` that knows; ``None``
+            means no such limit. In a job, waiting for it takes nothing of an account's time.
         cache: For how long answers are kept, and shared by those who ask; ``None`` means that every call goes out.
         max_connections: Connections of the client's own session; ``None`` means 100.
         max_body_bytes: The largest body that is read, in bytes after inflating. Decoded, it takes several times as much
@@ -102,6 +104,7 @@ class AudiencesClient:
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - a frozen value
         budget: RetryBudget | None = RetryBudget(),  # noqa: B008 - a frozen value
         rate_limit: RateLimit | Limiter | None = None,
+        service_rate_limit: RateLimit | Limiter | None = None,
         cache: CachePolicy | None = None,
         max_connections: int | None = None,
         max_body_bytes: int = 64 * 2**20,
@@ -124,7 +127,9 @@ class AudiencesClient:
         checks.instance("budget", budget, RetryBudget, type(None))
         checks.instance("cache", cache, CachePolicy, type(None))
         checks.instance("rate_limit", rate_limit, RateLimit, Limiter, type(None))
+        checks.instance("service_rate_limit", service_rate_limit, RateLimit, Limiter, type(None))
         self._rate_limit = rate_limit
+        self._service_rate_limit = service_rate_limit
         self._tokens = RetryTokens(budget)
         self._call_settings = CallSettings(retry, self._tokens, clock, on_event)
         _check_pool(session, max_connections, ssl, via)
@@ -190,16 +195,18 @@ class AudiencesClient:
         self._open()
         account = self._checked(account)
         limit = self._timeout if timeout is None else checks.seconds("timeout", timeout)
-        if self._cache is None:
-            result = await self._run(*self._begin(account, limit))
-        else:
-            result = await self._cached(self._cache, account, limit)
+        result = await self._answer(account, limit, None)
         if isinstance(result, AudiencesError):
             try:
                 raise result
             finally:
                 del result  # its traceback has this frame, and would keep it and itself
         return result
+
+    async def _answer(self, account: Account, limit: float, place: Place | None) -> Result:
+        if self._cache is None:
+            return await self._run(self._begin(account, limit, place))
+        return await self._cached(self._cache, account, limit)
 
     def stream(
         self, accounts: jobs.Accounts, *, concurrency: int = 100, timeout: float | None = None
@@ -251,8 +258,8 @@ class AudiencesClient:
         fetch = self._job(accounts, concurrency, timeout)
         given = [account async for account in jobs.checked(accounts)]
 
-        async def numbered(item: tuple[int, Account]) -> tuple[int, Outcome]:
-            return item[0], await fetch(item[1])
+        async def numbered(item: tuple[int, Account], place: jobs.Place) -> tuple[int, Outcome]:
+            return item[0], await fetch(item[1], place)
 
         async with jobs.stream(jobs.each(enumerate(given)), numbered, concurrency) as outcomes:
             by_number = {number: outcome async for number, outcome in outcomes}
@@ -286,13 +293,12 @@ class AudiencesClient:
             return
         self._check_loop()
         self._closed = True
-        transport, pacer, deadlines = self._wire
+        transport, _, deadlines = self._wire
         try:
             await deadlines.end()
             if self._cache is not None:
                 await self._cache.close()
         finally:
-            pacer.cancel()
             await transport.close()
 
     def _open(self) -> tuple[Transport, Pacer, Deadlines]:
@@ -302,15 +308,17 @@ class AudiencesClient:
         if self._wire is None:
             deadlines = Deadlines()
             transport = Transport(self._transport_settings, deadlines)
-            self._wire = transport, self._new_pacer(Slots(transport.connections)), deadlines
+            self._wire = transport, self._new_pacer(transport.connections, deadlines), deadlines
         return self._wire
 
-    def _new_pacer(self, slots: Slots) -> Pacer:
+    def _new_pacer(self, connections: int, deadlines: Deadlines) -> Pacer:
         settings = self._call_settings
         return Pacer(
             self._rate_limit,
-            slots,
+            self._service_rate_limit,
+            connections,
             settings.clock,
+            deadlines,
             throttle_base_delay=settings.policy.throttle_base_delay,
             max_delay=settings.policy.max_delay,
             on_event=settings.on_event,
@@ -325,7 +333,7 @@ class AudiencesClient:
 
     def _job(
         self, accounts: jobs.Accounts, concurrency: int, timeout: float | None
-    ) -> Callable[[Account], Awaitable[Outcome]]:
+    ) -> Callable[[Account, jobs.Place], Awaitable[Outcome]]:
         """What to do with each account of a job whose arguments can be used."""
         self._open()
         checks.instance("accounts", accounts, Iterable, AsyncIterable)
@@ -333,40 +341,45 @@ class AudiencesClient:
         limit = self._timeout if timeout is None else checks.seconds("timeout", timeout)
         now = self._call_settings.clock.monotonic
 
-        async def fetch(account: Account) -> Outcome:
+        async def fetch(account: Account, place: jobs.Place) -> Outcome:
             started = now()
             try:
-                response = await self.get_audiences(account, timeout=limit)
+                self._open()
+                result = await self._answer(self._checked(account), limit, place)
             except AudiencesError as error:
                 # Without its frames: they would hold the call and its body for as long as the outcome is kept.
-                return Failed(account, now() - started, error.with_traceback(None))
-            return Fetched(account, now() - started, response)
+                result = error.with_traceback(None)
+            except Exception as error:  # noqa: BLE001 - a mistake in one account's call costs the job no other account
+                log_unexpected(error, account.name)
+                result = _unexpected(error, account)
+            if isinstance(result, AudiencesError):
+                return Failed(account, now() - started, result)
+            return Fetched(account, now() - started, result)
 
         return fetch
 
-    def _begin(self, account: Account, limit: float) -> tuple[Call, Scope]:
-        """A call, and the time that it has."""
+    def _begin(self, account: Account, limit: float, place: Place | None = None) -> Call:
+        """A call that has so many seconds; in a job, if it has a place there."""
         transport, pacer, deadlines = self._open()
-        scope = deadlines.within(limit)
-        call = Call(
+        now = self._call_settings.clock.monotonic
+        return Call(
             account,
             self._credential(account),
-            limit,
-            scope=scope,
+            CallTime(now, deadlines.within(limit), limit, stands_still=place is not None),
             pacer=pacer,
             transport=transport,
             settings=self._call_settings,
+            place=place,
         )
-        return call, scope
 
-    async def _run(self, call: Call, scope: Scope) -> Result:
+    async def _run(self, call: Call) -> Result:
         try:
-            with scope:
+            with call.time.scope:
                 return await call.run()
         except (ConfigurationError, ClientClosedError, DeadlineExceededError) as error:
             return call.cut_off(error, error.stop_reason)
         except TimeoutError:
-            return call.cut_off(*self._out_of_time(call.timeout))
+            return call.cut_off(*self._out_of_time(call.time.timeout))
         except BaseException as error:
             call.abandoned(error)
             raise
@@ -408,6 +421,13 @@ class AudiencesClient:
             return credential
         # Lives as long as a call holds it, so that calls at the same time share one key and one refresh.
         return self._key_sources.setdefault((account.name, id(credential)), KeySource(credential))
+
+
+def _unexpected(error: Exception, account: Account) -> AudiencesError:
+    """Return the error in the place of one that is none of ours."""
+    failure = AudiencesError(f"the call raised {type(error).__name__}; see its cause", account=account.name)
+    failure.__cause__ = error
+    return failure
 
 
 def _default_account(key: ApiKey | None) -> Account | None:

@@ -12,7 +12,7 @@ from typing import Any, Final, Self, TypeAlias
 from urllib.parse import quote, quote_plus
 
 from audiences_async.deadlines import is_cancelled
-from audiences_async.errors import ConfigurationError
+from audiences_async.errors import ConfigurationError, callback_error
 
 KeyProvider: TypeAlias = Callable[[], str | Awaitable[str]]
 """A function, sync or async, that gives the current API key. A sync one must not block."""
@@ -217,7 +217,8 @@ class KeySource:
         A lock and not a shared task: a caller that is cancelled while it asks leaves the asking to the next one.
 
         Raises:
-            ConfigurationError: The function raised, or gave what cannot be a key.
+            ConfigurationError: The function made a mistake, or gave what cannot be a key.
+            TransportError: The function failed for a reason that may pass.
         """
         async with self._lock:
             if self._key is None or self._key is refused:
@@ -232,8 +233,7 @@ async def _ask(provider: KeyProvider, account: str, before: ApiKey | None) -> Ap
     except (Exception, asyncio.CancelledError) as error:
         if isinstance(error, asyncio.CancelledError) and is_cancelled():
             raise
-        message = f"the function for the API key raised {type(error).__name__}"
-        raise ConfigurationError(message, account=account) from error
+        raise callback_error("the function for the API key", error) from error
     del answer  # the plain key leaves this frame before anything else can raise
     key.validate(account=account)
     return key

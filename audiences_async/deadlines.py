@@ -5,7 +5,8 @@ As `asyncio.timeout`, which sets a timer for each: two of those take more of a c
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -39,6 +40,10 @@ class Deadlines:
     def at(self, seconds: float) -> float:
         """The event loop's time in so many seconds."""
         return self._loop.time() + seconds
+
+    def left(self, when: float) -> float:
+        """Return the seconds from now until *when*."""
+        return when - self._loop.time()
 
     async def end(self) -> None:
         """Let every scope expire now, and return when all have been left.
@@ -128,3 +133,58 @@ class Scope:
             if self._on_expire is not None:
                 self._on_expire()
             self.task.cancel()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Let no time pass for the length of the block."""
+        left = self._deadlines.left(self.ends_at)
+        self.ends_at = math.inf
+        try:
+            yield
+        finally:
+            if not self.expired:
+                self.ends_at = self._deadlines.at(left)
+                self._deadlines.add(self)
+
+
+class CallTime:
+    """The time of one call: a deadline on the client's clock, and the scope that ends the call there.
+
+    Args:
+        monotonic: The client's clock.
+        scope: What the caller runs the call in.
+        timeout: Seconds for the call.
+        stands_still: Whether the time that the service holds the call back does not count, as in a job.
+    """
+
+    __slots__ = ("_monotonic", "deadline", "scope", "stands_still", "started", "timeout")
+
+    def __init__(
+        self, monotonic: Callable[[], float], scope: Scope, timeout: float, *, stands_still: bool = False
+    ) -> None:
+        self._monotonic = monotonic
+        self.scope: Scope = scope
+        self.started: float = monotonic()
+        self.deadline: float = self.started + timeout
+        self.timeout: float = timeout
+        """Seconds that the call has in all."""
+        self.stands_still: bool = stands_still
+
+    def extend(self, timeout: float) -> None:
+        """Extend the deadline to at least *timeout* seconds from now."""
+        self.deadline = max(self.deadline, self._monotonic() + timeout)
+        self.timeout = max(self.timeout, self.deadline - self.started)
+        self.scope.extend(timeout)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let no time pass for the length of the block, if the call's time stands still there."""
+        if not self.stands_still:
+            yield
+            return
+        left, self.deadline = self.deadline - self._monotonic(), math.inf
+        try:
+            with self.scope.suspended():
+                yield
+        finally:
+            self.deadline = self._monotonic() + left

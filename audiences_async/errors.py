@@ -246,6 +246,24 @@ class ServerError(StatusError):
     hint = "try again later"
 
 
+# What only a change of the caller's program mends. Anything else that a callback raises may pass.
+_MISTAKES: Final = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, NotImplementedError,
+    TypeError, ValueError,
+)  # fmt: skip
+
+
+def callback_error(what: str, error: BaseException) -> ConfigurationError | TransportError:
+    """Return the error of a call whose key function or limiter raised *error*; the caller sets it as the cause.
+
+    Args:
+        what: The callback's name, for the message.
+        error: What it raised: a mistake of its author is final, anything else may pass and is worth a retry.
+    """
+    message = f"{what} raised {type(error).__name__}"
+    return ConfigurationError(message) if isinstance(error, _MISTAKES) else TransportError(message)
+
+
 _BY_STATUS: Final[Mapping[int, type[StatusError]]] = {
     400: BadRequestError,
     401: UnauthorizedError,

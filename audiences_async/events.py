@@ -131,6 +131,12 @@ class RateLearned(Event):
 EventHook: TypeAlias = Callable[[Event], None]
 
 
+def log_unexpected(error: Exception, account: str) -> None:
+    """Log the traceback of an error that is none of ours, and that a job goes on after."""
+    with suppress(Exception):
+        _log.error("account %r: the call raised %s", account, type(error).__name__, exc_info=error)
+
+
 def is_watched(hook: EventHook | None) -> bool:
     """Whether anybody wants to know."""
     return hook is not None or _log.isEnabledFor(logging.DEBUG)

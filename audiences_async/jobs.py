@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
-from typing import Final, Generic, Self, TypeAlias, TypeVar
+from typing import Any, Final, Generic, Self, TypeAlias, TypeVar
 
 from audiences_async import checks
 from audiences_async.errors import ClientClosedError
@@ -15,19 +15,23 @@ Accounts: TypeAlias = Iterable[Account] | AsyncIterable[Account]
 T = TypeVar("T")
 R = TypeVar("R")
 
-_HELD: Final = 2  # times the concurrency: calls under way, and results that the consumer has not taken yet
+# Times the concurrency:
+_HELD: Final = 2  # calls in their places, and results that the consumer has not taken yet
+_AWAY: Final = 10  # calls that wait to retry, without a place
+_UNPAID: Final = 4  # the part of the concurrency that retries without tokens have
 
 
 @asynccontextmanager
 async def stream(
-    items: AsyncGenerator[T, None], work: Callable[[T], Awaitable[R]], concurrency: int
+    items: AsyncGenerator[T, None], work: Callable[[T, "Place"], Awaitable[R]], concurrency: int
 ) -> AsyncIterator["Results[T, R]"]:
     """Results as they complete; whichever way the block is left, every task has ended by then.
 
     Args:
         items: What to work on.
-        work: Called once for each item; must turn what goes wrong with the item into a result.
-        concurrency: Items under way at the same time.
+        work: Called once for each item, with its place in the job; must turn what goes wrong with the item into a
+            result.
+        concurrency: Items under way at the same time, those that wait without a place not counted.
     """
     results = Results(items, work, concurrency)
     try:
@@ -60,17 +64,57 @@ async def each(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]
             yield item
 
 
+class Place:
+    """One item's place in a job: it leaves while it only waits, and another item is begun.
+
+    Args:
+        job: The job.
+    """
+
+    def __init__(self, job: "Results[Any, Any]") -> None:
+        self.held: bool = True
+        self._job = job
+        self._borrows = False
+
+    def leave(self) -> None:
+        """Let another item take the place; keep it if too many wait already."""
+        if self.held and self._job.vacate():
+            self.held = False
+
+    async def enter(self) -> None:
+        """Return when there is a place again; at once if it is held."""
+        if not self.held:
+            await self._job.occupy()
+            self.held = True
+
+    async def borrow(self) -> None:
+        """Return when one of the job's places for retries without tokens is free."""
+        await self._job.unpaid.acquire()
+        self._borrows = True
+
+    def give_back(self) -> None:
+        """Let the next retry without tokens go, if this item has borrowed."""
+        if self._borrows:
+            self._borrows = False
+            self._job.unpaid.release()
+
+
 class Results(AsyncIterator[R], Generic[T, R]):
     """Results as they complete, to be iterated once, by one task or by several."""
 
-    def __init__(self, items: AsyncGenerator[T, None], work: Callable[[T], Awaitable[R]], concurrency: int) -> None:
+    def __init__(
+        self, items: AsyncGenerator[T, None], work: Callable[[T, Place], Awaitable[R]], concurrency: int
+    ) -> None:
         """Must run inside the event loop that will use it."""
+        self.unpaid = asyncio.Semaphore(max(1, concurrency // _UNPAID))
         self._items = items
         self._work = work
         self._concurrency = concurrency
         self._reading = asyncio.Lock()
         self._exhausted = False
         self._is_left = False
+        self._places = asyncio.Semaphore(concurrency)
+        self._away = 0  # items that wait without a place
         self._room = asyncio.Semaphore(_HELD * concurrency)
         self._done: asyncio.Queue[tuple[R] | None] = asyncio.Queue()
         self._failure: BaseException | None = None
@@ -112,15 +156,43 @@ class Results(AsyncIterator[R], Generic[T, R]):
         self._workers.add(worker)
         worker.add_done_callback(self._finished)
 
+    def vacate(self) -> bool:
+        """Give up a place; ``False`` if too many items wait without one."""
+        if self._away >= _AWAY * self._concurrency:
+            return False
+        self._away += 1
+        self._places.release()
+        self._room.release()
+        if not self._exhausted:
+            self._start_worker()
+        return True
+
+    async def occupy(self) -> None:
+        """Take a place again."""
+        await self._room.acquire()
+        try:
+            await self._places.acquire()
+        except BaseException:
+            self._room.release()
+            raise
+        self._away -= 1
+
     async def _run(self) -> None:
-        while not self._has_been_left():
+        while not self._has_been_left() and len(self._workers) <= self._concurrency + self._away:
             await self._room.acquire()
+            await self._places.acquire()
             item = await self._next()
             if item is None or self._has_been_left():
+                self._places.release()
+                self._room.release()
                 return
-            if len(self._workers) < self._concurrency:
+            if len(self._workers) < self._concurrency + self._away:
                 self._start_worker()  # one by one: a job of three accounts starts no hundred tasks
-            self._done.put_nowait((await self._work(item[0]),))
+            place = Place(self)
+            result = await self._work(item[0], place)
+            await place.enter()
+            self._places.release()
+            self._done.put_nowait((result,))
             await asyncio.sleep(0)  # what else is ready goes first: replies are read together, and requests sent so
 
     async def _next(self) -> tuple[T] | None:

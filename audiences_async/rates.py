@@ -43,10 +43,11 @@ class KnownRate:
 
     __slots__ = ("_interval", "_next_at", "_tolerance", "rate")
 
-    def __init__(self, limit: RateLimit) -> None:
-        self.rate: float | None = limit.rate / limit.per
-        self._interval = limit.per / limit.rate
-        self._tolerance = (limit.burst - 1) * self._interval
+    def __init__(self, limit: RateLimit | None) -> None:
+        """Keep to *limit*; ``None`` if a `Limiter` keeps the rate, and everything may go at once here."""
+        self.rate: float | None = None if limit is None else limit.rate / limit.per
+        self._interval = 0.0 if limit is None else limit.per / limit.rate
+        self._tolerance = 0.0 if limit is None else (limit.burst - 1) * self._interval
         self._next_at = -math.inf
 
     def delay(self, now: float, in_flight: int) -> float:
@@ -64,36 +65,9 @@ class KnownRate:
             self._next_at = earliest
         self._next_at += self._interval
 
-    def not_sent(self) -> None:
-        """It did not go after all."""
-        self._next_at -= self._interval
-
-    def answered(self) -> None:
-        """Nothing to learn."""
-
-    def throttled(self, now: float) -> bool:
-        """A 429: the limit is known to be another, or somebody else uses it too."""
-        return False
-
-    def paused_until(self, when: float) -> None:
-        """Nothing to keep: a limit that was not used up during a pause is no more than the burst."""
-
-    def idle(self) -> None:
-        """Nothing to forget."""
-
     def is_idle(self, now: float) -> bool:
         """Whether forgetting it would make no difference."""
         return self._next_at + self._tolerance <= now
-
-
-class RateElsewhere(KnownRate):
-    """A rate that a `Limiter` keeps: here everything may go at once."""
-
-    def __init__(self) -> None:
-        self.rate: float | None = None
-        self._interval = 0.0
-        self._tolerance = 0.0
-        self._next_at = -math.inf
 
 
 class LearnedRate:
@@ -139,10 +113,6 @@ class LearnedRate:
             self.idle()
         # A turn that came late does not make the next one late.
         self._next_at = max(self._next_at, now - interval) + interval
-
-    def not_sent(self) -> None:
-        """It did not go after all."""
-        self._next_at -= 1 / self.rate if self.rate else 0.0
 
     def answered(self) -> None:
         """One more was granted."""

@@ -77,8 +77,11 @@ class wait_full_jitter(wait_base):  # noqa: N801 - tenacity's strategies are nam
 class RetryBudget:
     """How many retries a client may make of all its calls together: none of them can storm the service.
 
-    Each planned retry takes *cost* tokens, each answer gives *refund* back. First attempts never wait for it. Where it
-    is used up, a call ends at once with the error that it has, and ``stop_reason="budget"``.
+    A retry after a 5xx, a 408, a timeout or a failed connection takes *cost* tokens; an answer gives *refund* back.
+    Other retries are free: after a 429, whose retry is paced, after a stale connection, and with a fresh key. First
+    attempts never wait for the budget. If it is used up, a call of `AudiencesClient.get_audiences` ends with the error
+    that it has, and ``stop_reason="budget"``. In a job, such a retry waits for one of the places that retries without
+    tokens share: a quarter of the job's concurrency.
 
     Attributes:
         capacity: Tokens at the start, and at most.

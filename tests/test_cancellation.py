@@ -35,13 +35,13 @@ from audiences_async import (
     AudiencesResponse,
     CachePolicy,
     ClientClosedError,
-    ConfigurationError,
     ConnectionFailedError,
     DeadlineExceededError,
     Event,
     Fetched,
     RateLimit,
     RetryPolicy,
+    TransportError,
 )
 from audiences_async.clock import Clock
 from audiences_async.events import AttemptFinished, CallFinished
@@ -320,7 +320,7 @@ async def _slots(scene: Scene) -> None:
     scene.open(connections=1)
     await scene.serve()
     await scene.call("ClientResponse.start", Account("south", "key"))
-    await scene.call("Lane._queued")
+    await scene.call("Queue.opened")
 
 
 async def _window(scene: Scene) -> None:
@@ -328,26 +328,26 @@ async def _window(scene: Scene) -> None:
     await scene.serve()
     for _ in range(2):  # as many go at once while nothing is known of the account
         await scene.call("ClientResponse.start")
-    await scene.call("Lane._queued")
+    await scene.call("Queue.opened")
 
 
 async def _rate(scene: Scene) -> None:
     scene.open(rate_limit=RateLimit(0.001))
     await scene.serve()
     await scene.call("ClientResponse.start")
-    await scene.call("Lane._queued")
+    await scene.call("Queue.opened")
 
 
 async def _pause(scene: Scene) -> None:
     scene.open()
     await scene.serve(reply(b"429 Too Many", b"", b"Retry-After: 60"))
     await scene.call("Scene.sleep")
-    await scene.call("Lane._queued")
+    await scene.call("Queue.opened")
 
 
 async def _limiter(scene: Scene) -> None:
     scene.open(rate_limit=scene)
-    await scene.call("Lane._queued")
+    await scene.call("Queue.ask_limiter")
 
 
 async def _resolving(scene: Scene) -> None:
@@ -678,7 +678,7 @@ def right(account: Account, response: AudiencesResponse) -> None:
 
 KINDS_OF_WAITING: Final = {
     "key": {"Load._keyed.<locals>.key"},
-    "turn": {"Lane._queued"},
+    "turn": {"Queue.opened"},
     "connecting": {"BaseSelectorEventLoop.sock_connect", "BaseEventLoop._create_connection_transport"},
     "headers": {"ClientResponse.start"},
     "body": {"_Exchange._read_plain", "_Exchange._read_deflated"},
@@ -1159,8 +1159,8 @@ async def test_blocking_is_noticed(sandbox: Sandbox) -> None:
         blocking.sleep(0.001)
         return "key"
 
-    async with AudiencesClient(base_url=sandbox.base_url) as client:
-        with pytest.raises(ConfigurationError) as caught:
+    async with AudiencesClient(base_url=sandbox.base_url, retry=RetryPolicy(max_attempts=1)) as client:
+        with pytest.raises(TransportError) as caught:
             await client.get_audiences(Account("north", key))
     assert isinstance(caught.value.__cause__, BlockingError)
 

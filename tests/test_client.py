@@ -475,13 +475,13 @@ async def test_a_key_function_that_closes_the_client(sandbox: Sandbox) -> None:
 
 
 async def test_a_key_function_that_fails_is_an_error_of_the_call(sandbox: Sandbox) -> None:
-    """What a key function raises ends the call before anything is sent."""
+    """A mistake in a key function ends the call before anything is sent."""
 
     def provider() -> str:
-        raise OSError("vault is sealed")
+        raise KeyError("north")
 
     async with AudiencesClient(base_url=sandbox.base_url) as client:
-        with pytest.raises(ConfigurationError, match="account 'north': .* raised OSError") as caught:
+        with pytest.raises(ConfigurationError, match="account 'north': .* raised KeyError") as caught:
             await client.get_audiences(Account("north", provider))
     assert (caught.value.attempts, caught.value.stop_reason, sandbox.requests) == ((), "final", [])
 

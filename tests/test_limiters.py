@@ -8,7 +8,15 @@ import pytest
 from conftest import EMPTY_ANSWER
 from services import missing, nginx, redis_server
 
-from audiences_async import Account, AudiencesClient, ConfigurationError, Limiter, RateLimit, RetryPolicy
+from audiences_async import (
+    Account,
+    AudiencesClient,
+    ConfigurationError,
+    Limiter,
+    RateLimit,
+    RetryPolicy,
+    TransportError,
+)
 from audiences_async.distributed import RedisLimiter, connect
 from audiences_async.sandbox import Answer, Sandbox
 
@@ -45,17 +53,17 @@ async def test_a_limiter_is_asked_before_every_attempt(sandbox: Sandbox, north: 
 
 @pytest.mark.parametrize("kind", [OSError, asyncio.CancelledError])
 async def test_a_limiter_that_fails_is_an_error_of_the_call(
-    sandbox: Sandbox, north: Account, kind: type[BaseException]
+    sandbox: Sandbox, north: Account, at_once: RetryPolicy, kind: type[BaseException]
 ) -> None:
-    """What a limiter raises ends the call before anything is sent."""
+    """A limiter that keeps failing for a reason that may pass ends the call, and nothing is sent."""
 
     class Broken:
         async def acquire(self, account_name: str) -> None:
             raise kind("Redis is away")
 
     told = rf"account 'north': rate_limit.acquire.* raised {kind.__name__}"
-    async with AudiencesClient(base_url=sandbox.base_url, rate_limit=Broken()) as client:
-        with pytest.raises(ConfigurationError, match=told) as caught:
+    async with AudiencesClient(base_url=sandbox.base_url, rate_limit=Broken(), retry=at_once) as client:
+        with pytest.raises(TransportError, match=told) as caught:
             await client.get_audiences(north, timeout=10.0)
     assert isinstance(caught.value.__cause__, kind)
     assert sandbox.requests == []
