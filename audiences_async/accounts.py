@@ -49,6 +49,11 @@ class AccountFile:
             raise self._error("", f"the name of an accounts file ends in one of {', '.join(_FORMATS)}")
         self._count = self._checked()
 
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
     def __len__(self) -> int:
         return self._count
 
@@ -134,6 +139,8 @@ def _advance(rows: Iterator[_Row]) -> _Row | _Problem | None:
         return _Problem(*error.args)
     except OSError as error:
         return _Problem("", f"cannot be read: {error.strerror or error}")
+    except ValueError as error:  # a NUL in the path
+        return _Problem("", f"cannot be read: {error}")
 
 
 def _account(row: _Row, *, with_key: bool) -> Account | _Problem:
@@ -150,12 +157,20 @@ def _account(row: _Row, *, with_key: bool) -> Account | _Problem:
     if ("api_key" in given) == ("api_key_env" in given):
         return _Problem(row.at("api_key"), "an account needs one of api_key and api_key_env")
     source = "api_key" if "api_key" in given else "api_key_env"
-    key = given["api_key"] if source == "api_key" else os.environ.get(given["api_key_env"])
+    key = given["api_key"] if source == "api_key" else _variable(given["api_key_env"])
     try:
         return Account(given["name"], key or "")
     except ConfigurationError as error:
         unset = key is None
         return _Problem(row.at(source), "names an environment variable that is not set" if unset else error.message)
+
+
+def _variable(name: str) -> str | None:
+    """Return an environment variable; ``None`` if it is not set, or cannot exist."""
+    try:
+        return os.environ.get(name)
+    except ValueError:  # of a surrogate
+        return None
 
 
 def no_key() -> str:
@@ -225,6 +240,8 @@ def _ndjson(file: BinaryIO) -> Iterator[_Row]:
             raise _MalformedError(f"line {line_number}, column {error.colno}", error.msg) from None
         except RecursionError:
             raise _MalformedError(f"line {line_number}", "is nested too deeply") from None
+        except ValueError:  # what `json` gives to `int`, which has a limit
+            raise _MalformedError(f"line {line_number}", "has a number of too many digits") from None
         if not isinstance(fields, dict):
             raise _MalformedError(f"line {line_number}, column 1", f"expected an object, got {type(fields).__name__}")
         columns = {name: (line_number, line.find(f'"{name}"') + 1) for name in _FIELDS if name in fields}
@@ -241,6 +258,8 @@ def _toml(file: BinaryIO) -> Iterator[_Row]:
         raise _MalformedError(place[1] if place else "", _TOML_PLACE.sub("", str(error))) from None
     except RecursionError:
         raise _MalformedError("", "is nested too deeply") from None
+    except ValueError:  # what `tomllib` gives to `int`, which has a limit
+        raise _MalformedError("", "has a number of too many digits") from None
     if not isinstance(accounts, list) or not all(isinstance(account, dict) for account in accounts):
         raise _MalformedError("", "expected one [[accounts]] table for each account")
     tables = _toml_tables(text)

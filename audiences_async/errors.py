@@ -249,7 +249,7 @@ class ServerError(StatusError):
 # What only a change of the caller's program mends. Anything else that a callback raises may pass.
 _MISTAKES: Final = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, NotImplementedError,
-    TypeError, ValueError,
+    StopAsyncIteration, StopIteration, TypeError, ValueError,
 )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Outcomes on disk: NDJSON, one account a line, which is also the checkpoint that a job goes on from."""
 
-import fcntl
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+import stat
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, BinaryIO, Final, Self
@@ -16,6 +16,7 @@ from audiences_async.models import Fetched, Outcome
 from audiences_async.structuring import record
 
 _encode: Final = msgspec.json.Encoder().encode
+_START: Final = b'{"account":'  # of each line
 
 
 def line(outcome: Outcome) -> bytes:
@@ -65,7 +66,7 @@ class Line:
 
 
 def lines(path: Path) -> Iterator[Line]:
-    """The whole lines of a file of outcomes; a last one without its line break was torn by a crash, and left out.
+    """Yield the whole lines of a file of outcomes; a last one that a crash has torn is left out.
 
     Raises:
         ConfigurationError: A line that `line` does not write.
@@ -73,12 +74,14 @@ def lines(path: Path) -> Iterator[Line]:
     """
     with path.open("rb") as file:
         for number, text in enumerate(file, 1):
-            if not text.endswith(b"\n"):
+            if not text.endswith(b"\n") and _START.startswith(text[: len(_START)]):
                 return
             try:
                 head = _decode(text)
             except msgspec.MsgspecError:
-                problem = f"{printable(str(path))}, line {number}, is no outcome of an account; give another file"
+                problem = (
+                    f"{printable(str(path))}, line {number}, is not the outcome of an account; choose another file"
+                )
                 raise ConfigurationError(problem) from None
             yield Line(head.account, head.ok, text)
 
@@ -89,38 +92,42 @@ _decode: Final = msgspec.json.Decoder(_Head).decode
 class OutcomeFile:
     """Outcomes appended to a file, each at once and whole; one process at a time.
 
+    While it is open, the file ``.NAME.lock`` beside it is locked; it stays there.
+
     Args:
-        path: The file; not there yet, or empty, unless *resume*.
-        resume: Go on with what is there: accounts that were fetched are kept, and the others' lines and a torn last one
+        path: The file; new or empty, unless *resume*.
+        resume: Continue what is there: accounts that were fetched are kept, and the others' lines and a torn last one
             are taken out, in a single step that a crash leaves undone or done.
+        accounts: Names of the accounts that the file may have when it is resumed; ``None`` means any.
 
     Attributes:
         fetched: Names of the accounts that the file has.
 
     Raises:
-        ConfigurationError: There is a file already, or one to go on from is none of ours; another process writes it.
+        ConfigurationError: The file already exists, or is not the checkpoint of this job, or another process writes it.
         OSError: It cannot be read or written.
     """
 
-    def __init__(self, path: Path, *, resume: bool = False) -> None:
-        self._file = _open_alone(path)
-        self._is_regular = path.is_file()  # and no pipe or terminal
+    def __init__(self, path: Path, *, resume: bool = False, accounts: Collection[str] | None = None) -> None:
+        self._is_regular = not path.exists() or path.is_file()  # and no pipe or terminal
         self._path = path.resolve() if self._is_regular else path  # a link stays where it is
+        self._accounts = accounts
         self.fetched: set[str] = set()
-        try:
+        with ExitStack() as stack:
+            if self._is_regular:
+                stack.enter_context(_locked(self._path))
             if resume:
-                self._go_on()
+                self._resume()
             else:
                 check_new(path)
-        except BaseException:
-            self._file.close()
-            raise
+            self._file = stack.enter_context(self._path.open("ab"))
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._file:
+        with self._stack:
             if self._is_regular:
                 os.fsync(self._file.fileno())
 
@@ -133,29 +140,40 @@ class OutcomeFile:
         self._file.write(text)
         self._file.flush()
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         if not self._is_regular:
-            raise ConfigurationError(f"{printable(str(self._path))} is no file that can be read again")
+            raise ConfigurationError(f"{printable(str(self._path))} is not a regular file, and cannot be resumed")
+        if not self._path.exists():
+            return
         kept = sum(len(each.text) for each in self._fetched_lines())
         if kept < self._path.stat().st_size:
-            self._rewrite()
+            with successor(self._path) as mended:
+                mended.writelines(each.text for each in self._fetched_lines())
 
     def _fetched_lines(self) -> Iterator[Line]:
-        """The first line of each account that was fetched."""
+        """Yield the first line of each account that was fetched."""
         self.fetched.clear()
         for each in lines(self._path):
+            if self._accounts is not None and each.account not in self._accounts:
+                problem = f"has account '{printable(each.account)}', which is not in the accounts file"
+                hint = "use --resume with the accounts that it was written for, or choose another file"
+                raise ConfigurationError(f"{printable(str(self._path))} {problem}; {hint}")
             if each.ok and each.account not in self.fetched:
                 self.fetched.add(each.account)
                 yield each
 
-    def _rewrite(self) -> None:
-        with successor(self._path) as mended:
-            fcntl.flock(mended, fcntl.LOCK_EX)
-            mended.writelines(each.text for each in self._fetched_lines())
-            mended.flush()
-            alone = os.fdopen(os.dup(mended.fileno()), "ab")  # has the lock, too
-        self._file.close()
-        self._file = alone
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    if not path.parent.is_dir():  # which filelock would create
+        raise FileNotFoundError(2, "No such directory", str(path.parent))
+    import filelock  # noqa: PLC0415 - of optional extras, and a twentieth of a second
+
+    try:
+        with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0):
+            yield
+    except filelock.Timeout:
+        raise ConfigurationError(f"{printable(str(path))} is being written by another process") from None
 
 
 def check_new(path: Path) -> None:
@@ -165,7 +183,9 @@ def check_new(path: Path) -> None:
         ConfigurationError: It has.
     """
     if path.is_file() and path.stat().st_size:
-        raise ConfigurationError(f"{printable(str(path))} is there already; resume it, or give another file")
+        raise ConfigurationError(
+            f"output already exists: {printable(str(path))}; use --resume to continue it, or choose another file"
+        )
 
 
 def write_whole(path: Path, chunks: Iterable[bytes]) -> None:
@@ -179,29 +199,32 @@ def successor(path: Path) -> Iterator[BinaryIO]:
     """A new file, which takes the place of *path*, whole, where the block is left without an error."""
     # Several machines may be at the same file, so a process's number does not tell them apart.
     temporary = path.with_name(f".{path.name}.{token_hex(8)}.tmp")
-    file = temporary.open("wb")
+    file = _open_like(path, temporary)
     try:
         yield file
         file.flush()
         os.fsync(file.fileno())
+        file.close()
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    finally:
         with suppress(OSError):  # of a full disk, once more
             file.close()
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def _open_alone(path: Path) -> BinaryIO:
-    file = path.open("ab")
+def _open_like(path: Path, temporary: Path) -> BinaryIO:
+    """Create a file with the mode and, where that is allowed, the owner of the one that it will replace."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Whoever had it before may have put a mended one in its place.
-        alone = os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except BlockingIOError:
-        alone = False
-    if not alone:
-        file.close()
-        raise ConfigurationError(f"{printable(str(path))} is being written by another process")
+        like = path.stat()
+    except FileNotFoundError:
+        return temporary.open("xb")
+    mode = stat.S_IMODE(like.st_mode)
+    # Never readable by more people than the other, not even for a moment.
+    file = os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode), "wb")
+    with suppress(OSError):
+        if hasattr(os, "chown"):
+            os.chown(temporary, like.st_uid, like.st_gid)
+    with suppress(OSError):
+        temporary.chmod(mode)  # which the umask has narrowed, and chown perhaps too
     return file

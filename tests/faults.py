@@ -970,7 +970,7 @@ def _html() -> Iterator[Fault]:
 
 
 def _contradictions() -> Iterator[Fault]:
-    for inner in (500, 503, 429, 408, "401", 400, "404", "403", 302, "999", "300"):
+    for inner in (500, 503, 429, 408, "401", 400, "404", "403", 302, "599", "300"):
         serve = _keep(envelope(status=inner, data=None, description="no"))
         status = int(inner)
         yield Fault(f"200 with envelope {inner!r}", serve, refusal(status), 2 if status in _RETRIED else 1)

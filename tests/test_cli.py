@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from command import COMMAND, KEY, Done, runner
 
-from audiences_async.cli import app as cli
 from audiences_async.cli import main
 from audiences_async.cli.exits import exit_code
 from audiences_async.errors import ClientClosedError, DeadlineExceededError, InvalidResponseError, status_error
@@ -208,10 +207,12 @@ def test_a_full_disk_is_one_line(environment: Mapping[str, str]) -> None:
     assert (done.returncode, done.stderr) == (1, b"error: cannot write: [Errno 28] No space left on device\n")
 
 
-def test_a_closed_stdout_is_one_line(run: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a stdout nothing is attempted."""
-    monkeypatch.setattr(sys, "stdout", None)
-    assert cli.run(["list"]) == 1
+def test_a_closed_stdout_is_one_line(environment: Mapping[str, str]) -> None:
+    """A command that has data to write fails if stdout is closed."""
+    done = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", *COMMAND, "list"], env=environment, capture_output=True, timeout=50, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, b"error: cannot write: [Errno 9] Bad file descriptor\n")
 
 
 def test_a_table_in_a_locale_without_its_letters(environment: Mapping[str, str]) -> None:

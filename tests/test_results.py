@@ -49,7 +49,7 @@ def test_going_on_keeps_what_was_fetched(tmp_path: Path) -> None:
         assert path.read_bytes() == line(NORTH)
         file.write(SOUTH)
         assert [(each.account, each.ok) for each in lines(path)] == [("north", True), ("south", False)]
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / ".out.lock", path]
 
 
 @given(cut=st.integers(min_value=0, max_value=2000))
@@ -71,17 +71,17 @@ def test_a_file_that_is_there_is_not_touched(tmp_path: Path) -> None:
     """Without resume a file that has something in it is refused; an empty one is not."""
     path = tmp_path / "out"
     path.write_bytes(b"precious")
-    with pytest.raises(ConfigurationError, match="is there already"):
+    with pytest.raises(ConfigurationError, match="already exists"):
         OutcomeFile(path)
     path.write_bytes(b"precious\n")
-    with pytest.raises(ConfigurationError, match="line 1, is no outcome of an account"):
+    with pytest.raises(ConfigurationError, match="line 1, is not the outcome of an account"):
         OutcomeFile(path, resume=True)
     assert path.read_bytes() == b"precious\n"
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
     """Mending a file behind a symbolic link mends the file."""
-    (tmp_path / "real").write_bytes(line(NORTH) + b"torn")
+    (tmp_path / "real").write_bytes(line(NORTH) + line(NORTH)[:20])
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with OutcomeFile(tmp_path / "link", resume=True):
         pass
@@ -99,20 +99,11 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def test_a_file_replaced_while_it_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that another process put a mended one in place of, between opening and locking, is not written to."""
-    path = tmp_path / "out"
-    path.touch()
-    monkeypatch.setattr("os.path.samestat", lambda one, other: False)
-    with pytest.raises(ConfigurationError, match="written by another process"):
-        OutcomeFile(path)
-
-
 def test_a_pipe_can_be_written_but_not_gone_on_from(tmp_path: Path) -> None:
     """What is no file takes outcomes; it has none to give back."""
     reader, writer = os.pipe()
     path = Path(f"/dev/fd/{writer}")
-    with pytest.raises(ConfigurationError, match="no file that can be read again"):
+    with pytest.raises(ConfigurationError, match="is not a regular file"):
         OutcomeFile(path, resume=True)
     with OutcomeFile(path) as file:
         file.write(SOUTH)
@@ -143,5 +134,5 @@ def test_what_is_no_outcome_is_refused(tmp_path: Path, text: bytes) -> None:
     """A line that this package did not write is told by its number, and never taken for a torn one."""
     path = tmp_path / "out"
     path.write_bytes(line(NORTH) + text)
-    with pytest.raises(ConfigurationError, match="out, line 2, is no outcome"):
+    with pytest.raises(ConfigurationError, match="out, line 2, is not the outcome"):
         list(lines(path))

@@ -2,18 +2,22 @@
 
 import sys
 
-from audiences_async.cli.exits import INTERRUPTED, USAGE
+from audiences_async.cli.exits import USAGE
+from audiences_async.cli.signals import ending_as_ctrl_c, exit_code, occupy_standard_descriptors
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    occupy_standard_descriptors()
     try:
         from audiences_async.cli.app import run  # noqa: PLC0415 - of an optional extra
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        sys.exit(exit_code())
     except ModuleNotFoundError as error:
-        if error.name not in {"cyclopts", "rich"}:
+        if error.name not in {"cyclopts", "filelock", "rich"}:
             raise
         sys.stderr.write("error: the command line needs an extra\nhint: pip install 'audiences_async[cli]'\n")
         sys.exit(USAGE)
-    sys.exit(run())
+    with ending_as_ctrl_c():
+        code = run()
+    sys.exit(code)

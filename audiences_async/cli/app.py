@@ -3,8 +3,8 @@
 import asyncio
 import os
 import random
-import signal
 import sys
+import time
 import traceback
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,10 +18,11 @@ from audiences_async._version import __version__
 from audiences_async.accounts import AccountFile
 from audiences_async.cli import demo as demonstration
 from audiences_async.cli import fetch as fetching
+from audiences_async.cli import signals
 from audiences_async.cli import worker as working
 from audiences_async.cli.doctor import examine
-from audiences_async.cli.exits import AUTHENTICATION, DONE, FAILED, INTERRUPTED, PARTIAL, USAGE, exit_code
-from audiences_async.cli.output import FileFormat, Format, say, write
+from audiences_async.cli.exits import AUTHENTICATION, DONE, FAILED, PARTIAL, USAGE, exit_code
+from audiences_async.cli.output import FileFormat, Format, notices, say, write
 from audiences_async.client import AudiencesClient
 from audiences_async.credentials import Secret
 from audiences_async.errors import AudiencesError, ConfigurationError, printable
@@ -34,6 +35,7 @@ app: Final = App(
     name="audiences",
     help="Every audience of a CommBox account, or an error that says why not.",
     version=__version__,
+    error_console=Console(file=notices(), emoji=False, markup=False),
     suppress_keyboard_interrupt=False,
     result_action="return_value",
 )
@@ -43,14 +45,16 @@ _Flag = Annotated[bool, Parameter(negative="")]
 def run(arguments: list[str] | None = None) -> int:
     """Run one command and give its exit code; a wrong usage exits with 2 on its own."""
     if sys.stdout is None:
-        return _complain("stdout is closed", "", FAILED)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - refuses what is written
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - as long as the process
     # A table may be shown in a locale that lacks its letters; data is written as bytes.
     stdout: Any = sys.stdout
     stdout.reconfigure(errors="replace")
     try:
         code = app(arguments)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return signals.exit_code()
     except OSError as error:
         # Nobody can be written to: a reader that has gone, as `head` does, or a full disk. The interpreter must not
         # try once more at exit.
@@ -210,7 +214,7 @@ def fetch(
         )
     except KeyboardInterrupt:
         kept = f"{tally.fetched:,} of {tally.total:,} accounts are fetched and kept"
-        return _complain(f"interrupted; {kept}", "the same command with --resume goes on", INTERRUPTED)
+        return _complain(f"interrupted; {kept}", "the same command with --resume goes on", signals.exit_code())
     for line in tally.summary():
         say(line)
     return DONE if allow_partial or not tally.failed else PARTIAL
@@ -325,7 +329,7 @@ def sandbox(
 
 def _wait_forever() -> NoReturn:
     while True:
-        signal.pause()
+        time.sleep(3600)
 
 
 async def _fetch(key: str | None, base_url: str | None, timeout: float, max_attempts: int) -> AudiencesResponse:

@@ -9,6 +9,7 @@ from typing import Final
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from audiences_async.cli.output import table
 from audiences_async.client import AudiencesClient
@@ -46,7 +47,7 @@ async def _fetch_and_show(base_url: str, accounts: Sequence[Account], seed: int,
     responses = await _fetch(base_url, accounts, seed, remember)
     console.print(table(*zip(attempts, responses, strict=True)))
     console.print(_summary(attempts))
-    console.print(_absorbed(attempts, responses))
+    console.print(Text(_absorbed(attempts, responses)))
 
 
 def _source(seed: int, name: str) -> random.Random:
@@ -81,7 +82,7 @@ def _summary(attempts: Mapping[str, Sequence[Attempt]]) -> Table:
         column.justify = "right"
     for name, made in attempts.items():
         waited = sum(attempt.wait for attempt in made)
-        result.add_row(name, str(len(made)), f"{waited:.2f} s", _counted(made))
+        result.add_row(Text(name), str(len(made)), f"{waited:.2f} s", Text(_counted(made)))
     return result
 
 

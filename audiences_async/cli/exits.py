@@ -20,7 +20,8 @@ USAGE: Final = 2
 AUTHENTICATION: Final = 4
 UNAVAILABLE: Final = 5
 PARTIAL: Final = 7
-INTERRUPTED: Final = 130
+SIGNALLED: Final = 128
+"""To which the number of the signal is added, as a shell does: 130 for Ctrl-C, 143 for SIGTERM."""
 
 
 def exit_code(error: AudiencesError) -> int:

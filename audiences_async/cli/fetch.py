@@ -15,10 +15,11 @@ from rich.text import Text
 
 from audiences_async import checks, errors
 from audiences_async.accounts import AccountFile
-from audiences_async.cli.output import FileFormat, convert, say
+from audiences_async.cli.output import FileFormat, check_target, convert, notices, say
 from audiences_async.client import AudiencesClient
-from audiences_async.errors import AudiencesError, StatusError, printable
+from audiences_async.errors import AudiencesError, ConfigurationError, StatusError, printable
 from audiences_async.models import Failed, Outcome
+from audiences_async.rates import RateLimit
 from audiences_async.results import Line, OutcomeFile, check_new
 from audiences_async.retrying import RetryPolicy
 
@@ -119,7 +120,7 @@ def run(job: Job, tally: Tally) -> None:
         base_url=job.base_url,
         timeout=job.timeout,
         retry=RetryPolicy(max_attempts=job.max_attempts),
-        rate_limit=None if job.rate is None else _SharedRate(job.rate),
+        service_rate_limit=None if job.rate is None else RateLimit(job.rate),
     )
     _run(job, tally, lambda file: _fetch(job, tally, file, client))
 
@@ -146,9 +147,15 @@ def run_distributed(job: Job, tally: Tally, url: str, parts: Path) -> None:
 
 
 def _run(job: Job, tally: Tally, fetch: Callable[[OutcomeFile], Coroutine[Any, Any, None]]) -> None:
+    for target in {job.out, job.checkpoint}:
+        if _is_same(target, job.accounts.path):
+            raise ConfigurationError(f"{printable(str(target))} is the accounts file; choose another output")
     if not job.resume:
         check_new(job.out)
-    with OutcomeFile(job.checkpoint, resume=job.resume) as file:
+    if job.output != "ndjson":
+        check_target(job.out, job.output, job.checkpoint)
+    names = {account.name for account in job.accounts} if job.resume else None
+    with OutcomeFile(job.checkpoint, resume=job.resume, accounts=names) as file:
         tally.total = len(job.accounts)
         tally.fetched = sum(account.name in file.fetched for account in job.accounts)
         asyncio.run(fetch(file))
@@ -158,7 +165,7 @@ def _run(job: Job, tally: Tally, fetch: Callable[[OutcomeFile], Coroutine[Any, A
 
 async def _fetch(job: Job, tally: Tally, file: OutcomeFile, client: AudiencesClient) -> None:
     rest = (account for account in job.accounts if account.name not in file.fetched)
-    async with client, client.stream(rest, concurrency=_concurrency(job)) as outcomes:
+    async with client, client.stream(rest, concurrency=job.concurrency) as outcomes:
         with progress(tally) as show:
             async for outcome in outcomes:
                 file.write(outcome)
@@ -169,7 +176,7 @@ async def _fetch(job: Job, tally: Tally, file: OutcomeFile, client: AudiencesCli
 @contextmanager
 def progress(tally: Tally) -> Iterator[Callable[[], None]]:
     """A bar on stderr where that is a terminal; to be called when the tally has changed."""
-    console = Console(stderr=True)
+    console = Console(file=notices())
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -177,7 +184,9 @@ def progress(tally: Tally) -> Iterator[Callable[[], None]]:
         TextColumn("{task.fields[failed]} failed"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, redirect_stdout=False, redirect_stderr=False
+    ) as bar:
         task = bar.add_task("", total=tally.total, completed=tally.fetched, failed=0)
         yield lambda: bar.update(task, completed=tally.fetched + tally.failed, failed=tally.failed)
 
@@ -189,22 +198,8 @@ class _RateColumn(ProgressColumn):
         return Text(f"{task.speed or 0.0:,.1f}/s")
 
 
-def _concurrency(job: Job) -> int:
-    """As many as asked for, but no more than the rate can serve in a part of each one's time."""
-    if job.rate is None:
-        return job.concurrency
-    return min(job.concurrency, max(1, int(job.rate * job.timeout / 4)))
-
-
-class _SharedRate:
-    """A limit of all accounts together."""
-
-    def __init__(self, rate: float) -> None:
-        self._interval = 1 / rate
-        self._due = 0.0
-
-    async def acquire(self, account_name: str) -> None:
-        now = asyncio.get_running_loop().time()
-        due = max(now, self._due)
-        self._due = due + self._interval
-        await asyncio.sleep(due - now)
+def _is_same(path: Path, other: Path) -> bool:
+    """Return whether two paths lead to one file, by whatever links and spellings."""
+    if path.exists() and other.exists():
+        return path.samefile(other)
+    return path.resolve() == other.resolve()

@@ -2,17 +2,20 @@
 
 import csv
 import io
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from tempfile import TemporaryFile
+from typing import Any, Final, Literal, TextIO, TypeAlias, cast
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from audiences_async.errors import printable
+from audiences_async.errors import ConfigurationError, printable
 from audiences_async.models import Audience, AudiencesResponse
 from audiences_async.results import Line, lines, write_whole
 from audiences_async.structuring import record
@@ -35,9 +38,63 @@ def write(response: AudiencesResponse, output: Format | None) -> None:
     sys.stdout.buffer.flush()
 
 
+class _Notices(io.TextIOBase):
+    """Stderr, as long as it can be written to: what is shown never changes what is done."""
+
+    def write(self, text: str) -> int:
+        """Write the text if that is possible."""
+        self._try(lambda stderr: stderr.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what was written if that is possible."""
+        self._try(lambda stderr: stderr.flush())
+
+    def isatty(self) -> bool:
+        """Return whether stderr is a terminal."""
+        return sys.stderr.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override] # what rich reads
+        """The encoding of stderr."""
+        return sys.stderr.encoding
+
+    def _try(self, write: Callable[[TextIO], object]) -> None:
+        try:
+            write(sys.stderr)
+        except OSError:
+            # A terminal that has gone, or a full disk. The interpreter must not try once more at exit.
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def notices() -> TextIO:
+    """Return stderr for what people read."""
+    return cast("TextIO", _Notices())
+
+
 def say(text: str) -> None:
-    """A line for people, on stderr."""
-    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+    """Write a line for people to stderr."""
+    print(text, file=notices(), flush=True)
+
+
+def check_target(path: Path, output: FileFormat, checkpoint: Path) -> None:
+    """Refuse a file that `convert` could not write, or must not replace.
+
+    Raises:
+        ConfigurationError: It is not a regular file, or was not written by this command from *checkpoint*.
+        OSError: Its directory cannot be written to.
+    """
+    if path.exists() and not path.is_file():
+        raise ConfigurationError(f"{printable(str(path))} is not a regular file; --output ndjson can write to it")
+    if path.exists() and path.stat().st_size:
+        with path.open("rb") as file:
+            is_ours = file.read(len(_STARTS[output])) == _STARTS[output] and checkpoint.is_file()
+        if not is_ours:
+            problem = f"{printable(str(path))} was not written from {printable(checkpoint.name)} by this command"
+            raise ConfigurationError(f"{problem}; choose another file")
+    with TemporaryFile(dir=path.resolve().parent):
+        pass
 
 
 def convert(outcomes: Path, out: Path, output: FileFormat) -> None:
@@ -53,8 +110,9 @@ def convert(outcomes: Path, out: Path, output: FileFormat) -> None:
 def table(*replies: tuple[str, AudiencesResponse]) -> Table:
     """A table of the audiences of one account, or of several with their names."""
     named = any(name for name, _ in replies)
-    result = Table(*(["account"] if named else []), "id", "name", "type", "created", "users")
-    result.columns[-1].justify = "right"
+    result = Table()
+    for name in (*(["account"] if named else []), "id", "name", "type", "created", "users"):
+        result.add_column(name, overflow="fold", justify="right" if name == "users" else "left")
     for name, response in replies:
         for audience in response:
             result.add_row(*([_text(name)] if named else []), *_cells(audience))
@@ -110,7 +168,7 @@ def _accounts_as_json(outcomes: Iterable[Line]) -> Iterator[bytes]:
 
 
 def _accounts_as_csv(outcomes: Iterable[Line]) -> Iterator[bytes]:
-    yield _csv_rows([["account", *_COLUMNS, "extra", "error"]])
+    yield _STARTS["csv"]
     for outcome in outcomes:
         told = msgspec.json.decode(outcome.text)
         error = "" if outcome.ok else told["error"]["message"]
@@ -124,6 +182,11 @@ def _cell(value: Any) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
+# How the files begin that `convert` writes.
+_STARTS: Final[Mapping[FileFormat, bytes]] = {
+    "json": b'[\n{"account":',
+    "csv": _csv_rows([["account", *_COLUMNS, "extra", "error"]]),
+}
 _FORMATS: Final[Mapping[Format, Callable[[Iterable[Mapping[str, Any]]], bytes]]] = {
     "json": _json,
     "ndjson": _ndjson,

@@ -47,7 +47,8 @@ async def run(settings: Settings) -> None:
 
     this = asyncio.current_task()
     assert this is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
+    loop = asyncio.get_running_loop()
+    signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(this.cancel))
     async with AsyncExitStack() as stack:
         limiter = None
         if settings.account_rate is not None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import random
 import socket
 import struct
@@ -32,7 +33,7 @@ _DESCRIPTIONS: Final[Mapping[int, str]] = {
     429: "Too Many Requests – Rate limit exceeded",
     500: "Server Error",
 }
-_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
+_RESET_ON_CLOSE: Final = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 
 class Sandbox:
