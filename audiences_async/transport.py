@@ -17,11 +17,11 @@ from weakref import WeakKeyDictionary
 
 import aiohttp
 from aiohttp import hdrs
-from aiohttp.abc import ResolveResult
+from aiohttp.abc import AbstractCookieJar, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 from attrs import field, frozen
-from multidict import CIMultiDictProxy
+from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from audiences_async import checks
@@ -89,12 +89,12 @@ def check_session(session: aiohttp.ClientSession) -> None:
         raise ClientClosedError("the session given to the client is closed")
     if session.trust_env:
         raise ConfigurationError("session has trust_env=True: .netrc would fight the API key; give one without")
-    if session.auth is not None:
+    if getattr(session, "auth", None) is not None:  # aiohttp 4 has none
         raise ConfigurationError("session has an auth of its own, which would fight the API key; give one without")
 
 
-# Of the session and not of a client: two clients may share one.
-_sole_accounts: WeakKeyDictionary[aiohttp.ClientSession, Account] = WeakKeyDictionary()
+# Of the jar and not of a client: two clients may share one. (Nothing refers weakly to a session of aiohttp 4.)
+_sole_accounts: WeakKeyDictionary[AbstractCookieJar, Account] = WeakKeyDictionary()
 
 
 def check_cookies(session: aiohttp.ClientSession, account: Account) -> None:
@@ -105,7 +105,7 @@ def check_cookies(session: aiohttp.ClientSession, account: Account) -> None:
     """
     if isinstance(session.cookie_jar, aiohttp.DummyCookieJar):
         return
-    if _sole_accounts.setdefault(session, account) != account:
+    if _sole_accounts.setdefault(session.cookie_jar, account) != account:
         message = "session keeps cookies, so it serves one account only; give it aiohttp.DummyCookieJar()"
         raise ConfigurationError(message, account=account.name)
 
@@ -118,13 +118,14 @@ async def _begin(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType
     """Innermost middleware, where the pool is not ours."""
     exchange = _current.get()
     exchange.begin("a middleware of the session would have sent the request twice")
-    write = request.send
+    name = "send" if hasattr(request, "send") else "_send"  # before aiohttp 4, and since
+    write = getattr(request, name)
 
-    async def checked(connection: Connection) -> aiohttp.ClientResponse:
+    async def checked(connection: "Connection") -> aiohttp.ClientResponse:
         await exchange.take_given(connection)
-        return await write(connection)
+        return await write(connection)  # type: ignore[no-any-return]
 
-    request.send = checked  # type: ignore[assignment] # the connection is known to nothing else before it is written to
+    setattr(request, name, checked)  # the connection is known to nothing else before it is written to
     while True:
         try:
             return await send(request)
@@ -279,9 +280,13 @@ class _Connector(aiohttp.TCPConnector):
             exchange.take(line)
             return connection
 
+    # A forked process that ends would take the connections out of the epoll that it shares with its parent.
+
     def _close(self, *, abort_ssl: bool = False) -> Any:
-        # A forked process that ends would take the connections out of the epoll that it shares with its parent.
         return super()._close(abort_ssl=abort_ssl) if os.getpid() == self._process else []
+
+    def _close_immediately(self, *, abort_ssl: bool = False) -> Any:  # its name in aiohttp 4
+        return super()._close_immediately(abort_ssl=abort_ssl) if os.getpid() == self._process else []  # type: ignore[misc]
 
 
 class Transport:
@@ -436,7 +441,7 @@ class _Exchange:
     def reply(self, *, exceeded: int | None = None) -> Reply:
         """What has been read."""
         assert self.response is not None
-        return Reply(self.response.status, self.response.headers, bytes(self._body), exceeded)
+        return Reply(self.response.status, _headers(self.response), bytes(self._body), exceeded)
 
     def take(self, line: _Line) -> None:
         """It goes out on a connection of our own pool."""
@@ -513,7 +518,7 @@ class _Exchange:
     def _read(self, cap: int) -> Awaitable[bool]:
         """Read the body, inflated; ``False`` where it is above the cap, of which no more is kept."""
         assert self.response is not None
-        headers = self.response.headers
+        headers = _headers(self.response)
         if hdrs.TRANSFER_ENCODING in headers and _codings(headers, hdrs.TRANSFER_ENCODING) != "chunked":
             raise aiohttp.ClientPayloadError("its Transfer-Encoding was not asked for")
         coding = _codings(headers, hdrs.CONTENT_ENCODING) if hdrs.CONTENT_ENCODING in headers else "identity"
@@ -562,6 +567,19 @@ def _hear(closed: "asyncio.Future[None]") -> None:
 
 def _error_of(closed: "asyncio.Future[None]") -> BaseException | None:
     return None if closed.cancelled() else closed.exception()
+
+
+def _headers(response: aiohttp.ClientResponse) -> CIMultiDictProxy[str]:
+    """The headers one by one: aiohttp 4 joins those of one name, and takes their lists apart."""
+    headers: Any = response.headers
+    if isinstance(headers, CIMultiDictProxy):
+        return headers
+    pairs = [(_text(name), _text(value)) for name, value in response.raw_headers]
+    return CIMultiDictProxy(CIMultiDict(pairs))
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogateescape")
 
 
 def _codings(headers: CIMultiDictProxy[str], name: str) -> str:

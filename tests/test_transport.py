@@ -1,6 +1,7 @@
 """One attempt on real sockets: bodies, encodings, caps, broken connections, TLS, cookies and proxies."""
 
 import asyncio
+import functools
 import gc
 import gzip
 import json
@@ -99,6 +100,50 @@ async def test_this_aiohttp_is_known(way: str) -> None:
     async with aiohttp.ClientSession() as session:
         requests = direct.direct_requests(session, URL("http://localhost/audiences"))
         assert (requests is not None and requests.usable) is (way == "direct")
+
+
+def _without(owner: object, name: str, patch: pytest.MonkeyPatch) -> None:
+    patch.delattr(owner, name)
+
+
+def _wrapped(owner: object, name: str, patch: pytest.MonkeyPatch) -> None:
+    original: Any = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapper(*arguments: Any, **named: Any) -> Any:
+        return original(*arguments, **named)
+
+    patch.setattr(owner, name, wrapper)
+
+
+@pytest.mark.parametrize("change", [_without, _wrapped])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (aiohttp.ClientRequest, "send"),
+        (aiohttp.ClientRequest, "__init__"),
+        (aiohttp.ClientResponse, "__init__"),
+        (aiohttp.ClientResponse, "start"),
+        (aiohttp.BaseConnector, "connect"),
+        (ResponseHandler, "set_response_params"),
+        (aiohttp.ClientSession, "_request"),
+    ],
+)
+async def test_a_changed_aiohttp_is_asked_in_public(
+    owner: object,
+    name: str,
+    change: Callable[[object, str, pytest.MonkeyPatch], None],
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A member that is gone, or that somebody has wrapped, is found when a client starts; nothing is raised."""
+    async with aiohttp.ClientSession() as session:
+        with monkeypatch.context() as patch:
+            change(owner, name, patch)
+            requests = direct.direct_requests(session, URL("http://localhost/audiences"))
+            assert requests is None or not requests.usable
+        requests = direct.direct_requests(session, URL("http://localhost/audiences"))
+        assert (requests is not None) is (way == "direct")
 
 
 async def test_a_connection_that_is_lost_at_once(
