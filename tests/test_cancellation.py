@@ -711,6 +711,7 @@ def only_what_was_told(sandbox: Sandbox, told: Counter[str], numbers: range) -> 
     assert late == {}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("complaints")
 async def test_calls_are_cancelled_at_once_at_any_moment(sandbox: Sandbox) -> None:
     """At 200 moments under load, all calls are cancelled: at once, nothing sent after it, and nothing left behind."""
@@ -752,6 +753,7 @@ async def cancelled(load: Load, running: set["asyncio.Task[Any]"]) -> float:
     return took
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("complaints")
 async def test_cancelled_calls_do_not_hurt_the_others(sandbox: Sandbox) -> None:
     """At 40 moments under load, a random half of the calls is cancelled: every other one is answered as it should."""
@@ -774,6 +776,7 @@ async def test_cancelled_calls_do_not_hurt_the_others(sandbox: Sandbox) -> None:
         await none_left(sockets)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("complaints")
 async def test_jobs_are_cancelled_at_once_at_any_moment(sandbox: Sandbox) -> None:
     """At 200 moments a job is cancelled, a stream or fetch_all: at once, and with all that it had begun."""
@@ -832,6 +835,7 @@ async def test_a_job_that_is_cancelled_twice_leaves_no_task(sandbox: Sandbox, af
     await load.client.aclose()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("complaints")
 async def test_a_client_is_closed_at_any_moment(sandbox: Sandbox) -> None:
     """At 40 moments under load the client is closed: each call has its answer or ends with ClientClosedError."""
@@ -905,6 +909,7 @@ def only_others_warn(stderr: str) -> None:
     assert not re.search(r'File ".*audiences_async', stderr), stderr
 
 
+@pytest.mark.slow
 def test_a_loop_that_was_closed_before_the_client(url: str) -> None:
     """A client whose loop is gone says so to a call, a job and aclose() on another loop, and nothing hangs."""
     out, err = run(
@@ -934,6 +939,7 @@ async def test_a_client_used_from_another_thread(sandbox: Sandbox, north: Accoun
     assert len(sandbox.requests) == 2
 
 
+@pytest.mark.slow
 def test_a_client_used_in_a_forked_process(url: str) -> None:
     """In a child process the client says that it belongs to another loop, and the parent's goes on as before."""
     out, err = run(
@@ -963,6 +969,7 @@ def test_a_client_used_in_a_forked_process(url: str) -> None:
     assert (out, err) == ([OTHER_LOOP] * 3 + ["2"], "")
 
 
+@pytest.mark.slow
 def test_a_client_first_used_in_a_forked_process(url: str) -> None:
     """A client that was made before the fork, and not used before it, serves parent and child, each with its own."""
     out, err = run(
@@ -983,6 +990,7 @@ def test_a_client_first_used_in_a_forked_process(url: str) -> None:
     assert (out, err) == (["2", "2"], "")
 
 
+@pytest.mark.slow
 def test_a_forked_process_that_ends_does_not_touch_its_parents_client(url: str) -> None:
     """A child that leaves a client alone, and ends as programs do, costs its parent's next call nothing."""
     out, _ = run(
@@ -1099,6 +1107,7 @@ SILENT: Final = {
 """Programs that end while calls or a job are running, or after they closed what they opened, and their exit codes."""
 
 
+@pytest.mark.slow
 def test_the_interpreter_ends_in_silence(url: str) -> None:
     """Whatever still runs when a program ends, nothing is on stderr, and nothing hangs."""
     with ThreadPoolExecutor(3) as programs:
@@ -1134,6 +1143,7 @@ NEVER_CLOSED: Final = {
 }
 
 
+@pytest.mark.slow
 def test_a_client_that_is_never_closed(url: str) -> None:
     """Of a client that its user never closed only aiohttp and asyncio warn, when it is collected."""
     with ThreadPoolExecutor(3) as programs:

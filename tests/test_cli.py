@@ -70,6 +70,7 @@ def test_list_as_table_escapes_what_a_terminal_would_act_on(run: Callable[..., D
     assert "\x1b" not in shown
 
 
+@pytest.mark.slow
 def test_list_gives_a_table_on_a_terminal(environment: Mapping[str, str]) -> None:
     """On a terminal the list is a table."""
     parent, child = pty.openpty()
@@ -147,6 +148,7 @@ def test_an_error_is_one_line_and_a_hint(run: Callable[..., Done]) -> None:
     assert "wrong-key" not in debugged
 
 
+@pytest.mark.slow
 def test_the_demo_absorbs_and_says_so(run: Callable[..., Done]) -> None:
     """The demo ends with exit code 0, having absorbed a 429, a 500 and a reset; a seed shows the same twice."""
     command = [*COMMAND, "demo", "--seed", "7"]
@@ -162,6 +164,7 @@ def test_the_demo_absorbs_and_says_so(run: Callable[..., Done]) -> None:
         assert name in shown
 
 
+@pytest.mark.slow
 def test_the_sandbox_serves_until_interrupted(run: Callable[..., Done]) -> None:
     """The sandbox prints what a client needs, serves, and ends with Ctrl-C."""
     arguments = [*COMMAND, "sandbox", "--account", "north", "--account", "south", "--audiences", "3"]
@@ -175,6 +178,7 @@ def test_the_sandbox_serves_until_interrupted(run: Callable[..., Done]) -> None:
         assert process.wait(timeout=20) == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_list_with_130(environment: Mapping[str, str], sandbox: Sandbox) -> None:
     """An interrupted list exits with 130 and no traceback."""
     sandbox.script("default", Answer(delay=30))
@@ -186,6 +190,7 @@ def test_ctrl_c_ends_a_list_with_130(environment: Mapping[str, str], sandbox: Sa
         assert process.wait(timeout=20) == 130
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_traceback(environment: Mapping[str, str]) -> None:
     """A closed pipe ends the command quietly."""
     reader, writer = os.pipe()
@@ -197,6 +202,7 @@ def test_a_reader_that_goes_away_is_no_traceback(environment: Mapping[str, str])
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_is_one_line(environment: Mapping[str, str]) -> None:
     """Where the list cannot be written, that is said."""
@@ -215,6 +221,7 @@ def test_a_closed_stdout_is_one_line(environment: Mapping[str, str]) -> None:
     assert (done.returncode, done.stderr) == (1, b"error: cannot write: [Errno 9] Bad file descriptor\n")
 
 
+@pytest.mark.slow
 def test_a_table_in_a_locale_without_its_letters(environment: Mapping[str, str]) -> None:
     """A table can be printed where its lines cannot."""
     narrow = {**environment, "PYTHONIOENCODING": "ascii"}

@@ -98,6 +98,7 @@ async def other_worker(url: str, parts: Path, *wrote: bytes) -> AsyncIterator[No
             await asyncio.wait({task})
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_made_up_for(
     redis: str, sandbox: Sandbox, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -138,6 +139,7 @@ def started(command: list[str], **settings: Any) -> Iterator["subprocess.Popen[s
             process.kill()
 
 
+@pytest.mark.slow
 async def test_what_a_worker_cannot_do_is_an_error_of_the_account(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
     """An account that fails, and one that the worker's own file lacks, are lines with errors."""
     accounts = opened(sandbox, 6)
@@ -152,6 +154,7 @@ async def test_what_a_worker_cannot_do_is_an_error_of_the_account(redis: str, sa
     assert lines["a2"]["error"]["message"] == "account 'a2': the worker's accounts file does not have it"
 
 
+@pytest.mark.slow
 async def test_resuming_has_only_the_rest_fetched(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
     """Parts that came while nobody was there to merge them are taken in, and only what is missing is fetched."""
     accounts = opened(sandbox, 8)
@@ -175,6 +178,7 @@ def sandbox_names(sandbox: Sandbox) -> list[str]:
     return [str(request.account) for request in sandbox.requests]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 async def test_a_part_that_is_nowhere_is_asked_for_again(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
     """Workers that write elsewhere: the chunk is repeated, and then its accounts are errors that say so."""
@@ -187,6 +191,7 @@ async def test_a_part_that_is_nowhere_is_asked_for_again(redis: str, sandbox: Sa
     assert len(sandbox.requests) == 2 * 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 async def test_a_worker_that_cannot_write(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
     """A chunk whose part cannot be written fails after some attempts, and its accounts say why."""
@@ -198,6 +203,7 @@ async def test_a_worker_that_cannot_write(redis: str, sandbox: Sandbox, tmp_path
     assert sandbox.requests == []
 
 
+@pytest.mark.slow
 async def test_a_part_that_lacks_an_account(redis: str, tmp_path: Path) -> None:
     """Every account has one line, also where a part, whoever wrote it, does not have it, or has it twice."""
     async with other_worker(redis, tmp_path, A0, A0):
@@ -207,6 +213,7 @@ async def test_a_part_that_lacks_an_account(redis: str, tmp_path: Path) -> None:
     assert second["error"]["message"] == "account 'a1': its chunk's part does not have it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", [True, False])
 async def test_only_a_job_that_goes_on_takes_in_what_is_there(
     redis: str, sandbox: Sandbox, tmp_path: Path, *, resume: bool
@@ -222,6 +229,7 @@ async def test_only_a_job_that_goes_on_takes_in_what_is_there(
     assert fetched(tmp_path / "out") == ({"a0": []} if resume else expected(1))
 
 
+@pytest.mark.slow
 async def test_what_a_killed_worker_left_half_written_is_removed(redis: str, tmp_path: Path) -> None:
     """At the end of a job its own temporary files are gone, and nobody else's."""
     (chunk,) = distributed._chunks(["a0"], 4)
@@ -233,6 +241,7 @@ async def test_what_a_killed_worker_left_half_written_is_removed(redis: str, tmp
     assert (ours.exists(), others.exists()) == (False, True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 async def test_without_a_worker_it_says_so(redis: str, tmp_path: Path) -> None:
     """Whoever submits where no worker is there is told, once, and goes on waiting."""
@@ -250,6 +259,7 @@ async def test_without_a_worker_it_says_so(redis: str, tmp_path: Path) -> None:
     assert (job.cancelled(), len(told)) == (True, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 async def test_a_redis_that_goes_away(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """While Redis is away, whoever has submitted waits for parts, and is not ended by it."""
@@ -285,6 +295,7 @@ async def test_a_redis_that_is_not_there(tmp_path: Path) -> None:
         await distributed.work(url, {}, tmp_path, AudiencesClient())
 
 
+@pytest.mark.slow
 async def test_one_rate_for_all_processes(redis: str) -> None:
     """Clients that share a Redis share each account's rate, bursts included; other accounts are not held up."""
     async with distributed.connect(redis, 10) as one, distributed.connect(redis, 10) as other:
@@ -312,6 +323,7 @@ def run(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return runner(monkeypatch, capsys)
 
 
+@pytest.mark.slow
 def test_the_command_line_of_both_sides(
     redis: str, run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,6 +350,7 @@ def test_the_command_line_of_both_sides(
     )
 
 
+@pytest.mark.slow
 def test_the_submitting_side_interrupted(redis: str, tmp_path: Path) -> None:
     """Without a worker it says how to start one, and Ctrl-C says how to go on."""
     accounts = tmp_path / "accounts.csv"

@@ -33,6 +33,7 @@ def thread() -> Iterator[ServerThread]:
         yield thread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", CATALOGUE, ids=lambda fault: fault.name)
 async def test_fault(fault: Fault, thread: ServerThread, request: pytest.FixtureRequest) -> None:
     """A fault comes to what is promised, costs no more than is promised, and leaves a sound client and nothing else."""
@@ -105,6 +106,7 @@ def open_sockets() -> set[int]:
     return inodes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", HEAVY, ids=lambda fault: fault.name)
 async def test_peak_memory(fault: Fault, thread: ServerThread, request: pytest.FixtureRequest) -> None:
     """What is far above the cap costs at most twice the cap in memory."""
@@ -116,6 +118,7 @@ async def test_peak_memory(fault: Fault, thread: ServerThread, request: pytest.F
     assert peak <= 2 * cap
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", LONG, ids=lambda fault: fault.name)
 async def test_no_stall(fault: Fault, thread: ServerThread, request: pytest.FixtureRequest) -> None:
     """A long body holds the event loop for 50 ms at most, by a 10 ms ticker in the same loop."""

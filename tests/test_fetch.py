@@ -159,6 +159,7 @@ def test_a_disk_that_is_full(run: Callable[..., Done], sandbox: Sandbox, tmp_pat
     assert done.stderr == told
 
 
+@pytest.mark.slow
 def test_progress_on_a_terminal(sandbox: Sandbox, tmp_path: Path) -> None:
     """A terminal sees how many are done, how fast, and how many failed."""
     accounts = opened(sandbox, tmp_path, 5)
@@ -190,6 +191,7 @@ def started(sandbox: Sandbox, accounts: Path, out: Path, *arguments: str) -> Ite
             process.kill()
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done(sandbox: Sandbox, tmp_path: Path) -> None:
     """Interrupted, it says how far it came and how to go on, and the file has exactly that."""
     accounts, out = opened(sandbox, tmp_path, 10), tmp_path / "out.ndjson"
@@ -205,6 +207,7 @@ def test_ctrl_c_keeps_what_is_done(sandbox: Sandbox, tmp_path: Path) -> None:
     assert fetched(out) == expected(5)
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_loses_and_doubles_nothing(sandbox: Sandbox, tmp_path: Path) -> None:
     """Killed three times on its way through 5,000 accounts, and resumed: every account is there exactly once."""
     accounts, out = opened(sandbox, tmp_path, 5_000), tmp_path / "out.ndjson"
@@ -222,6 +225,7 @@ def test_kill_9_at_any_moment_loses_and_doubles_nothing(sandbox: Sandbox, tmp_pa
     assert len(sandbox.requests) <= 5_000 + 3 * 200
 
 
+@pytest.mark.slow
 def test_ten_thousand_accounts_with_faults(tmp_path: Path) -> None:
     """With a tenth of all answers wrong, 10,000 accounts are 10,000 lines, and each has its own audiences."""
     accounts, out = account_file(tmp_path, [f"a{number}" for number in range(10_000)]), tmp_path / "out.ndjson"

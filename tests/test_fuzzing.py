@@ -323,6 +323,7 @@ def check(body: bytes) -> AudiencesResponse | AudiencesError:
 # --- bodies
 
 
+@pytest.mark.slow
 @given(mutated_bodies())
 @fuzzed(400)
 def test_mutated_bodies(body: bytes) -> None:
@@ -330,6 +331,7 @@ def test_mutated_bodies(body: bytes) -> None:
     check(body)
 
 
+@pytest.mark.slow
 @given(bodies())
 @example(
     b'{"status": 200, "data": [{"type": "Dynamic", "id": "1", "name": "", "created_time": "2025-01-01T00:00+05:99"}]}'
@@ -347,6 +349,7 @@ def test_documents_near_the_schema(body: bytes) -> None:
     assert isinstance(result, AudiencesResponse) == accepted
 
 
+@pytest.mark.slow
 @given(ODD_TIMES | TIMES)
 @example("2025-10-01T24:00:00Z")
 @example("2025-10-01T00:00:00+05:60")
@@ -368,6 +371,7 @@ def test_times(text: str) -> None:
         assert result.data[0].created_time == expected
 
 
+@pytest.mark.slow
 @given(st.dictionaries(NAMES, VALUES, max_size=6), st.sampled_from(["Static", "Dynamic"]))
 @fuzzed(300)
 def test_no_field_name_is_mistaken_for_another(change: dict[str, Any], kind: str) -> None:
@@ -425,6 +429,7 @@ HEADERS = st.lists(
 ANY_BODY = bodies() | mutated_bodies() | st.binary(max_size=60) | st.just(b"<html>" + b"x" * 70_000)
 
 
+@pytest.mark.slow
 @given(st.integers(100, 999) | st.just(200), HEADERS, ANY_BODY, st.none() | st.just(100))
 @fuzzed(700)
 def test_whole_replies(status: int, headers: list[tuple[str, str]], body: bytes, exceeded: int | None) -> None:

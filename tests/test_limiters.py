@@ -75,6 +75,7 @@ def test_what_is_no_limiter_is_refused() -> None:
         AudiencesClient(rate_limit=20)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed")
 async def test_a_limit_shared_by_clients_through_redis(sandbox: Sandbox, north: Account, tmp_path: Path) -> None:
     """Two clients, as in two processes, keep one account's rate together, and no key reaches Redis."""
@@ -88,6 +89,7 @@ async def test_a_limit_shared_by_clients_through_redis(sandbox: Sandbox, north: 
     assert sandbox.seen("north")[-1].at - started >= 0.95 * 19 * 0.020
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(missing("nginx"), reason="nginx is not installed")
 async def test_a_real_limit_is_learned_with_few_requests_to_spare(tmp_path: Path) -> None:
     """Against nginx's limit_req, 60 calls at once are all answered with at most 1.25 requests each."""

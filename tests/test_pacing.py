@@ -608,6 +608,7 @@ def outage(until: float) -> Service:
     return Service(lambda key, at: 503 if at < until else 200, round_trip=0.01)
 
 
+@pytest.mark.slow
 def test_a_full_outage_is_not_multiplied(client: Callable[..., AudiencesClient]) -> None:
     """A thousand calls while everything fails make at most 1.2 requests each, and say why they stopped."""
     service = outage(1e9)
@@ -736,6 +737,7 @@ def test_idle_accounts_are_forgotten() -> None:
     virtual.run(main())
 
 
+@pytest.mark.slow
 def test_a_paused_account_is_not_forgotten() -> None:
     """However many accounts come, one that is closed stays closed."""
 

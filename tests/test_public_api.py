@@ -46,6 +46,7 @@ def test_the_package_is_typed() -> None:
     assert (ROOT / "sandbox" / "openapi.json").exists()
 
 
+@pytest.mark.slow
 def test_right_calls_pass_and_wrong_calls_are_refused(tmp_path: Path) -> None:
     """Mypy accepts the right calls of typing_api.py and refuses each wrong one."""
     file = Path(__file__).with_name("typing_api.py")
@@ -58,6 +59,7 @@ def test_the_version_is_stated_once() -> None:
     assert importlib.metadata.version("audiences_async") == audiences_async.__version__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optional", ["cyclopts", "rich", "pytest", "audiences_async.sandbox"])
 def test_an_import_brings_nothing_optional(optional: str) -> None:
     """Importing the package loads no extra, no test tool and no server."""

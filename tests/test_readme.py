@@ -40,6 +40,7 @@ def run(program: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_first_program_runs_as_printed(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Pasted into a file, the first program lists the audiences of AUDIENCES_BASE_URL."""
     monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
@@ -49,6 +50,7 @@ def test_the_first_program_runs_as_printed(sandbox: Sandbox, monkeypatch: pytest
     assert done.stdout == "31234 Static NE_USA-above50\n45412 Dynamic VIP\n"
 
 
+@pytest.mark.slow
 def test_the_job_over_a_file_runs_as_printed(sandbox: Sandbox, tmp_path: Path) -> None:
     """The shell commands fetch two accounts of a file, whose keys stand in it and in the environment."""
     (commands,) = re.findall(r"```sh\n(cat > accounts.*?)```", README, re.DOTALL)
@@ -69,6 +71,7 @@ def test_the_job_over_a_file_runs_as_printed(sandbox: Sandbox, tmp_path: Path) -
     assert len((tmp_path / "audiences.ndjson").read_text().splitlines()) == len(sandbox.requests) == 2
 
 
+@pytest.mark.slow
 def test_the_program_for_many_accounts_runs_as_printed(tmp_path: Path) -> None:
     """The program tells two answers and one error, in whichever order they come."""
     done = run(program("Many accounts, one client"), tmp_path)
@@ -85,6 +88,7 @@ def two_accounts(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"{name.upper()}_KEY", str(sandbox.add_account(name).api_key))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed")
 @pytest.mark.usefixtures("two_accounts")
 def test_a_client_in_a_docket_worker_runs_as_printed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -97,6 +101,7 @@ def test_a_client_in_a_docket_worker_runs_as_printed(monkeypatch: pytest.MonkeyP
     assert (sorted(done.stdout.splitlines()), done.stderr) == (["north 2", "south 2"], "")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_accounts")
 def test_a_client_in_a_taskiq_worker_runs_as_printed(tmp_path: Path) -> None:
     """Under taskiq's hooks one client serves the tasks of a worker and is closed with it."""
@@ -104,6 +109,7 @@ def test_a_client_in_a_taskiq_worker_runs_as_printed(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == ("[2, 2]\n", "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed")
 def test_several_machines_as_printed(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The first command is a worker, the second one has it fetch every account of the file."""
@@ -122,6 +128,7 @@ def test_several_machines_as_printed(sandbox: Sandbox, monkeypatch: pytest.Monke
     assert '"account":"north","ok":true' in (tmp_path / "audiences.ndjson").read_text()
 
 
+@pytest.mark.slow
 def test_the_program_of_rate_limits_runs_as_printed(tmp_path: Path) -> None:
     """The program learns a rate with few requests to spare."""
     done = run(program("Rate limits"), tmp_path)
@@ -131,6 +138,7 @@ def test_the_program_of_rate_limits_runs_as_printed(tmp_path: Path) -> None:
     assert "AccountPace(account='north'" in snapshot
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plugins", "before"),
     [
@@ -191,12 +199,14 @@ def test_what_can_go_wrong_is_the_whole_tree() -> None:
         assert advice == (getattr(errors, name).hint or advice)
 
 
+@pytest.mark.slow
 def test_the_program_of_the_cache_runs_as_printed(tmp_path: Path) -> None:
     """500 calls at once make one request."""
     done = run(program("A cache"), tmp_path)
     assert (done.stdout, done.stderr) == ("1 request for 500 answers\n", "")
 
 
+@pytest.mark.slow
 def test_the_program_of_telemetry_runs_as_printed(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

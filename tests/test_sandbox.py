@@ -148,6 +148,7 @@ def test_nothing_is_left_of_connections_that_it_had_no_time_for() -> None:
     gc.collect()  # what was left open warns now
 
 
+@pytest.mark.slow
 def test_the_fixture_is_there_for_users(pytester: pytest.Pytester) -> None:
     """Whoever installs the package has the fixture audiences_sandbox, in sync tests too."""
     pytester.makepyfile(

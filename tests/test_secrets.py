@@ -225,6 +225,7 @@ def echoes(secret: str) -> dict[str, Answer]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("name", KEYS)
 async def test_no_echo_of_the_key_gets_through(
@@ -588,6 +589,7 @@ async def test_a_failing_hook_logs_no_key(sandbox: Sandbox, caplog: pytest.LogCa
     assert_no_key(caplog.text)
 
 
+@pytest.mark.slow
 async def test_a_call_that_nobody_awaits_shows_no_key(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
     """What asyncio logs of a failed task that nobody has asked, traceback and all, has no key."""
     account = sandbox.add_account("north", api_key=KEY)
@@ -729,6 +731,7 @@ def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", [(), ("--debug",)])
 @pytest.mark.parametrize(
     "answer",
@@ -786,6 +789,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parser", ["compiled", "python"])
 def test_a_whole_program_shows_no_key(sandbox: Sandbox, tmp_path: Path, parser: str) -> None:
     """A program under -X dev with faulthandler and all logs, that ends by an error, writes no key anywhere."""
@@ -808,6 +812,7 @@ def test_a_whole_program_shows_no_key(sandbox: Sandbox, tmp_path: Path, parser: 
         assert_no_key(shown)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["no status line", "header value", "long value", "long line", "chunk size", "length"])
 def test_a_broken_head_read_by_the_other_parser(tmp_path: Path, head: str) -> None:
     """Where aiohttp runs without its compiled parser, a malformed reply that quotes the key shows nothing of it."""

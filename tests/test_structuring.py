@@ -262,6 +262,7 @@ def test_many_rows_behind_one_that_is_long() -> None:
     assert problems(start + b',{"type":"New"}' * 100_000 + b"]}") == ("$.data[0].type: Expected `str`, got `int`",)
 
 
+@pytest.mark.slow
 def test_many_small_rows() -> None:
     """A body crammed with audiences that have nothing but a type is read, too."""
     crammed = b'{"status":"200","data":[' + b",".join([b'{"type":"New"}'] * 80_000) + b"]}"
@@ -456,6 +457,7 @@ misleading_rows = st.builds(
 layouts = st.sampled_from([(None, (",", ":")), (None, (" , ", ": ")), (2, (",", ": ")), (1, ("\n,", ":"))])
 
 
+@pytest.mark.slow
 @given(
     st.builds(
         lambda rows, wrong, layout: json.dumps(

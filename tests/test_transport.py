@@ -434,6 +434,7 @@ async def test_what_comes_unasked_answers_nobody(
     assert (server.connections, server.requests) == (2, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_given", [False, True], ids=["own", "given"])
 async def test_the_end_of_an_idle_connection_is_no_ones_error(raw: StartRaw, *, is_given: bool) -> None:
     """Where a peer resets an idle connection, asyncio has nothing to complain about."""

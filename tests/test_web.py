@@ -39,6 +39,8 @@ class TellingClient(AudiencesClient):
 """
 KEY: Final = "key-of-the-app"
 
+pytestmark = pytest.mark.slow
+
 Raw: TypeAlias = Callable[[Callable[[RawConnection], Awaitable[None]]], Awaitable[RawServer]]
 
 
