@@ -1,44 +1,51 @@
 """The asyncio client for ``GET /audiences`` of the CommBox API: a complete answer, or an error that says why not."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from audiences_async._version import __version__
-from audiences_async.caching import CachePolicy
-from audiences_async.client import AudiencesClient
-from audiences_async.errors import (
-    AttemptTimeoutError,
-    AudiencesError,
-    BadRequestError,
-    ClientClosedError,
-    ConfigurationError,
-    ConnectionFailedError,
-    DeadlineExceededError,
-    ForbiddenError,
-    InvalidResponseError,
-    NotFoundError,
-    ResponseTooLargeError,
-    ServerError,
-    StatusError,
-    TooManyRequestsError,
-    TransportError,
-    UnauthorizedError,
-)
-from audiences_async.events import Attempt, Event
-from audiences_async.models import (
-    Account,
-    Audience,
-    AudiencesResponse,
-    DynamicAudience,
-    Failed,
-    Fetched,
-    Outcome,
-    StaticAudience,
-    UnknownAudience,
-)
-from audiences_async.pacing import Limiter
-from audiences_async.rates import RateLimit
-from audiences_async.retrying import RetryBudget, RetryPolicy
+
+if TYPE_CHECKING:
+    from audiences_async.caching import CachePolicy
+    from audiences_async.client import AudiencesClient, ClientSnapshot
+    from audiences_async.clock import Clock
+    from audiences_async.errors import (
+        AttemptTimeoutError,
+        AudiencesError,
+        BadRequestError,
+        ClientClosedError,
+        ConfigurationError,
+        ConnectionFailedError,
+        DeadlineExceededError,
+        ForbiddenError,
+        InvalidResponseError,
+        NotFoundError,
+        ResponseTooLargeError,
+        ServerError,
+        StatusError,
+        TooManyRequestsError,
+        TransportError,
+        UnauthorizedError,
+    )
+    from audiences_async.events import Attempt, Event
+    from audiences_async.models import (
+        Account,
+        Audience,
+        AudiencesResponse,
+        DynamicAudience,
+        Failed,
+        Fetched,
+        Outcome,
+        StaticAudience,
+        UnknownAudience,
+    )
+    from audiences_async.pacing import AccountPace, Limiter
+    from audiences_async.rates import RateLimit
+    from audiences_async.retrying import RetryBudget, RetryPolicy
 
 __all__ = [
     "Account",
+    "AccountPace",
     "Attempt",
     "AttemptTimeoutError",
     "Audience",
@@ -48,6 +55,8 @@ __all__ = [
     "BadRequestError",
     "CachePolicy",
     "ClientClosedError",
+    "ClientSnapshot",
+    "Clock",
     "ConfigurationError",
     "ConnectionFailedError",
     "DeadlineExceededError",
@@ -73,3 +82,60 @@ __all__ = [
     "UnknownAudience",
     "__version__",
 ]
+
+# Where each name is defined. It is imported when it is first used: a program that only has this package among its
+# pytest plugins, or looks at its version, does not pay for aiohttp and cattrs.
+_NAMES = {
+    "caching": ("CachePolicy",),
+    "client": ("AudiencesClient", "ClientSnapshot"),
+    "clock": ("Clock",),
+    "errors": (
+        "AttemptTimeoutError",
+        "AudiencesError",
+        "BadRequestError",
+        "ClientClosedError",
+        "ConfigurationError",
+        "ConnectionFailedError",
+        "DeadlineExceededError",
+        "ForbiddenError",
+        "InvalidResponseError",
+        "NotFoundError",
+        "ResponseTooLargeError",
+        "ServerError",
+        "StatusError",
+        "TooManyRequestsError",
+        "TransportError",
+        "UnauthorizedError",
+    ),
+    "events": ("Attempt", "Event"),
+    "models": (
+        "Account",
+        "Audience",
+        "AudiencesResponse",
+        "DynamicAudience",
+        "Failed",
+        "Fetched",
+        "Outcome",
+        "StaticAudience",
+        "UnknownAudience",
+    ),
+    "pacing": ("AccountPace", "Limiter"),
+    "rates": ("RateLimit",),
+    "retrying": ("RetryBudget", "RetryPolicy"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+_PUBLIC_MODULES = frozenset({*_NAMES, "accounts", "structuring"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in _PUBLIC_MODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

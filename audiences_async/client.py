@@ -325,7 +325,11 @@ class AudiencesClient:
         )
 
     def _check_loop(self) -> None:
-        running = asyncio.get_running_loop()
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            problem = "no asyncio event loop runs here; AudiencesClient works with asyncio only"
+            raise ConfigurationError(f"{problem}, inside asyncio.run() or anyio's asyncio backend") from None
         if self._loop is None:
             self._loop = running
         if self._loop is not running:

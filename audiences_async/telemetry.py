@@ -21,6 +21,9 @@ _SPAN: Final = "get_audiences"
 _ACCOUNT: Final = "audiences.account.name"
 _ERROR_TYPE: Final = "error.type"
 _RESEND_COUNT: Final = "http.request.resend_count"
+# The default boundaries are meant for milliseconds. These are those of `http.client.request.duration`, and two more for
+# calls that wait: https://opentelemetry.io/docs/specs/semconv/http/http-metrics/.
+_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0)
 _STATUS_CODE: Final = "http.response.status_code"
 
 
@@ -60,10 +63,16 @@ class OpenTelemetry:
         self._tracer = trace.get_tracer(_NAME, __version__, tracer_provider)
         meter = metrics.get_meter(_NAME, __version__, meter_provider)
         self._duration = meter.create_histogram(
-            "audiences.client.call.duration", "s", "Duration of calls, every attempt and wait included."
+            "audiences.client.call.duration",
+            "s",
+            "Duration of calls, every attempt and wait included.",
+            explicit_bucket_boundaries_advisory=_SECONDS,
         )
         self._waited = meter.create_histogram(
-            "audiences.client.pacing.wait", "s", "What attempts waited for their account's turn and a connection."
+            "audiences.client.pacing.wait",
+            "s",
+            "What attempts waited for their account's turn and a connection.",
+            explicit_bucket_boundaries_advisory=_SECONDS,
         )
         self._retries = meter.create_counter(
             "audiences.client.retries", "{retry}", "Attempts after the first one of a call."

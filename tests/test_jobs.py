@@ -113,7 +113,7 @@ async def test_no_more_tasks_than_accounts() -> None:
     """Never more at once than the concurrency, and a job of three starts no hundred tasks."""
     running = most = tasks = 0
 
-    async def work(number: int, _: jobs.Place) -> int:
+    async def work(number: int, _place: jobs.Place) -> int:
         nonlocal running, most, tasks
         running += 1
         most, tasks = max(most, running), max(tasks, len(others()))
@@ -240,7 +240,7 @@ async def test_a_client_closed_meanwhile_loses_no_account(sandbox: Sandbox, clie
 async def test_several_consumers_share_the_results() -> None:
     """Two tasks that iterate get every result once between them, and both come to the end."""
 
-    async def work(number: int, _: jobs.Place) -> int:
+    async def work(number: int, _place: jobs.Place) -> int:
         await asyncio.sleep(0)
         return number
 
@@ -256,7 +256,7 @@ async def test_several_consumers_share_the_results() -> None:
 async def test_whoever_still_iterates_when_the_stream_is_left_is_told() -> None:
     """An incomplete stream never looks like one that has come to its end."""
 
-    async def work(number: int, _: jobs.Place) -> int:
+    async def work(number: int, _place: jobs.Place) -> int:
         await asyncio.Event().wait()
         return number
 
@@ -270,7 +270,7 @@ async def test_whoever_still_iterates_when_the_stream_is_left_is_told() -> None:
 async def test_a_cancelled_worker_is_not_passed_over() -> None:
     """Cancelling the job's tasks from outside ends the iteration as a cancellation, not as an end."""
 
-    async def work(number: int, _: jobs.Place) -> int:
+    async def work(number: int, _place: jobs.Place) -> int:
         await asyncio.Event().wait()
         return number
 
@@ -286,7 +286,7 @@ async def test_a_worker_that_loses_its_cancellation_stops_all_the_same() -> None
     """Where a source or a worker keeps the cancellation to itself, as 3.11's wait_for can, nothing else begins."""
     begun: list[int] = []
 
-    async def work(number: int, _: jobs.Place) -> int:
+    async def work(number: int, _place: jobs.Place) -> int:
         begun.append(number)
         with suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
@@ -312,7 +312,7 @@ async def test_eager_tasks_keep_the_bounds() -> None:
     asyncio.get_running_loop().set_task_factory(eager_task_factory())
     under_way: list[int] = []
 
-    async def work(number: int, _: jobs.Place) -> int:
+    async def work(number: int, _place: jobs.Place) -> int:
         under_way.append(number)
         await asyncio.sleep(0)
         assert len(under_way) <= 3
@@ -327,7 +327,7 @@ async def test_eager_tasks_keep_the_bounds() -> None:
 async def test_every_consumer_is_told_that_the_results_are_not_whole(way: str) -> None:
     """Of several tasks that iterate, one gets the reason, and none takes the end for the end of the job."""
 
-    async def work(number: int, _: jobs.Place) -> int:
+    async def work(number: int, _place: jobs.Place) -> int:
         if way == "left":
             await asyncio.Event().wait()
         return number

@@ -16,7 +16,7 @@ ROOT = Path(audiences_async.__file__).parent
 NAMES = """
     AudiencesClient Account RetryPolicy RateLimit RetryBudget CachePolicy
     AudiencesResponse Audience StaticAudience DynamicAudience UnknownAudience
-    Outcome Fetched Failed Attempt Event Limiter
+    Outcome Fetched Failed Attempt Event Limiter Clock ClientSnapshot AccountPace
     AudiencesError ConfigurationError ClientClosedError DeadlineExceededError
     TransportError ConnectionFailedError AttemptTimeoutError
     InvalidResponseError ResponseTooLargeError
