@@ -11,6 +11,7 @@ from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, KeySource
 from audiences_async.deadlines import CallTime
 from audiences_async.errors import (
+    AttemptTimeoutError,
     AudiencesError,
     ConnectionFailedError,
     DeadlineExceededError,
@@ -32,7 +33,8 @@ from audiences_async.events import (
     is_watched,
 )
 from audiences_async.models import Account, AudiencesResponse
-from audiences_async.pacing import Pacer, Place, Verdict
+from audiences_async.pacer import Pacer
+from audiences_async.pacing import Place, Turn, Verdict
 from audiences_async.retrying import RetryPolicy, RetryTokens, wait_full_jitter
 from audiences_async.transport import Transport
 from audiences_async.wire import Reply, Result, read, read_plain, used_up
@@ -104,6 +106,7 @@ class Call:
         self._attempts: tuple[Attempt, ...] = ()
         self._next: _Again | StopReason = "final"
         self._stale_before = False
+        self._is_paced = False  # whether the lanes do all the waiting for the next attempt
         self._watched = is_watched(settings.on_event)
 
     @property
@@ -176,9 +179,9 @@ class Call:
                 assert self._source is not None
                 key = self._key = await self._source.get(account=self._account, refused=self._refused_key)
             self.time.scope.check()
-            result = await self._exchange(key)
-            while isinstance(result, ConnectionFailedError) and result.unsent and self._pacer.service.shrink():
-                result = await self._exchange(key)  # with a socket that another request returns
+            turn, result = await self._exchange(key)
+            while self._is_free(turn, result):
+                turn, result = await self._exchange(key)
         except TransportError as error:  # of the key function or of a limiter
             return error.with_traceback(None)
         finally:
@@ -186,7 +189,18 @@ class Call:
                 self._place.give_back()
         return result
 
-    async def _exchange(self, key: ApiKey) -> Result:
+    def _is_free(self, turn: Turn, result: Result) -> bool:
+        """Return whether an attempt that came to nothing is no attempt of this call's.
+
+        It may have lacked a socket, which another request will return; or it was a job's probe of a closed service.
+        """
+        if isinstance(result, ConnectionFailedError) and result.unsent:
+            return self._pacer.service.shrink()
+        if self._place is None or not turn.probe:
+            return False
+        return isinstance(result, AudiencesError) and self._settings.policy.retries(result)
+
+    async def _exchange(self, key: ApiKey) -> tuple[Turn, Result]:
         """Wait for a turn, use it, and tell the lane what came of it."""
         asked_at = self._settings.clock.monotonic() if self._watched else 0.0
         turn = await self._pacer.acquire(self._lane, self.time, self._place)
@@ -204,15 +218,33 @@ class Call:
                 result = read_plain(reply)
                 if result is None:
                     result = await _in_turns(read(reply, key, now=self._settings.clock.wall()))
-                if isinstance(result, TooManyRequestsError):
-                    verdict, pause = "throttled", result.retry_after
-                else:
+                if not isinstance(result, AudiencesError):
                     verdict, pause = "answered", used_up(reply.headers, now=self._settings.clock.wall())
+            if isinstance(result, AudiencesError):
+                verdict, pause = self._verdict(result), result.retry_after
         finally:
-            self._pacer.release(self._lane, turn, verdict, pause=pause)
+            self._is_paced = self._pacer.release(self._lane, turn, verdict, pause=pause)
         self._attempt_elapsed = self._settings.clock.monotonic() - self._sent_at
         self._sent_at = None
-        return result
+        return turn, result
+
+    def _verdict(self, error: AudiencesError) -> Verdict:
+        """Return what an error says of the service; one that no attempt would mend is an answer."""
+        verdict: Verdict = "nothing"
+        match error:
+            case _ if not self._settings.policy.retries(error):
+                verdict = "answered"
+            case StatusError(status=429):
+                verdict = "throttled"
+            case StatusError(status=503):
+                verdict = "unavailable"
+            case StatusError():
+                verdict = "failed"
+            case AttemptTimeoutError():
+                verdict = "timed out"
+            case ConnectionFailedError(stale_connection=False, unsent=False):
+                verdict = "lost"
+        return verdict
 
     def _may_help(self, error: AudiencesError) -> bool:
         """Return whether another attempt may help."""
@@ -254,7 +286,7 @@ class Call:
             return "stale-connection"
         if error.retry_after is not None:
             return "retry-after"
-        if isinstance(error, TooManyRequestsError) and self._lane.paces_retries:
+        if isinstance(error, TooManyRequestsError) and self._is_paced:
             return "pace"
         return "backoff"
 

@@ -20,9 +20,11 @@ from audiences_async.deadlines import CallTime, Deadlines
 from audiences_async.errors import AudiencesError, ClientClosedError, ConfigurationError, DeadlineExceededError
 from audiences_async.events import EventHook, StopReason, log_unexpected
 from audiences_async.models import Account, AudiencesResponse, Failed, Fetched, Outcome
-from audiences_async.pacing import AccountPace, Limiter, Pacer, Place
+from audiences_async.pacer import Pacer
+from audiences_async.pacing import AccountPace, Limiter, Place
 from audiences_async.rates import RateLimit
 from audiences_async.retrying import RetryBudget, RetryPolicy, RetryTokens
+from audiences_async.service import ServicePace
 from audiences_async.transport import (
     DEFAULT_MAX_CONNECTIONS,
     Transport,
@@ -45,11 +47,13 @@ class ClientSnapshot:
 
     Attributes:
         accounts: The accounts in use, and how each is paced.
-        budget_left: Tokens left of the `RetryBudget`; ``inf`` where there is none.
+        budget_left: Tokens left of the `RetryBudget`; ``inf`` if there is none.
+        service: How the service holds all accounts together; ``None`` before the client's first use.
     """
 
     accounts: tuple[AccountPace, ...]
     budget_left: float
+    service: ServicePace | None
 
 
 class AudiencesClient:
@@ -209,7 +213,12 @@ class AudiencesClient:
         return await self._cached(self._cache, account, limit)
 
     def stream(
-        self, accounts: jobs.Accounts, *, concurrency: int = 100, timeout: float | None = None
+        self,
+        accounts: jobs.Accounts,
+        *,
+        concurrency: int = 100,
+        timeout: float | None = None,
+        patience: float = 900.0,
     ) -> AbstractAsyncContextManager[AsyncIterator[Outcome]]:
         """Outcomes of many accounts, as each completes; exactly one for every account given.
 
@@ -228,8 +237,12 @@ class AudiencesClient:
                 a task group or a timeout open while it yields. A sync one must not block. It stays yours, and is not
                 closed where the block is left early. Names are labels: one that comes twice gives two outcomes. If it
                 raises, what was begun is delivered first, and the error then.
-            concurrency: Accounts under way at the same time; more than the client's connections do not help.
-            timeout: Seconds for each account's call; ``None`` means the client's.
+            concurrency: Accounts under way at the same time, those that only wait to retry not counted; more than the
+                client's connections do not help.
+            timeout: Seconds for each account's call; ``None`` means the client's. What the service holds back does not
+                count: its outages, a rate that all accounts share, and its load.
+            patience: Seconds in a row in which the service answers nobody, after which the remaining accounts fail with
+                ``stop_reason="patience"``. Until then one probe at a time goes out, and the other accounts wait.
 
         Raises:
             ConfigurationError: An argument that cannot be used; while iterating, something that is no `Account`.
@@ -237,10 +250,15 @@ class AudiencesClient:
                 been left. Where the client is closed meanwhile, the outcomes say so.
         """
         fetch = self._job(accounts, concurrency, timeout)
-        return jobs.stream(jobs.checked(accounts), fetch, concurrency)
+        return jobs.stream(jobs.checked(accounts), fetch, concurrency, checks.seconds("patience", patience))
 
     async def fetch_all(
-        self, accounts: jobs.Accounts, *, concurrency: int = 100, timeout: float | None = None
+        self,
+        accounts: jobs.Accounts,
+        *,
+        concurrency: int = 100,
+        timeout: float | None = None,
+        patience: float = 900.0,
     ) -> list[Outcome]:
         """The outcomes of many accounts, in the order given; exactly one for every account.
 
@@ -248,20 +266,22 @@ class AudiencesClient:
 
         Args:
             accounts: Any iterable or async iterable; a sync one must not block.
-            concurrency: Accounts under way at the same time.
-            timeout: Seconds for each account's call; ``None`` means the client's.
+            concurrency: As in `stream`.
+            timeout: As in `stream`.
+            patience: As in `stream`.
 
         Raises:
             ConfigurationError: An argument that cannot be used, or something that is no `Account`.
             ClientClosedError: The client is closed, or belongs to another event loop.
         """
         fetch = self._job(accounts, concurrency, timeout)
+        checks.seconds("patience", patience)
         given = [account async for account in jobs.checked(accounts)]
 
         async def numbered(item: tuple[int, Account], place: jobs.Place) -> tuple[int, Outcome]:
             return item[0], await fetch(item[1], place)
 
-        async with jobs.stream(jobs.each(enumerate(given)), numbered, concurrency) as outcomes:
+        async with jobs.stream(jobs.each(enumerate(given)), numbered, concurrency, patience) as outcomes:
             by_number = {number: outcome async for number, outcome in outcomes}
         return [by_number[number] for number in range(len(given))]
 
@@ -280,8 +300,11 @@ class AudiencesClient:
 
     def snapshot(self) -> ClientSnapshot:
         """Why calls wait right now: the pace of each account in use, and what is left of the retry budget."""
-        accounts = () if self._wire is None else tuple(self._wire[1].snapshot())
-        return ClientSnapshot(accounts, self._tokens.left)
+        if self._wire is None:
+            return ClientSnapshot((), self._tokens.left, None)
+        pacer = self._wire[1]
+        service = pacer.service.snapshot(pacer.clock.monotonic())
+        return ClientSnapshot(tuple(pacer.snapshot()), self._tokens.left, service)
 
     async def aclose(self) -> None:
         """Close the client, and its session if that is its own. Calls still running end with `ClientClosedError`.
@@ -316,11 +339,12 @@ class AudiencesClient:
         return Pacer(
             self._rate_limit,
             self._service_rate_limit,
-            connections,
-            settings.clock,
-            deadlines,
+            connections=connections,
+            attempt_timeout=self._transport_settings.attempt_timeout,
             throttle_base_delay=settings.policy.throttle_base_delay,
             max_delay=settings.policy.max_delay,
+            clock=settings.clock,
+            deadlines=deadlines,
             on_event=settings.on_event,
         )
 

@@ -10,8 +10,9 @@ from typing import Final, Literal, TypeAlias
 
 from attrs import frozen
 
-StopReason: TypeAlias = Literal["final", "attempts", "deadline", "budget"]
-"""Why a call made no further attempt: it would not help, or the attempts, the time or the retry budget were used up."""
+StopReason: TypeAlias = Literal["final", "attempts", "deadline", "budget", "patience"]
+"""Why a call made no further attempt: it would not help, or the attempts, the time, the retry budget, or a job's
+patience with a service that answers nobody were used up."""
 
 _log: Final = logging.getLogger("audiences_async")
 _log.addHandler(logging.NullHandler())  # where nobody has set up logging, nothing is printed
@@ -120,6 +121,37 @@ class AccountResumed(Event):
 @frozen
 class RateLearned(Event):
     """A new measure of what the service grants to the account.
+
+    Attributes:
+        rate: Requests per second.
+    """
+
+    rate: float
+
+
+@frozen
+class ServicePaused(Event):
+    """The requests of all accounts stop for a while; ``account`` is empty.
+
+    Attributes:
+        seconds: How long; one request then goes ahead, and the others follow if it is answered.
+        asked: Whether the service named the time.
+        state: ``"limited"`` if it refused all accounts for going too fast, ``"out"`` if it answered none.
+    """
+
+    seconds: float
+    asked: bool
+    state: str
+
+
+@frozen
+class ServiceResumed(Event):
+    """After a pause of the service a request was answered: the others follow; ``account`` is empty."""
+
+
+@frozen
+class ServiceRateLearned(Event):
+    """A new measure of what the service grants to all accounts together; ``account`` is empty.
 
     Attributes:
         rate: Requests per second.

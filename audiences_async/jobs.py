@@ -1,6 +1,7 @@
 """Many accounts: outcomes as they complete, in bounded memory, and exactly one for every account."""
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final, Generic, Self, TypeAlias, TypeVar
@@ -23,7 +24,10 @@ _UNPAID: Final = 4  # the part of the concurrency that retries without tokens ha
 
 @asynccontextmanager
 async def stream(
-    items: AsyncGenerator[T, None], work: Callable[[T, "Place"], Awaitable[R]], concurrency: int
+    items: AsyncGenerator[T, None],
+    work: Callable[[T, "Place"], Awaitable[R]],
+    concurrency: int,
+    patience: float = math.inf,
 ) -> AsyncIterator["Results[T, R]"]:
     """Results as they complete; whichever way the block is left, every task has ended by then.
 
@@ -32,8 +36,9 @@ async def stream(
         work: Called once for each item, with its place in the job; must turn what goes wrong with the item into a
             result.
         concurrency: Items under way at the same time, those that wait without a place not counted.
+        patience: Seconds that an item waits while the service answers nobody.
     """
-    results = Results(items, work, concurrency)
+    results = Results(items, work, concurrency, patience)
     try:
         yield results
     finally:
@@ -69,10 +74,12 @@ class Place:
 
     Args:
         job: The job.
+        patience: Seconds that it waits while the service answers nobody.
     """
 
-    def __init__(self, job: "Results[Any, Any]") -> None:
+    def __init__(self, job: "Results[Any, Any]", patience: float) -> None:
         self.held: bool = True
+        self.patience: float = patience
         self._job = job
         self._borrows = False
 
@@ -103,13 +110,18 @@ class Results(AsyncIterator[R], Generic[T, R]):
     """Results as they complete, to be iterated once, by one task or by several."""
 
     def __init__(
-        self, items: AsyncGenerator[T, None], work: Callable[[T, Place], Awaitable[R]], concurrency: int
+        self,
+        items: AsyncGenerator[T, None],
+        work: Callable[[T, Place], Awaitable[R]],
+        concurrency: int,
+        patience: float,
     ) -> None:
         """Must run inside the event loop that will use it."""
         self.unpaid = asyncio.Semaphore(max(1, concurrency // _UNPAID))
         self._items = items
         self._work = work
         self._concurrency = concurrency
+        self._patience = patience
         self._reading = asyncio.Lock()
         self._exhausted = False
         self._is_left = False
@@ -188,7 +200,7 @@ class Results(AsyncIterator[R], Generic[T, R]):
                 return
             if len(self._workers) < self._concurrency + self._away:
                 self._start_worker()  # one by one: a job of three accounts starts no hundred tasks
-            place = Place(self)
+            place = Place(self, self._patience)
             result = await self._work(item[0], place)
             await place.enter()
             self._places.release()

@@ -2,32 +2,27 @@
 
 import asyncio
 import math
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from itertools import islice
-from typing import Final, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Final, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from attrs import define, field, frozen
 
 from audiences_async.clock import Clock
-from audiences_async.credentials import ApiKey
-from audiences_async.deadlines import CallTime, Deadlines, Scope, is_cancelled
-from audiences_async.errors import DeadlineExceededError, callback_error
-from audiences_async.events import AccountPaused, AccountResumed, Event, EventHook, RateLearned, emit
-from audiences_async.models import Account
+from audiences_async.deadlines import Deadlines, Scope, is_cancelled
+from audiences_async.errors import DeadlineExceededError, TransportError, callback_error
+from audiences_async.events import AccountPaused, AccountResumed, Event, RateLearned
 from audiences_async.rates import KnownRate, LearnedRate, RateLimit
 
-Verdict: TypeAlias = Literal["answered", "throttled", "nothing"]
-"""What a request told about the pace: any reply but a 429, a 429, or no reply at all."""
+Verdict: TypeAlias = Literal["answered", "throttled", "unavailable", "failed", "lost", "timed out", "nothing"]
+"""What became of a request: an answer, if only a final refusal; a 429; a 503; another reply that may be retried; no
+reply; none in time; or nothing that says anything of the service."""
 
-_FIRST_PAUSE: Final = 0.1  # of throttle_base_delay
 _IDLE: Final = 1.0  # s without a request, after which an account counts as idle
 _LONGEST_PAUSE: Final = 86_400.0  # s; who asks for more has mistaken the unit
-_NO_TIME: Final = 1e-9  # s; less than a clock can tell
+NO_TIME: Final = 1e-9  # s; less than a clock can tell
 _LONGEST_ANNOUNCED: Final = 30.0  # s, of a pause that no refusal asked for: it may be misread, and a request will tell
-_KEPT_LANES: Final = 4096
-_LOOKED_AT: Final = 2  # lanes that are looked at for each new one
+_RECENT: Final = 1.0  # s; what an account has sent in it may explain a refusal
 
 
 @runtime_checkable
@@ -38,11 +33,27 @@ class Limiter(Protocol):
         """Return when the account may send one request. Called before every attempt, retries included."""
 
 
+class Turn(NamedTuple):
+    """A request's turn.
+
+    Attributes:
+        sent_at: When it came, on the client's clock.
+        probe: Whether the service is closed, and this request shows whether it opens again.
+        quick_answers: Quick answers of the service before it.
+    """
+
+    sent_at: float
+    probe: bool
+    quick_answers: int
+
+
 class Place(Protocol):
     """A call's place in a job, which it leaves while it waits to retry."""
 
     held: bool
     """Whether the call is in its place."""
+    patience: float
+    """Seconds that the job waits while the service answers nobody."""
 
     def leave(self) -> None:
         """Let another account take the place, if there is room for one more that waits."""
@@ -77,17 +88,44 @@ class AccountPace:
 
 
 @define(eq=False)
-class _Waiter:
-    """A call in a lane's queue."""
+class Waiter:
+    """A call in a queue.
+
+    Attributes:
+        deadline: When it must have had its turn, on the client's clock.
+        patience: Seconds that it waits while the service answers nobody.
+        scope: What ends its wait.
+        refusal: Why it was ended.
+    """
 
     deadline: float
+    patience: float
     scope: Scope
-    refusal: DeadlineExceededError | None = field(default=None)
+    refusal: DeadlineExceededError | TransportError | None = field(default=None)
 
-    def refuse(self, error: DeadlineExceededError) -> None:
-        """End the wait at once: the turn cannot come before the deadline."""
+    def refuse(self, error: DeadlineExceededError | TransportError) -> None:
+        """End the wait at once."""
         self.refusal = error
         self.scope.expire()
+
+
+@frozen
+class PauseSettings:
+    """How long to pause after a refusal that names no time.
+
+    Attributes:
+        first: Seconds; the longest pause until a rate is known.
+        longest: Seconds; the longest of all.
+    """
+
+    first: float
+    longest: float
+
+    def draw(self, rate: float | None, failures: int, clock: Clock) -> float:
+        """Draw the seconds to pause after so many refusals in a row."""
+        base = self.first / 2 if rate is None else min(1 / rate, self.longest)
+        doubled = base * 2.0 ** min(failures - 1, 60)
+        return min(self.longest, doubled * (1 + clock.random()))
 
 
 class Queue:
@@ -101,7 +139,7 @@ class Queue:
         self.in_flight: int = 0
         self._deadlines = deadlines
         self._lock = asyncio.Lock()
-        self._waiters: set[_Waiter] = set()
+        self._waiters: set[Waiter] = set()
         self._changed = asyncio.Event()
 
     @property
@@ -118,13 +156,14 @@ class Queue:
         return not self._waiters and self.limiter is None and self.delay(now) <= 0
 
     @asynccontextmanager
-    async def head(self, deadline: float) -> AsyncIterator[None]:
+    async def head(self, deadline: float, patience: float = math.inf) -> AsyncIterator[None]:
         """Come to the head of the queue, and stay there for the length of the block.
 
         Raises:
             DeadlineExceededError: The turn cannot come before the *deadline*, as a pause that begins now shows.
+            TransportError: The service has answered nobody for *patience* seconds.
         """
-        waiter = _Waiter(deadline, self._deadlines.within(math.inf))
+        waiter = Waiter(deadline, patience, self._deadlines.within(math.inf))
         self._waiters.add(waiter)
         try:
             with waiter.scope:
@@ -139,7 +178,7 @@ class Queue:
 
     async def opened(self) -> None:
         """Return when a request may go. For the head of the queue."""
-        while (delay := self.delay(self.clock.monotonic())) > _NO_TIME:
+        while (delay := self.delay(self.clock.monotonic())) > NO_TIME:
             if delay == math.inf:
                 self._changed.clear()
                 await self._changed.wait()
@@ -161,53 +200,52 @@ class Queue:
         """Have the head of the queue look again."""
         self._changed.set()
 
-    def refuse(self, until: float, seconds: float) -> None:
-        """End the waits that cannot last *until* then, *seconds* from now."""
-        for waiter in tuple(self._waiters):
-            if waiter.deadline <= until:
-                waiter.refuse(never(seconds))
+    def waiters(self) -> tuple[Waiter, ...]:
+        """Return the calls that wait."""
+        return tuple(self._waiters)
 
 
-class Lane(Queue):
-    """One account's way to the wire, at the account's pace, and closed after a 429."""
+class PacedQueue(Queue):
+    """A queue at a known or a learned rate, closed for a while after a refusal; one probe then goes ahead."""
 
     __slots__ = (
-        "_closed_until", "_cut_at", "_failures", "_last_at", "_learned", "_pace", "_pacer", "_probe_out", "_probing",
-        "account", "users",
+        "_closed_until", "_cut_at", "_failures", "_last_at", "_learned", "_pace", "_probe_out", "_probing", "_settings",
     )  # fmt: skip
 
-    def __init__(self, account: str, pace: KnownRate | LearnedRate, limiter: Limiter | None, pacer: "Pacer") -> None:
-        super().__init__(pacer.clock, pacer.deadlines, limiter)
-        self.account: str = account
-        self.users: int = 0
-        """Calls that hold on to the lane, also while they neither wait nor send."""
-        self._pace = pace
-        self._learned = pace if isinstance(pace, LearnedRate) else None
-        self._pacer = pacer
+    def __init__(
+        self,
+        limit: RateLimit | Limiter | None,
+        learned: LearnedRate,
+        clock: Clock,
+        deadlines: Deadlines,
+        settings: PauseSettings,
+    ) -> None:
+        super().__init__(clock, deadlines, limit if isinstance(limit, Limiter) else None)
+        self._learned = learned if limit is None else None
+        self._pace: KnownRate | LearnedRate = (
+            learned if limit is None else KnownRate(limit if isinstance(limit, RateLimit) else None)
+        )
+        self._settings = settings
         self._last_at = -math.inf  # when a request last came back
         self._closed_until = -math.inf
         self._cut_at = -math.inf
-        self._failures = 0  # 429s in a row, without an answer between them
+        self._failures = 0  # refusals in a row, without an answer between them
         self._probing = False
         self._probe_out = False
 
     @property
+    def rate(self) -> float | None:
+        """Requests per second, known or learned; ``None`` if none is known."""
+        return self._pace.rate
+
+    @property
     def paces_retries(self) -> bool:
-        """Whether a call that got a 429 may leave all waiting to the lane."""
+        """Whether a call that was refused may leave all waiting to the queue."""
         return self._pace.rate is not None and self._failures <= 1
 
-    def snapshot(self, now: float) -> AccountPace:
-        """Return how the account is paced right now."""
-        paused_for = max(0.0, self._closed_until - now)
-        return AccountPace(self.account, self._pace.rate, paused_for, self.waiting, self.in_flight)
-
-    def is_paused(self, now: float) -> bool:
-        """Return whether the account is closed after a 429."""
-        return now < self._closed_until
-
-    def is_idle(self, now: float) -> bool:
-        """Return whether forgetting the lane would make no difference."""
-        return not self.users and not self._failures and self._closed_until <= now and self._pace.is_idle(now)
+    def paused_for(self, now: float) -> float:
+        """Return the seconds until requests may go again after a refusal; 0.0 means now."""
+        return max(0.0, self._closed_until - now)
 
     def expected(self, now: float) -> float:
         """Estimate the seconds until a call that comes now gets its turn."""
@@ -221,37 +259,23 @@ class Lane(Queue):
             return math.inf
         return self._pace.delay(now, self.in_flight)
 
-    def sent(self, now: float) -> None:
-        """Note that a request goes now."""
+    def sent(self, now: float) -> bool:
+        """Note that a request goes now; ``True`` if it is a probe."""
         if self._learned is not None and not self.in_flight and now - self._last_at > _IDLE:
             self._learned.idle()
         self.in_flight += 1
         self._probe_out = self._probing
         self._pace.sent(now)
+        return self._probing
 
-    def returned(self, now: float, sent_at: float, verdict: Verdict, pause: float | None) -> None:
-        """Learn from what became of a request.
-
-        Args:
-            now: The time.
-            sent_at: When it was sent.
-            verdict: What the reply says about the pace.
-            pause: Seconds for which the service asked to send nothing, if it did.
-        """
+    def _returned(self, now: float, sent_at: float) -> bool:
+        """Note that a request has come to its end; ``False`` if it was sent before the last cut, and is old news."""
         self._last_at = now
         self.in_flight -= 1
-        fresh = sent_at >= self._cut_at  # a reply to what was sent before the last cut is old news
+        fresh = sent_at >= self._cut_at
         if fresh:
             self._probe_out = False
-        try:
-            if verdict == "throttled":
-                self._throttled(now, pause, fresh=fresh)
-            elif verdict == "answered":
-                self._answered(now, fresh=fresh)
-                if pause is not None:
-                    self._close(now, min(pause, _LONGEST_ANNOUNCED), asked=True)
-        finally:  # a hook may raise what ends the program, and be mistaken
-            self.changed()
+        return fresh
 
     def _answered(self, now: float, *, fresh: bool) -> None:
         if self._learned is not None:
@@ -262,7 +286,7 @@ class Lane(Queue):
         if self._probing and now >= self._closed_until:
             self._probing = False
             self._paused_until(now)
-            self._pacer.emit(AccountResumed(self.account))
+            self._on_resumed()
 
     def _throttled(self, now: float, pause: float | None, *, fresh: bool) -> None:
         if not fresh:
@@ -271,202 +295,125 @@ class Lane(Queue):
             return
         self._failures += 1
         self._cut_at = now
-        self._probing = True
         if self._learned is not None and self._learned.throttled(now) and self._learned.rate is not None:
-            self._pacer.emit(RateLearned(self.account, self._learned.rate))
-        own = self._pacer.pause(self._pace.rate, self._failures)
+            self._on_rate(self._learned.rate)
+        own = self._settings.draw(self._pace.rate, self._failures, self.clock)
         asked = pause if pause is not None and own < pause <= _LONGEST_PAUSE else None
         self._close(now, own if asked is None else asked, asked=asked is not None)
 
     def _close(self, now: float, seconds: float, *, asked: bool) -> None:
+        self._probing = True
         until = now + seconds
         if until <= self._closed_until:
             return
         self._closed_until = until
-        self._probing = True
         if asked and self._learned is not None:
             self._learned.idle()  # what the service grants after a pause of its own making measures nothing
         self._paused_until(until)
-        self.refuse(until, seconds)
-        self._pacer.emit(AccountPaused(self.account, seconds, asked))
+        for waiter in self.waiters():
+            if waiter.deadline <= until:
+                waiter.refuse(never(seconds))
+        self._on_paused(seconds, asked=asked)
 
     def _paused_until(self, when: float) -> None:
         # A known limit that was not used up during a pause is no more than the burst.
         if self._learned is not None:
             self._learned.paused_until(when)
 
+    def _on_paused(self, seconds: float, *, asked: bool) -> None:
+        raise NotImplementedError
 
-class ServiceLane(Queue):
-    """The way of all accounts together: a known rate, and no more requests in flight than there are connections."""
+    def _on_resumed(self) -> None:
+        raise NotImplementedError
 
-    __slots__ = ("_connections", "_limit", "_pace")
+    def _on_rate(self, rate: float) -> None:
+        raise NotImplementedError
 
-    def __init__(self, limit: RateLimit | Limiter | None, connections: int, clock: Clock, deadlines: Deadlines) -> None:
-        super().__init__(clock, deadlines, limit if isinstance(limit, Limiter) else None)
-        self._pace = KnownRate(limit) if isinstance(limit, RateLimit) else None
-        self._connections = connections
-        self._limit = float(connections)
 
-    def expected(self, now: float) -> float:
-        """Estimate the seconds until a call that comes now gets its turn."""
-        return 0.0 if self._pace is None else self._pace.backlog(now, self.waiting)
+class Lane(PacedQueue):
+    """One account's way to the wire, at the account's pace, and closed after a 429."""
 
-    def delay(self, now: float) -> float:
-        """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
-        if self.in_flight >= self._limit:
-            return math.inf
-        return 0.0 if self._pace is None else self._pace.delay(now, self.in_flight)
+    __slots__ = ("_emit", "_granted_at", "_suspected_at", "account", "users")
 
-    def sent(self, now: float) -> None:
-        """Note that a request goes now."""
-        self.in_flight += 1
-        if self._pace is not None:
-            self._pace.sent(now)
+    def __init__(
+        self,
+        account: str,
+        *,
+        limit: RateLimit | Limiter | None,
+        clock: Clock,
+        deadlines: Deadlines,
+        settings: PauseSettings,
+        emit: Callable[[Event], None],
+    ) -> None:
+        super().__init__(limit, LearnedRate(), clock, deadlines, settings)
+        self.account: str = account
+        self.users: int = 0
+        """Calls that hold on to the lane, also while they neither wait nor send."""
+        self._emit = emit
+        self._granted_at = -math.inf
+        self._suspected_at: int | None = None  # answers of the service when this account last came to nothing
 
-    def returned(self, verdict: Verdict) -> None:
-        """Note that a request has come to its end."""
-        self.in_flight -= 1
-        if verdict == "answered" and self._limit < self._connections:
-            self._limit = min(self._connections, self._limit + 1 / self._limit)
-        self.changed()
+    def snapshot(self, now: float) -> AccountPace:
+        """Return how the account is paced right now."""
+        return AccountPace(self.account, self.rate, self.paused_for(now), self.waiting, self.in_flight)
 
-    def shrink(self) -> bool:
-        """Have one request fewer in flight from now on; ``False`` if there is none to wait for.
+    def is_paused(self, now: float) -> bool:
+        """Return whether the account is closed after a 429."""
+        return now < self._closed_until
 
-        For a machine that can open no more sockets: what is in flight will return one.
+    def is_idle(self, now: float) -> bool:
+        """Return whether forgetting the lane would make no difference."""
+        return not self.users and not self._failures and self._closed_until <= now and self._pace.is_idle(now)
+
+    def explains(self, sent_at: float) -> bool:
+        """Return whether a refusal of what was sent then can be the account's own doing: it has sent others lately."""
+        if self.in_flight or sent_at - self._granted_at < _RECENT:
+            return True
+        return self.rate is not None and sent_at - self._granted_at < 2 / self.rate
+
+    def fails_alone(self, answers: int) -> bool:
+        """Return whether others were answered since this account last came to nothing; and remember that it does now.
+
+        Args:
+            answers: Answers that the service has given so far.
         """
-        if not self.in_flight:
-            return False
-        self._limit = max(1.0, min(self._limit, self.in_flight + 1) - 1)
-        return True
+        before, self._suspected_at = self._suspected_at, answers
+        return before is not None and answers > before
+
+    def returned(self, now: float, sent_at: float, verdict: Verdict, pause: float | None) -> None:
+        """Learn from what became of a request.
+
+        Args:
+            now: The time.
+            sent_at: When it was sent.
+            verdict: What the reply says about the account's pace.
+            pause: Seconds for which the service asked to send nothing, if it did.
+        """
+        fresh = self._returned(now, sent_at)
+        try:
+            if verdict == "throttled":
+                self._throttled(now, pause, fresh=fresh)
+            elif verdict in {"unavailable", "failed"}:
+                self._answered(now, fresh=fresh)  # the account's limit let it through
+            elif verdict == "answered":
+                self._granted_at, self._suspected_at = now, None
+                self._answered(now, fresh=fresh)
+                if pause is not None:
+                    self._close(now, min(pause, _LONGEST_ANNOUNCED), asked=True)
+        finally:  # a hook may raise what ends the program, and be mistaken
+            self.changed()
+
+    def _on_paused(self, seconds: float, *, asked: bool) -> None:
+        self._emit(AccountPaused(self.account, seconds, asked))
+
+    def _on_resumed(self) -> None:
+        self._emit(AccountResumed(self.account))
+
+    def _on_rate(self, rate: float) -> None:
+        self._emit(RateLearned(self.account, rate))
 
 
 def never(seconds: float) -> DeadlineExceededError:
     """Return the error of a call whose turn comes in *seconds*, after its deadline."""
     message = f"the account's next request may go in {seconds:.3g} s, which does not fit into the call's timeout"
     return DeadlineExceededError(message, retry_after=seconds, stop_reason="deadline")
-
-
-class Pacer:
-    """The lanes of one client: the service's, and one for each account.
-
-    Args:
-        limit: What is known of each account's rate; ``None`` means that it is learned.
-        service_limit: What is known of the rate of all accounts together; ``None`` means nothing.
-        connections: Requests that may be in flight at the same time.
-        clock: Where the time comes from.
-        deadlines: Where waits are bounded.
-        throttle_base_delay: Seconds; the first pauses after a 429 are a tenth of it, until a rate is learned.
-        max_delay: Seconds of the longest pause that no refusal asked for.
-        on_event: Called with pauses and rates.
-    """
-
-    def __init__(
-        self,
-        limit: RateLimit | Limiter | None,
-        service_limit: RateLimit | Limiter | None,
-        connections: int,
-        clock: Clock,
-        deadlines: Deadlines,
-        *,
-        throttle_base_delay: float,
-        max_delay: float,
-        on_event: EventHook | None,
-    ) -> None:
-        self.clock: Clock = clock
-        self.deadlines: Deadlines = deadlines
-        self.longest_pause: float = max_delay
-        self.service: ServiceLane = ServiceLane(service_limit, connections, clock, deadlines)
-        self._limit = limit
-        self._first_pause = _FIRST_PAUSE * throttle_base_delay
-        self._on_event = on_event
-        self._lanes: OrderedDict[Account | str, Lane] = OrderedDict()
-
-    def lane(self, account: Account) -> Lane:
-        """Return the account's lane. Functions for keys do not compare, so their accounts are told apart by name."""
-        key = account if isinstance(account.credential, ApiKey) else account.name
-        lane = self._lanes.get(key)
-        if lane is None:
-            self._forget_idle()
-            limiter = self._limit if isinstance(self._limit, Limiter) else None
-            lane = self._lanes[key] = Lane(account.name, self._new_pace(), limiter, self)
-        return lane
-
-    def _new_pace(self) -> KnownRate | LearnedRate:
-        if self._limit is None:
-            return LearnedRate()
-        return KnownRate(self._limit if isinstance(self._limit, RateLimit) else None)
-
-    async def acquire(self, lane: Lane, time: CallTime, place: Place | None) -> float:
-        """Return when a request of the lane's account may go; the time, to be given to `release`.
-
-        Args:
-            lane: The account's.
-            time: The time of the call.
-            place: Its place in a job, held again when this returns; ``None`` if it is of no job.
-
-        Raises:
-            DeadlineExceededError: The turn cannot come before the call's deadline.
-            ConfigurationError: A limiter of the caller's is wrong.
-            TransportError: A limiter of the caller's failed for a reason that may pass.
-        """
-        now = self.clock.monotonic()
-        if lane.is_free(now) and self.service.is_free(now) and (place is None or place.held):
-            return self._send(lane, now)
-        expected = max(lane.expected(now), 0.0 if time.stands_still else self.service.expected(now))
-        if now + expected >= time.deadline:
-            raise never(expected)
-        async with lane.head(time.deadline):
-            await lane.opened()
-            await lane.ask_limiter("rate_limit", lane.account)
-            while True:
-                await lane.opened()
-                with time.held():
-                    if place is not None:
-                        await place.enter()
-                    async with self.service.head(time.deadline):
-                        await self.service.ask_limiter("service_rate_limit", lane.account)
-                        await self.service.opened()
-                        now = self.clock.monotonic()
-                        if lane.delay(now) <= _NO_TIME:  # it may have been closed meanwhile
-                            return self._send(lane, now)
-
-    def _send(self, lane: Lane, now: float) -> float:
-        lane.sent(now)
-        self.service.sent(now)
-        return now
-
-    def release(self, lane: Lane, sent_at: float, verdict: Verdict, *, pause: float | None = None) -> None:
-        """Take in what became of a request; see `Lane.returned`."""
-        self.service.returned(verdict)
-        lane.returned(self.clock.monotonic(), sent_at, verdict, pause)
-
-    def expected(self, lane: Lane, time: CallTime) -> float:
-        """Estimate the seconds until a call that comes now gets its turn, as far as they count for its time."""
-        now = self.clock.monotonic()
-        return lane.expected(now) if time.stands_still else max(lane.expected(now), self.service.expected(now))
-
-    def snapshot(self) -> Iterator[AccountPace]:
-        """Return how each account is paced right now."""
-        now = self.clock.monotonic()
-        return (lane.snapshot(now) for lane in self._lanes.values())
-
-    def pause(self, rate: float | None, failures: int) -> float:
-        """Draw the seconds to pause after *failures* 429s in a row that name no time."""
-        base = self._first_pause / 2 if rate is None else min(1 / rate, self.longest_pause)
-        doubled = base * 2.0 ** min(failures - 1, 60)
-        return min(self.longest_pause, doubled * (1 + self.clock.random()))
-
-    def emit(self, event: Event) -> None:
-        """Log the event, and call the hook."""
-        emit(self._on_event, event)
-
-    def _forget_idle(self) -> None:
-        """Drop idle lanes from the oldest on, so that memory follows the accounts in use."""
-        now = self.clock.monotonic()
-        for key, lane in list(islice(self._lanes.items(), _LOOKED_AT)):
-            full = len(self._lanes) >= _KEPT_LANES
-            if lane.is_idle(now) or (full and not lane.users and not lane.is_paused(now)):
-                del self._lanes[key]
-            else:
-                self._lanes.move_to_end(key)

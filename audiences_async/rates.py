@@ -80,9 +80,10 @@ class LearnedRate:
 
     __slots__ = ("_granted", "_growth", "_held", "_next_at", "_since", "_since_cut", "_window", "rate")
 
-    def __init__(self) -> None:
+    def __init__(self, window: float | None = _FIRST_WINDOW) -> None:
+        """Begin with so many requests in flight; ``None`` if somebody else bounds them."""
         self.rate: float | None = None
-        self._window = _FIRST_WINDOW
+        self._window = math.inf if window is None else window
         self._next_at = -math.inf
         self._since: float | None = None  # when the measurement began: at a 429
         self._granted = 0  # answers since then
@@ -93,7 +94,7 @@ class LearnedRate:
     def delay(self, now: float, in_flight: int) -> float:
         """Seconds until the next request may go; ``inf`` where that waits for a reply."""
         if self.rate is None:
-            return 0.0 if in_flight < int(self._window) else math.inf
+            return 0.0 if in_flight + 1 <= self._window else math.inf
         return self._next_at - now
 
     def backlog(self, now: float, ahead: int) -> float:

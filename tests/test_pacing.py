@@ -30,7 +30,8 @@ from audiences_async import (
 from audiences_async.clock import Clock
 from audiences_async.deadlines import CallTime, Deadlines
 from audiences_async.events import AccountPaused, AccountResumed, AttemptFinished, RateLearned
-from audiences_async.pacing import AccountPace, Pacer, Verdict
+from audiences_async.pacer import Pacer
+from audiences_async.pacing import AccountPace, Turn, Verdict
 
 NORTH, SOUTH = Account("north", "key-north"), Account("south", "key-south")
 
@@ -56,8 +57,8 @@ def kinds(results: Iterable[Any]) -> Counter[str]:
 
 def pacer(limit: RateLimit | None = None, connections: int = 1000, clock: Clock | None = None) -> Pacer:
     return Pacer(
-        limit, None, connections, clock or virtual.clock(), Deadlines(),
-        throttle_base_delay=1.0, max_delay=20.0, on_event=None,
+        limit, None, connections=connections, attempt_timeout=15.0, throttle_base_delay=1.0, max_delay=20.0,
+        clock=clock or virtual.clock(), deadlines=Deadlines(), on_event=None,
     )  # fmt: skip
 
 
@@ -68,12 +69,12 @@ class Way:
         self.paces = paces
         self.lane = paces.lane(account)
 
-    async def acquire(self, deadline: float = 1e9) -> float:
+    async def acquire(self, deadline: float = 1e9) -> Turn:
         now = self.paces.clock.monotonic
         with self.paces.deadlines.within(math.inf) as scope:
             return await self.paces.acquire(self.lane, CallTime(now, scope, deadline - now()), None)
 
-    def release(self, taken: float, verdict: Verdict, *, pause: float | None = None) -> None:
+    def release(self, taken: Turn, verdict: Verdict, *, pause: float | None = None) -> None:
         self.paces.release(self.lane, taken, verdict, pause=pause)
 
 
@@ -778,7 +779,7 @@ def test_a_clock_that_fails_ends_waiting_calls() -> None:
         return await outcomes(lane.acquire() for _ in range(3))
 
     results = virtual.run(main())
-    assert kinds(results) == {"float": 1, "OSError": 2}
+    assert kinds(results) == {"Turn": 1, "OSError": 2}
 
 
 def test_closing_ends_waiting_calls(client: Callable[..., AudiencesClient]) -> None:

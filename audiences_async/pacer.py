@@ -1,0 +1,176 @@
+"""One client's lanes: who may send, when, and whose limit a refusal reports."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from typing import Final
+
+from audiences_async.clock import Clock
+from audiences_async.credentials import ApiKey
+from audiences_async.deadlines import CallTime, Deadlines
+from audiences_async.events import EventHook, emit
+from audiences_async.models import Account
+from audiences_async.pacing import NO_TIME, AccountPace, Lane, Limiter, PauseSettings, Place, Turn, Verdict, never
+from audiences_async.rates import RateLimit
+from audiences_async.service import ServiceLane
+
+_FIRST_PAUSE: Final = 0.1  # of throttle_base_delay
+_KEPT_LANES: Final = 4096
+_LOOKED_AT: Final = 2  # lanes that are looked at for each new one
+
+
+class Pacer:
+    """The lanes of one client: the service's, and one for each account.
+
+    Args:
+        limit: What is known of each account's rate; ``None`` means that it is learned.
+        service_limit: What is known of the rate of all accounts together; ``None`` means that one is learned.
+        connections: Requests that may be in flight at the same time.
+        attempt_timeout: Seconds for one attempt.
+        throttle_base_delay: Seconds; the first pauses after a 429 are a tenth of it, until a rate is learned.
+        max_delay: Seconds of the longest pause that no refusal asked for.
+        clock: Where the time comes from.
+        deadlines: Where waits are bounded.
+        on_event: Called with pauses and rates.
+    """
+
+    def __init__(
+        self,
+        limit: RateLimit | Limiter | None,
+        service_limit: RateLimit | Limiter | None,
+        *,
+        connections: int,
+        attempt_timeout: float,
+        throttle_base_delay: float,
+        max_delay: float,
+        clock: Clock,
+        deadlines: Deadlines,
+        on_event: EventHook | None,
+    ) -> None:
+        self.clock: Clock = clock
+        self.deadlines: Deadlines = deadlines
+        self._limit = limit
+        self._settings = PauseSettings(_FIRST_PAUSE * throttle_base_delay, max_delay)
+        self._emit = partial(emit, on_event)
+        self.service: ServiceLane = ServiceLane(
+            service_limit,
+            connections=connections,
+            attempt_timeout=attempt_timeout,
+            clock=clock,
+            deadlines=deadlines,
+            settings=self._settings,
+            emit=self._emit,
+        )
+        self._lanes: OrderedDict[Account | str, Lane] = OrderedDict()
+
+    def lane(self, account: Account) -> Lane:
+        """Return the account's lane. Functions for keys do not compare, so their accounts are told apart by name."""
+        key = account if isinstance(account.credential, ApiKey) else account.name
+        lane = self._lanes.get(key)
+        if lane is None:
+            self._forget_idle()
+            lane = Lane(
+                account.name,
+                limit=self._limit,
+                clock=self.clock,
+                deadlines=self.deadlines,
+                settings=self._settings,
+                emit=self._emit,
+            )
+            self._lanes[key] = lane
+        return lane
+
+    async def acquire(self, lane: Lane, time: CallTime, place: Place | None) -> Turn:
+        """Return when a request of the lane's account may go.
+
+        Args:
+            lane: The account's.
+            time: The time of the call.
+            place: Its place in a job, held again when this returns; ``None`` if it is of no job.
+
+        Raises:
+            DeadlineExceededError: The turn cannot come before the call's deadline.
+            ConfigurationError: A limiter of the caller's is wrong.
+            TransportError: A limiter of the caller's failed for a reason that may pass; or the service has answered
+                nobody for as long as the job's patience.
+        """
+        now = self.clock.monotonic()
+        if lane.is_free(now) and self.service.is_free(now) and (place is None or place.held):
+            return self._send(lane, now)
+        expected = self.expected(lane, time)
+        if now + expected >= time.deadline:
+            raise never(expected)
+        async with lane.head(time.deadline):
+            await lane.opened()
+            await lane.ask_limiter("rate_limit", lane.account)
+            while True:
+                await lane.opened()
+                if place is None and self.service.is_out:
+                    # The caller has a deadline, and does not wait for the end of an outage.
+                    return self._send(lane, self.clock.monotonic())
+                with time.held():
+                    if place is not None:
+                        await place.enter()
+                        self.service.check_patience(place.patience)
+                    async with self.service.head(time.deadline, math.inf if place is None else place.patience):
+                        await self.service.ask_limiter("service_rate_limit", lane.account)
+                        await self.service.opened()
+                        now = self.clock.monotonic()
+                        if lane.delay(now) <= NO_TIME:  # it may have been closed meanwhile
+                            return self._send(lane, now)
+
+    def _send(self, lane: Lane, now: float) -> Turn:
+        lane.sent(now)
+        return Turn(now, self.service.sent(now), self.service.quick_answers)
+
+    def release(self, lane: Lane, turn: Turn, verdict: Verdict, *, pause: float | None = None) -> bool:
+        """Take in what became of a request, and decide whose limit a refusal reports.
+
+        Args:
+            lane: The account's.
+            turn: What `acquire` returned.
+            verdict: What the reply says.
+            pause: Seconds for which the service asked to send nothing, if it did.
+
+        Returns:
+            Whether a retry may leave all waiting to the lanes.
+        """
+        now = self.clock.monotonic()
+        is_shared = self._concerns_all(lane, turn, verdict)
+        of_service = self.service.returned(now, turn, verdict, pause, lane if is_shared else None)
+        if of_service:
+            lane.returned(now, turn.sent_at, "nothing", None)
+        else:
+            lane.returned(now, turn.sent_at, verdict, pause)
+        return self.service.paces_retries if of_service else lane.paces_retries
+
+    def _concerns_all(self, lane: Lane, turn: Turn, verdict: Verdict) -> bool:
+        """Return whether a refusal or a failure may be the service's, and not this account's alone."""
+        if verdict in {"answered", "nothing"}:
+            return False
+        fails_alone = lane.fails_alone(self.service.answers)
+        return not fails_alone and not (verdict == "throttled" and lane.explains(turn.sent_at))
+
+    def expected(self, lane: Lane, time: CallTime) -> float:
+        """Estimate the seconds until a call that comes now gets its turn, as far as they count for its time."""
+        now = self.clock.monotonic()
+        if time.stands_still or self.service.is_out:
+            return lane.expected(now)
+        return max(lane.expected(now), self.service.expected(now))
+
+    def snapshot(self) -> Iterator[AccountPace]:
+        """Return how each account is paced right now."""
+        now = self.clock.monotonic()
+        return (lane.snapshot(now) for lane in self._lanes.values())
+
+    def _forget_idle(self) -> None:
+        """Drop idle lanes from the oldest on, so that memory follows the accounts in use."""
+        now = self.clock.monotonic()
+        for key, lane in list(islice(self._lanes.items(), _LOOKED_AT)):
+            full = len(self._lanes) >= _KEPT_LANES
+            if lane.is_idle(now) or (full and not lane.users and not lane.is_paused(now)):
+                del self._lanes[key]
+            else:
+                self._lanes.move_to_end(key)

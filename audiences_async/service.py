@@ -1,0 +1,296 @@
+"""The way of all accounts together: its rate, its load, and its outages."""
+
+import math
+from collections.abc import Callable
+from typing import Final, Literal, TypeAlias
+
+from attrs import frozen
+
+from audiences_async.clock import Clock
+from audiences_async.deadlines import Deadlines
+from audiences_async.errors import TransportError
+from audiences_async.events import Event, ServicePaused, ServiceRateLearned, ServiceResumed
+from audiences_async.pacing import Lane, Limiter, PacedQueue, PauseSettings, Turn, Verdict
+from audiences_async.rates import LearnedRate, RateLimit
+
+State: TypeAlias = Literal["open", "limited", "out"]
+"""The service answers; it holds all accounts to a rate; or it answers nobody."""
+
+_FIRST_LIMIT: Final = 32.0  # requests in flight; then three times as many in a round trip
+_FAST_STEP: Final = 2.0  # for each answer
+_SLOW_STEP: Final = 0.2
+_ENOUGH: Final = 50  # answers after which growth may be faster
+_FAST: Final = 1 / 8  # of the attempt timeout
+_SLOW: Final = 1 / 2
+_FEW: Final = 3  # accounts in a row that come to nothing, in a small job, and the service is suspected
+_MANY: Final = 8
+_PER_SUSPECT: Final = 4  # requests in flight for each account that it takes
+_MOST_TOLERANT: Final = 8
+_FIRST_PROBE: Final = 0.25  # s after the first failure; twice as long after each probe
+_LONGEST_PROBE: Final = 1.5  # s; and a third more by chance
+_SOON: Final = 5.0  # s after an outage: what is refused then is refused for going too fast
+_STALL: Final = 2.0  # s without any reply, after which one more request goes ahead to see
+_SAMPLE: Final = 32  # replies under a learned rate, by which it is judged
+_MOST_REFUSED: Final = 0.15  # of them, under a rate that is one
+
+
+@frozen
+class ServicePace:
+    """How the service holds all accounts together.
+
+    Attributes:
+        rate: Requests per second, known or learned; ``None`` if there is no such limit.
+        paused_for: Seconds until the next request may go, a probe if the state is ``"out"``; 0.0 means now.
+        waiting: Calls that wait for the service.
+        in_flight: Requests on the wire.
+        window: Requests that may be in flight at the same time, as far as is known.
+        state: ``"open"``, ``"limited"`` (all accounts share a rate), or ``"out"`` (nobody is answered).
+        silent_for: Seconds for which nobody has been answered, while the service was asked; 0.0 if somebody was.
+    """
+
+    rate: float | None
+    paused_for: float
+    waiting: int
+    in_flight: int
+    window: int
+    state: State
+    silent_for: float
+
+
+class ServiceLane(PacedQueue):
+    """The lane of all accounts together.
+
+    It decides from what different accounts meet in a row: an account that comes to nothing alone is no matter of the
+    service's.
+
+    Args:
+        limit: The rate of all accounts together; ``None`` means that one is learned, if there is one.
+        connections: Requests that may be in flight at the same time.
+        attempt_timeout: Seconds for one attempt.
+        clock: Where the time comes from.
+        deadlines: Where waits are bounded.
+        settings: How long to pause.
+        emit: Called with pauses and rates.
+    """
+
+    __slots__ = (
+        "_answered_since", "_attempt_timeout", "_connections", "_emit", "_limit", "_peak", "_refused", "_resumed_at",
+        "_seen", "_shrunk_at", "_silent_since", "_state", "_step", "_streak", "_tolerance", "answers", "quick_answers",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        limit: RateLimit | Limiter | None,
+        *,
+        connections: int,
+        attempt_timeout: float,
+        clock: Clock,
+        deadlines: Deadlines,
+        settings: PauseSettings,
+        emit: Callable[[Event], None],
+    ) -> None:
+        super().__init__(limit, LearnedRate(window=None), clock, deadlines, settings)
+        self.answers: int = 0
+        """How many requests have been answered."""
+        self.quick_answers: int = 0
+        """How many of them in a small part of the attempt timeout."""
+        self._emit = emit
+        self._connections = connections
+        self._attempt_timeout = attempt_timeout
+        self._limit = min(_FIRST_LIMIT, float(connections))
+        self._step = _FAST_STEP
+        self._answered_since = 0  # since the limit was last cut
+        self._shrunk_at = -math.inf
+        self._peak = 0  # requests in flight at the same time, since the last answer
+        self._streak: set[Lane] = set()  # accounts that came to nothing since then
+        self._tolerance = 1
+        self._state: State = "open"
+        self._silent_since: float | None = None
+        self._resumed_at = -math.inf
+        self._seen = self._refused = 0  # replies since a rate was learned
+
+    @property
+    def is_out(self) -> bool:
+        """Whether the service answers nobody."""
+        return self._state == "out"
+
+    def snapshot(self, now: float) -> ServicePace:
+        """Return how the service holds all accounts together."""
+        state: State = "limited" if self._state == "open" and self.rate is not None else self._state
+        return ServicePace(
+            rate=self.rate,
+            paused_for=self.paused_for(now),
+            waiting=self.waiting,
+            in_flight=self.in_flight,
+            window=int(self._limit),
+            state=state,
+            silent_for=0.0 if self._silent_since is None else now - self._silent_since,
+        )
+
+    def delay(self, now: float) -> float:
+        """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
+        if self.in_flight >= int(self._limit):
+            return math.inf
+        return super().delay(now)
+
+    def sent(self, now: float) -> bool:
+        """Note that a request goes now; ``True`` if it is a probe."""
+        probe = super().sent(now)
+        self._peak = max(self._peak, self.in_flight)
+        return probe
+
+    def check_patience(self, patience: float) -> None:
+        """Refuse a call that comes when nobody has been answered for *patience* seconds, unless it may be a probe.
+
+        Raises:
+            TransportError: It has no more to wait for.
+        """
+        now = self.clock.monotonic()
+        if self._silent_since is not None and self.delay(now) > 0 and now - self._silent_since >= patience:
+            raise self._impatient(now, patience)
+
+    def returned(self, now: float, turn: Turn, verdict: Verdict, pause: float | None, suspect: Lane | None) -> bool:
+        """Learn from what became of a request; ``True`` if a refusal is taken for the service's own.
+
+        Args:
+            now: The time.
+            turn: The request's.
+            verdict: What the reply says.
+            pause: Seconds for which the service asked to send nothing, if it did.
+            suspect: The account's lane, if what came may be the service's doing; ``None`` if it is the account's alone.
+        """
+        probing_before = self._probe_out
+        fresh = self._returned(now, turn.sent_at)
+        self._probe_out = probing_before and not turn.probe
+        try:
+            self._adapt(now, turn, verdict)
+            if verdict == "answered":
+                self._heard(now, fresh=fresh)
+                return False
+            return suspect is not None and self._suspected(now, turn, verdict, pause, suspect, fresh=fresh)
+        finally:
+            self.changed()
+
+    def shrink(self) -> bool:
+        """Have one request fewer in flight from now on; ``False`` if there is none to wait for.
+
+        For a machine that can open no more sockets: what is in flight will return one.
+        """
+        if not self.in_flight:
+            return False
+        self._cut(float(self.in_flight))
+        return True
+
+    def _heard(self, now: float, *, fresh: bool) -> None:
+        """Note that somebody was answered."""
+        self.answers += 1
+        self._peak = self.in_flight
+        self._streak.clear()
+        self._seen += 1
+        if self._state == "out":  # any answer ends an outage, one to an old request too
+            self._closed_until, fresh = now, True
+        self._silent_since = None
+        self._answered(now, fresh=fresh)
+
+    def _suspected(
+        self, now: float, turn: Turn, verdict: Verdict, pause: float | None, lane: Lane, *, fresh: bool
+    ) -> bool:
+        is_refusal = verdict in {"throttled", "unavailable"}
+        if self._probing:
+            if turn.probe:
+                self._trip(now, verdict, pause)
+            elif verdict == "throttled" and pause is not None:
+                self._throttled(now, pause, fresh=False)  # old news, but for the time that it names
+            return True
+        if is_refusal and self.rate is not None:
+            self._seen += 1
+            if fresh:
+                self._refused += 1
+                self._trip(now, "throttled", pause)
+                self._judge()
+            return True
+        self._streak.add(lane)
+        if len(self._streak) < self._tolerance * min(max(_FEW, self._peak // _PER_SUSPECT), _MANY):
+            return False
+        self._trip(now, verdict, pause)
+        return True
+
+    def _trip(self, now: float, verdict: Verdict, pause: float | None) -> None:
+        """Close the service, until a probe is answered."""
+        if self._silent_since is None:
+            self._silent_since = now
+        self._streak.clear()
+        is_limit = verdict == "throttled" or (
+            verdict == "unavailable" and (self.rate is not None or now - self._resumed_at < _SOON)
+        )
+        if is_limit:
+            self._state = "limited"
+            self._limit = max(2.0, self._limit / 4) if self.rate is None else self._limit
+            self._throttled(now, pause, fresh=True)
+        else:
+            self._state = "out"
+            self._failures += 1
+            self._cut_at = now
+            if verdict == "unavailable" and self._learned is not None:
+                self._learned.throttled(now)
+            seconds = min(_LONGEST_PROBE, _FIRST_PROBE * 2.0 ** min(self._failures - 1, 60))
+            seconds *= 1 + self.clock.random() / 3
+            asked = pause if pause is not None and seconds < pause else None
+            self._close(now, seconds if asked is None else asked, asked=asked is not None)
+        for waiter in self.waiters():
+            if self._closed_until - self._silent_since >= waiter.patience:
+                waiter.refuse(self._impatient(now, waiter.patience))
+
+    def _judge(self) -> None:
+        """Forget a learned rate under which as much is refused as without it: it is no limit that accounts share."""
+        if self._seen < _SAMPLE:
+            return
+        if self._refused > _MOST_REFUSED * self._seen:
+            self._tolerance = min(_MOST_TOLERANT, 2 * self._tolerance)
+            self._pace = self._learned = LearnedRate(window=None)
+            self._probing, self._closed_until, self._failures = False, -math.inf, 0
+            self._state, self._silent_since = "open", None
+        else:
+            self._tolerance = 1
+        self._seen = self._refused = 0
+
+    def _adapt(self, now: float, turn: Turn, verdict: Verdict) -> None:
+        """Let the number of requests in flight follow what the service can finish in time."""
+        took = now - turn.sent_at
+        if verdict == "timed out" or (verdict == "answered" and took > _SLOW * self._attempt_timeout):
+            # If many others were quick meanwhile, it was no matter of load.
+            if turn.sent_at >= self._shrunk_at and self.quick_answers - turn.quick_answers < self._limit:
+                self._shrunk_at = now
+                self._cut((0.5 if verdict == "timed out" else 0.8) * min(self._limit, self.in_flight + 1))
+        elif verdict in {"answered", "failed", "unavailable"} and self._limit < self._connections:
+            self._answered_since += 1
+            if self._answered_since % _ENOUGH == 0:
+                self._step = min(_FAST_STEP, 2 * self._step)
+            step = self._step if took <= _FAST * self._attempt_timeout else min(self._step, _SLOW_STEP)
+            self._limit = min(float(self._connections), self._limit + step)
+        if verdict == "answered" and took <= _FAST * self._attempt_timeout:
+            self.quick_answers += 1
+
+    def _cut(self, limit: float) -> None:
+        self._limit = max(1.0, limit)
+        self._step, self._answered_since = _SLOW_STEP, 0
+
+    def _impatient(self, now: float, patience: float) -> TransportError:
+        silent = 0.0 if self._silent_since is None else now - self._silent_since
+        message = f"the service has answered nobody for {silent:.3g} s, and patience={patience:g} s allows no more"
+        return TransportError(message, stop_reason="patience", retry_after=self.paused_for(now) or None)
+
+    def _on_paused(self, seconds: float, *, asked: bool) -> None:
+        self._emit(ServicePaused("", seconds, asked, self._state))
+
+    def _on_resumed(self) -> None:
+        now = self.clock.monotonic()
+        if self._learned is not None and now - self._cut_at > _SOON:
+            self._learned.idle()
+        self._resumed_at = now
+        self._state = "open"
+        self._emit(ServiceResumed(""))
+
+    def _on_rate(self, rate: float) -> None:
+        self._seen = self._refused = 0
+        self._emit(ServiceRateLearned("", rate))
