@@ -182,7 +182,9 @@ class Call:
             turn, result = await self._exchange(key)
             while self._is_free(turn, result):
                 turn, result = await self._exchange(key)
-        except TransportError as error:  # of the key function or of a limiter
+        except TransportError as error:  # of the key function, of a limiter, or of a job without patience
+            if error.stop_reason == "patience":
+                self._next = "patience"
             return error.with_traceback(None)
         finally:
             if self._place is not None:
@@ -248,6 +250,8 @@ class Call:
 
     def _may_help(self, error: AudiencesError) -> bool:
         """Return whether another attempt may help."""
+        if error.stop_reason == "patience":
+            return False
         return self._may_refresh_key(error) or self._settings.policy.retries(error)
 
     def _may_refresh_key(self, error: AudiencesError) -> bool:
@@ -263,7 +267,7 @@ class Call:
     def _decide(self, error: AudiencesError, state: RetryCallState) -> _Again | StopReason:
         """Return the next attempt, or why there is none."""
         if not self._may_help(error):
-            return "final"
+            return "patience" if error.stop_reason == "patience" else "final"
         if state.attempt_number >= self._settings.policy.max_attempts:
             return "attempts"
         reason = self._reason(error)

@@ -19,7 +19,7 @@ R = TypeVar("R")
 # Times the concurrency:
 _HELD: Final = 2  # calls in their places, and results that the consumer has not taken yet
 _AWAY: Final = 10  # calls that wait to retry, without a place
-_UNPAID: Final = 4  # the part of the concurrency that retries without tokens have
+_UNPAID: Final = 10  # the part of the concurrency that retries without tokens have
 
 
 @asynccontextmanager
@@ -127,6 +127,7 @@ class Results(AsyncIterator[R], Generic[T, R]):
         self._is_left = False
         self._places = asyncio.Semaphore(concurrency)
         self._away = 0  # items that wait without a place
+        self._surplus: set[asyncio.Task[None]] = set()  # workers that end because there are too many
         self._room = asyncio.Semaphore(_HELD * concurrency)
         self._done: asyncio.Queue[tuple[R] | None] = asyncio.Queue()
         self._failure: BaseException | None = None
@@ -190,7 +191,7 @@ class Results(AsyncIterator[R], Generic[T, R]):
         self._away -= 1
 
     async def _run(self) -> None:
-        while not self._has_been_left() and len(self._workers) <= self._concurrency + self._away:
+        while not self._has_been_left() and not self._is_surplus():
             await self._room.acquire()
             await self._places.acquire()
             item = await self._next()
@@ -198,7 +199,7 @@ class Results(AsyncIterator[R], Generic[T, R]):
                 self._places.release()
                 self._room.release()
                 return
-            if len(self._workers) < self._concurrency + self._away:
+            if len(self._workers) - len(self._surplus) < self._concurrency + self._away:
                 self._start_worker()  # one by one: a job of three accounts starts no hundred tasks
             place = Place(self, self._patience)
             result = await self._work(item[0], place)
@@ -206,6 +207,15 @@ class Results(AsyncIterator[R], Generic[T, R]):
             self._places.release()
             self._done.put_nowait((result,))
             await asyncio.sleep(0)  # what else is ready goes first: replies are read together, and requests sent so
+
+    def _is_surplus(self) -> bool:
+        """Return whether the worker that asks is one too many, since an item has come back to a place; it then ends."""
+        if len(self._workers) - len(self._surplus) <= self._concurrency + self._away:
+            return False
+        task = asyncio.current_task()
+        assert task is not None
+        self._surplus.add(task)
+        return True
 
     async def _next(self) -> tuple[T] | None:
         async with self._reading:
@@ -218,6 +228,7 @@ class Results(AsyncIterator[R], Generic[T, R]):
 
     def _finished(self, worker: asyncio.Task[None]) -> None:
         self._workers.discard(worker)
+        self._surplus.discard(worker)
         failure = asyncio.CancelledError() if worker.cancelled() else worker.exception()
         if failure is not None:
             self._exhausted = True

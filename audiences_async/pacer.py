@@ -14,7 +14,7 @@ from audiences_async.events import EventHook, emit
 from audiences_async.models import Account
 from audiences_async.pacing import NO_TIME, AccountPace, Lane, Limiter, PauseSettings, Place, Turn, Verdict, never
 from audiences_async.rates import RateLimit
-from audiences_async.service import ServiceLane
+from audiences_async.service import REFUSALS, ServiceLane
 
 _FIRST_PAUSE: Final = 0.1  # of throttle_base_delay
 _KEPT_LANES: Final = 4096
@@ -139,7 +139,7 @@ class Pacer:
         """
         now = self.clock.monotonic()
         is_shared = self._concerns_all(lane, turn, verdict)
-        of_service = self.service.returned(now, turn, verdict, pause, lane if is_shared else None)
+        of_service = self.service.returned(now, turn, verdict, pause, lane, is_shared=is_shared)
         if of_service:
             lane.returned(now, turn.sent_at, "nothing", None)
         else:
@@ -151,7 +151,9 @@ class Pacer:
         if verdict in {"answered", "nothing"}:
             return False
         fails_alone = lane.fails_alone(self.service.answers)
-        return not fails_alone and not (verdict == "throttled" and lane.explains(turn.sent_at))
+        if verdict == "throttled" and lane.explains(turn.sent_at):
+            return False
+        return not fails_alone or (verdict in REFUSALS and self.service.refuses_many)
 
     def expected(self, lane: Lane, time: CallTime) -> float:
         """Estimate the seconds until a call that comes now gets its turn, as far as they count for its time."""

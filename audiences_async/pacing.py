@@ -333,7 +333,7 @@ class PacedQueue(Queue):
 class Lane(PacedQueue):
     """One account's way to the wire, at the account's pace, and closed after a 429."""
 
-    __slots__ = ("_emit", "_granted_at", "_suspected_at", "account", "users")
+    __slots__ = ("_alone", "_emit", "_granted_at", "_suspected_at", "account", "users")
 
     def __init__(
         self,
@@ -351,7 +351,8 @@ class Lane(PacedQueue):
         """Calls that hold on to the lane, also while they neither wait nor send."""
         self._emit = emit
         self._granted_at = -math.inf
-        self._suspected_at: int | None = None  # answers of the service when this account last came to nothing
+        self._suspected_at: int | None = None  # answers of the service when this account began to come to nothing
+        self._alone = False  # whether others were answered since then
 
     def snapshot(self, now: float) -> AccountPace:
         """Return how the account is paced right now."""
@@ -367,18 +368,26 @@ class Lane(PacedQueue):
 
     def explains(self, sent_at: float) -> bool:
         """Return whether a refusal of what was sent then can be the account's own doing: it has sent others lately."""
-        if self.in_flight or sent_at - self._granted_at < _RECENT:
+        if self.in_flight > 1 or sent_at - self._granted_at < _RECENT:
             return True
         return self.rate is not None and sent_at - self._granted_at < 2 / self.rate
 
     def fails_alone(self, answers: int) -> bool:
-        """Return whether others were answered since this account last came to nothing; and remember that it does now.
+        """Return whether others have been answered between two failures of this account; and remember this one.
 
         Args:
             answers: Answers that the service has given so far.
         """
-        before, self._suspected_at = self._suspected_at, answers
-        return before is not None and answers > before
+        if self._suspected_at is None:
+            self._suspected_at = answers
+        elif answers > self._suspected_at:
+            self._alone = True
+        return self._alone
+
+    @property
+    def recovers(self) -> bool:
+        """Whether its last request came to nothing; that it is answered now shows that this was not its own doing."""
+        return self._suspected_at is not None
 
     def returned(self, now: float, sent_at: float, verdict: Verdict, pause: float | None) -> None:
         """Learn from what became of a request.
@@ -396,7 +405,7 @@ class Lane(PacedQueue):
             elif verdict in {"unavailable", "failed"}:
                 self._answered(now, fresh=fresh)  # the account's limit let it through
             elif verdict == "answered":
-                self._granted_at, self._suspected_at = now, None
+                self._granted_at, self._suspected_at, self._alone = now, None, False
                 self._answered(now, fresh=fresh)
                 if pause is not None:
                     self._close(now, min(pause, _LONGEST_ANNOUNCED), asked=True)

@@ -81,7 +81,7 @@ class RetryBudget:
     Other retries are free: after a 429, whose retry is paced, after a stale connection, and with a fresh key. First
     attempts never wait for the budget. If it is used up, a call of `AudiencesClient.get_audiences` ends with the error
     that it has, and ``stop_reason="budget"``. In a job, such a retry waits for one of the places that retries without
-    tokens share: a quarter of the job's concurrency.
+    tokens share: a tenth of the job's concurrency.
 
     Attributes:
         capacity: Tokens at the start, and at most.

@@ -16,6 +16,9 @@ from audiences_async.rates import LearnedRate, RateLimit
 State: TypeAlias = Literal["open", "limited", "out"]
 """The service answers; it holds all accounts to a rate; or it answers nobody."""
 
+REFUSALS: Final = frozenset({"throttled", "unavailable"})
+"""What a rate limit may answer."""
+
 _FIRST_LIMIT: Final = 32.0  # requests in flight; then three times as many in a round trip
 _FAST_STEP: Final = 2.0  # for each answer
 _SLOW_STEP: Final = 0.2
@@ -26,6 +29,8 @@ _FEW: Final = 3  # accounts in a row that come to nothing, in a small job, and t
 _MANY: Final = 8
 _PER_SUSPECT: Final = 4  # requests in flight for each account that it takes
 _MOST_TOLERANT: Final = 8
+_WEIGHT: Final = 1 / 16  # of the last request, in what is known of the latest ones
+_HALF: Final = 0.5
 _FIRST_PROBE: Final = 0.25  # s after the first failure; twice as long after each probe
 _LONGEST_PROBE: Final = 1.5  # s; and a third more by chance
 _SOON: Final = 5.0  # s after an outage: what is refused then is refused for going too fast
@@ -74,8 +79,9 @@ class ServiceLane(PacedQueue):
     """
 
     __slots__ = (
-        "_answered_since", "_attempt_timeout", "_connections", "_emit", "_limit", "_peak", "_refused", "_resumed_at",
-        "_seen", "_shrunk_at", "_silent_since", "_state", "_step", "_streak", "_tolerance", "answers", "quick_answers",
+        "_answered_since", "_attempt_timeout", "_connections", "_emit", "_limit", "_peak", "_recovered", "_refusals",
+        "_refused", "_resumed_at", "_seen", "_shrunk_at", "_silent_since", "_state", "_step", "_streak", "_tolerance",
+        "answers", "quick_answers",
     )  # fmt: skip
 
     def __init__(
@@ -101,7 +107,9 @@ class ServiceLane(PacedQueue):
         self._step = _FAST_STEP
         self._answered_since = 0  # since the limit was last cut
         self._shrunk_at = -math.inf
-        self._peak = 0  # requests in flight at the same time, since the last answer
+        self._peak = 0  # requests in flight at the same time
+        self._refusals = 0.0  # the share of the latest requests that were refused
+        self._recovered = 0.0  # the share of the latest answers for accounts that had come to nothing before
         self._streak: set[Lane] = set()  # accounts that came to nothing since then
         self._tolerance = 1
         self._state: State = "open"
@@ -110,20 +118,26 @@ class ServiceLane(PacedQueue):
         self._seen = self._refused = 0  # replies since a rate was learned
 
     @property
+    def refuses_many(self) -> bool:
+        """Whether an account that is refused again and again need not be the cause: most are, and then answered."""
+        if self._state == "limited" and self.rate is None:
+            return True
+        return self._refusals >= _HALF and self._recovered >= _HALF
+
+    @property
     def is_out(self) -> bool:
         """Whether the service answers nobody."""
         return self._state == "out"
 
     def snapshot(self, now: float) -> ServicePace:
         """Return how the service holds all accounts together."""
-        state: State = "limited" if self._state == "open" and self.rate is not None else self._state
         return ServicePace(
             rate=self.rate,
             paused_for=self.paused_for(now),
             waiting=self.waiting,
             in_flight=self.in_flight,
             window=int(self._limit),
-            state=state,
+            state=self._state,
             silent_for=0.0 if self._silent_since is None else now - self._silent_since,
         )
 
@@ -149,7 +163,9 @@ class ServiceLane(PacedQueue):
         if self._silent_since is not None and self.delay(now) > 0 and now - self._silent_since >= patience:
             raise self._impatient(now, patience)
 
-    def returned(self, now: float, turn: Turn, verdict: Verdict, pause: float | None, suspect: Lane | None) -> bool:
+    def returned(
+        self, now: float, turn: Turn, verdict: Verdict, pause: float | None, lane: Lane, *, is_shared: bool
+    ) -> bool:
         """Learn from what became of a request; ``True`` if a refusal is taken for the service's own.
 
         Args:
@@ -157,17 +173,23 @@ class ServiceLane(PacedQueue):
             turn: The request's.
             verdict: What the reply says.
             pause: Seconds for which the service asked to send nothing, if it did.
-            suspect: The account's lane, if what came may be the service's doing; ``None`` if it is the account's alone.
+            lane: The account's.
+            is_shared: Whether what came may be the service's doing, and not the account's alone.
         """
         probing_before = self._probe_out
         fresh = self._returned(now, turn.sent_at)
         self._probe_out = probing_before and not turn.probe
+        self._refusals += _WEIGHT * ((verdict in REFUSALS) - self._refusals)
         try:
             self._adapt(now, turn, verdict)
             if verdict == "answered":
+                self._recovered += _WEIGHT * (lane.recovers - self._recovered)
                 self._heard(now, fresh=fresh)
                 return False
-            return suspect is not None and self._suspected(now, turn, verdict, pause, suspect, fresh=fresh)
+            if turn.probe and verdict != "nothing":
+                self._trip(now, verdict, pause)
+                return True
+            return is_shared and self._suspected(now, verdict, pause, lane, fresh=fresh)
         finally:
             self.changed()
 
@@ -184,25 +206,21 @@ class ServiceLane(PacedQueue):
     def _heard(self, now: float, *, fresh: bool) -> None:
         """Note that somebody was answered."""
         self.answers += 1
-        self._peak = self.in_flight
         self._streak.clear()
         self._seen += 1
         if self._state == "out":  # any answer ends an outage, one to an old request too
             self._closed_until, fresh = now, True
         self._silent_since = None
         self._answered(now, fresh=fresh)
+        if self._state == "limited":
+            self._judge()
 
-    def _suspected(
-        self, now: float, turn: Turn, verdict: Verdict, pause: float | None, lane: Lane, *, fresh: bool
-    ) -> bool:
-        is_refusal = verdict in {"throttled", "unavailable"}
+    def _suspected(self, now: float, verdict: Verdict, pause: float | None, lane: Lane, *, fresh: bool) -> bool:
         if self._probing:
-            if turn.probe:
-                self._trip(now, verdict, pause)
-            elif verdict == "throttled" and pause is not None:
+            if verdict == "throttled" and pause is not None:
                 self._throttled(now, pause, fresh=False)  # old news, but for the time that it names
             return True
-        if is_refusal and self.rate is not None:
+        if verdict in REFUSALS and (self._state == "limited" or self.refuses_many):
             self._seen += 1
             if fresh:
                 self._refused += 1
@@ -221,7 +239,7 @@ class ServiceLane(PacedQueue):
             self._silent_since = now
         self._streak.clear()
         is_limit = verdict == "throttled" or (
-            verdict == "unavailable" and (self.rate is not None or now - self._resumed_at < _SOON)
+            verdict == "unavailable" and (self._state == "limited" or now - self._resumed_at < _SOON)
         )
         if is_limit:
             self._state = "limited"
@@ -242,14 +260,17 @@ class ServiceLane(PacedQueue):
                 waiter.refuse(self._impatient(now, waiter.patience))
 
     def _judge(self) -> None:
-        """Forget a learned rate under which as much is refused as without it: it is no limit that accounts share."""
+        """Forget a limit under which as much is refused as without it, or nothing: no limit that accounts share."""
         if self._seen < _SAMPLE:
             return
-        if self._refused > _MOST_REFUSED * self._seen:
+        if self.rate is None and not self._refused:
+            self._state = "open"
+        elif self._refused > _MOST_REFUSED * self._seen:
             self._tolerance = min(_MOST_TOLERANT, 2 * self._tolerance)
             self._pace = self._learned = LearnedRate(window=None)
             self._probing, self._closed_until, self._failures = False, -math.inf, 0
             self._state, self._silent_since = "open", None
+            self._refusals = self._recovered = 0.0
         else:
             self._tolerance = 1
         self._seen = self._refused = 0
@@ -288,7 +309,8 @@ class ServiceLane(PacedQueue):
         if self._learned is not None and now - self._cut_at > _SOON:
             self._learned.idle()
         self._resumed_at = now
-        self._state = "open"
+        if self._state == "out":
+            self._state = "open"
         self._emit(ServiceResumed(""))
 
     def _on_rate(self, rate: float) -> None:

@@ -12,7 +12,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey
 from audiences_async.deadlines import Deadlines
-from audiences_async.errors import TransportError
+from audiences_async.errors import AttemptTimeoutError, TransportError
 from audiences_async.transport import TransportSettings
 from audiences_async.wire import Reply
 
@@ -127,3 +127,90 @@ class FixedWindow:
         number = int(at / self._window)
         self._used[number] = self._used.get(number, 0) + 1
         return 200 if self._used[number] <= self._limit else 429
+
+
+class SlidingWindow:
+    """A limit of so many requests in the last so many seconds; what it refuses does not count."""
+
+    def __init__(self, limit: int, window: float) -> None:
+        self._limit = limit
+        self._window = window
+        self._granted: list[float] = []
+
+    def __call__(self, key: str, at: float) -> int:
+        self._granted = [time for time in self._granted if time > at - self._window]
+        if len(self._granted) >= self._limit:
+            return 429
+        self._granted.append(at)
+        return 200
+
+
+class TokenBucket:
+    """A limit of *rate* tokens a second, of which so many are kept; full at the start."""
+
+    def __init__(self, rate: float, capacity: int) -> None:
+        self._rate = rate
+        self._capacity = capacity
+        self._tokens, self._last = float(capacity), 0.0
+
+    def __call__(self, key: str, at: float) -> int:
+        self._tokens = min(self._capacity, self._tokens + (at - self._last) * self._rate)
+        self._last = at
+        if self._tokens < 1:
+            return 429
+        self._tokens -= 1
+        return 200
+
+
+def shared(limit: Callable[[str, float], int], refusal: int = 429) -> Callable[[str, float], int]:
+    """Return the same limit for all keys together, and with another refusal."""
+    return lambda key, at: refusal if limit("", at) == 429 else 200
+
+
+@define
+class Workers(Service):
+    """A service with a few workers and a queue before them; what its client has given up is worked on all the same."""
+
+    decide: Callable[[str, float], int | tuple[int, dict[str, str]]] = field(default=lambda key, at: 200)
+    workers: int = 4
+    takes: float = 1.0
+    attempt_timeout: float = 15.0
+    wasted: int = 0
+    _free_at: list[float] = field(factory=list)
+
+    async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
+        """Answer when a worker has had its time, or time out."""
+        self._free_at = self._free_at or [0.0] * self.workers
+        first = min(range(self.workers), key=self._free_at.__getitem__)
+        done = self._free_at[first] = max(now(), self._free_at[first]) + self.takes
+        self.seen.append((now(), key.reveal(), 200))
+        if done - now() > self.attempt_timeout:
+            await asyncio.sleep(self.attempt_timeout)
+            self.wasted += 1
+            return AttemptTimeoutError("no whole reply")
+        await asyncio.sleep(done - now())
+        return Reply(200, CIMultiDictProxy(CIMultiDict()), EMPTY_ANSWER)
+
+
+@define
+class ConnectionLimit(Service):
+    """A service that refuses what comes while so many requests are under way."""
+
+    decide: Callable[[str, float], int | tuple[int, dict[str, str]]] = field(default=lambda key, at: 200)
+    limit: int = 10
+    refusal: int = 429
+    _under_way: int = 0
+
+    async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
+        """Answer after a round trip, or refuse at once."""
+        status = 200 if self._under_way < self.limit else self.refusal
+        self.seen.append((now(), key.reveal(), status))
+        if status != 200:
+            await asyncio.sleep(0.001)
+            return Reply(status, CIMultiDictProxy(CIMultiDict()), b"")
+        self._under_way += 1
+        try:
+            await asyncio.sleep(self.round_trip)
+        finally:
+            self._under_way -= 1
+        return Reply(200, CIMultiDictProxy(CIMultiDict()), EMPTY_ANSWER)
