@@ -22,6 +22,7 @@ from audiences_async.errors import (
     TransportError,
 )
 from audiences_async.models import Account, AudiencesResponse
+from audiences_async.pacing import Place
 from audiences_async.wire import Result
 
 # As RFC 5861, section 4 has it: an outage, and not an answer that refuses.
@@ -95,7 +96,7 @@ class Cache:
         clock: Clock,
         *,
         base_url: str,
-        begin: Callable[[Account, float], Call],
+        begin: Callable[[Account, float, Place | None], Call],
         run: Callable[[Call], Awaitable[Result]],
         timeout: float,
     ) -> None:
@@ -113,14 +114,22 @@ class Cache:
         self._generation = 0  # counts what has been invalidated
         self._invalidated: dict[str, int] = {}  # by name, of accounts whose key a function gives
 
-    async def get(self, account: Account, key: ApiKey, timeout: float, on_call: Callable[[Call], object]) -> Result:
+    async def get(
+        self,
+        account: Account,
+        key: ApiKey,
+        timeout: float,
+        on_call: Callable[[Call], object],
+        place: Place | None = None,
+    ) -> Result:
         """The account's answer, kept or new, or the error.
 
         Args:
             account: Whose it is.
             key: Its key right now.
             timeout: Seconds that the caller has; keeping to them is the caller's own matter.
-            on_call: Told of the call that it waits for.
+            on_call: Called with the call that it waits for.
+            place: The caller's place in a job; ``None`` if it is of no job.
         """
         digest = self._digest(key)
         self._remember(account, digest)
@@ -133,7 +142,7 @@ class Cache:
             if age < self._policy.ttl + self._policy.stale_while_revalidate:
                 self._refresh(digest, account)
                 return kept.response
-        result = await self._joined(digest, account, timeout, on_call)
+        result = await self._joined(digest, account, timeout, on_call, place)
         stale = self._in_place_of(result, account, digest) if isinstance(result, AudiencesError) else None
         return result if stale is None else stale
 
@@ -200,13 +209,18 @@ class Cache:
             self._start(digest, account, self._timeout).waiters = 1
 
     async def _joined(
-        self, digest: bytes, account: Account, timeout: float, on_call: Callable[[Call], object]
+        self,
+        digest: bytes,
+        account: Account,
+        timeout: float,
+        on_call: Callable[[Call], object],
+        place: Place | None,
     ) -> Result:
         until = self._now() + timeout
         flight = self._flights.get(digest)
         joined = flight is not None and not flight.call.time.scope.expired and self._is_valid(flight, account)
         if flight is None or not joined:
-            flight = self._start(digest, account, timeout)
+            flight = self._start(digest, account, timeout, place)
         flight.extend(timeout)
         on_call(flight.call)
         with self._waiting(digest, flight):
@@ -214,7 +228,10 @@ class Cache:
         result = flight.task.result()
         if joined and isinstance(result, DeadlineExceededError) and self._now() + (result.retry_after or 0) < until:
             # Where it waited for its turn, it had no more time than the first who asked.
-            return await self._joined(digest, account, until - self._now(), on_call)
+            return await self._joined(digest, account, until - self._now(), on_call, place)
+        if joined and place is not None and isinstance(result, AudiencesError) and result.stop_reason == "budget":
+            # Begun by a call of no job, which does not wait for tokens.
+            return await self._joined(digest, account, until - self._now(), on_call, place)
         return _of(result, account) if isinstance(result, AudiencesError) else result
 
     @contextmanager
@@ -228,8 +245,8 @@ class Cache:
                 flight.task.cancel()
                 self._land(digest, flight)
 
-    def _start(self, digest: bytes, account: Account, timeout: float) -> _Flight:
-        flight = _Flight(self._begin(account, timeout), self._generation)
+    def _start(self, digest: bytes, account: Account, timeout: float, place: Place | None = None) -> _Flight:
+        flight = _Flight(self._begin(account, timeout, place), self._generation)
         self._flights[digest] = flight  # before the task, which may be an eager one
         flight.task = asyncio.get_running_loop().create_task(self._fly(digest, account, flight))
         self._tasks.add(flight.task)

@@ -34,8 +34,9 @@ from audiences_async.events import (
 )
 from audiences_async.models import Account, AudiencesResponse
 from audiences_async.pacer import Pacer
-from audiences_async.pacing import Place, Turn, Verdict
+from audiences_async.pacing import Place, Verdict
 from audiences_async.retrying import RetryPolicy, RetryTokens, wait_full_jitter
+from audiences_async.service import REFUSALS
 from audiences_async.transport import Transport
 from audiences_async.wire import Reply, Result, read, read_plain, used_up
 
@@ -114,14 +115,18 @@ class Call:
         """The key of the last attempt; ``None`` before the first."""
         return self._key
 
-    async def run(self) -> Result:
-        """The answer, or the error of the last attempt; tenacity comes in when something has failed."""
+    async def run(self, first: AudiencesError | None = None) -> Result:
+        """Return the answer, or the error of the last attempt; tenacity comes in if something has failed.
+
+        Args:
+            first: What the first attempt came to, if it was made before the call: its key function failed.
+        """
         self._lane = lane = self._pacer.lane(self._of)
         lane.users += 1
         try:
             if self._watched:
                 self._tell(CallStarted(self._account))
-            result = await self._attempt()
+            result = await self._attempt() if first is None else first
             if isinstance(result, AudiencesError) and self._may_help(result):
                 result = await self._run_again(result)
             return self._finish(result)
@@ -179,9 +184,9 @@ class Call:
                 assert self._source is not None
                 key = self._key = await self._source.get(account=self._account, refused=self._refused_key)
             self.time.scope.check()
-            turn, result = await self._exchange(key)
-            while self._is_free(turn, result):
-                turn, result = await self._exchange(key)
+            is_free, result = await self._exchange(key)
+            while is_free:
+                is_free, result = await self._exchange(key)
         except TransportError as error:  # of the key function, of a limiter, or of a job without patience
             if error.stop_reason == "patience":
                 self._next = "patience"
@@ -191,21 +196,16 @@ class Call:
                 self._place.give_back()
         return result
 
-    def _is_free(self, turn: Turn, result: Result) -> bool:
-        """Return whether an attempt that came to nothing is no attempt of this call's.
+    async def _exchange(self, key: ApiKey) -> tuple[bool, Result]:
+        """Wait for a turn, use it, and report what came of it.
 
-        It may have lacked a socket, which another request will return; or it was a job's probe of a closed service.
+        Returns:
+            Whether it was no attempt of this call's, and is made again; and its result. It may have lacked a socket, or
+            have been a job's probe of a closed service.
         """
-        if isinstance(result, ConnectionFailedError) and result.unsent:
-            return self._pacer.service.shrink()
-        if self._place is None or not turn.probe:
-            return False
-        return isinstance(result, AudiencesError) and self._settings.policy.retries(result)
-
-    async def _exchange(self, key: ApiKey) -> tuple[Turn, Result]:
-        """Wait for a turn, use it, and tell the lane what came of it."""
         asked_at = self._settings.clock.monotonic() if self._watched else 0.0
         turn = await self._pacer.acquire(self._lane, self.time, self._place)
+        witness = self._pacer.witness(turn, key) if turn.probe and self._place is not None else None
         verdict: Verdict = "nothing"
         pause: float | None = None
         result: Result | None
@@ -213,22 +213,30 @@ class Call:
             self._sent_at = self._settings.clock.monotonic()
             if self._watched:
                 self._tell(AttemptStarted(self._account, self._next_number, self._sent_at - asked_at))
-            reply = await self._transport.attempt(key, self.time.scope)
+            reply = await self._transport.attempt(witness or key, self.time.scope)
             if not isinstance(reply, Reply):
                 result = reply
             else:
                 result = read_plain(reply)
                 if result is None:
-                    result = await _in_turns(read(reply, key, now=self._settings.clock.wall()))
-                if not isinstance(result, AudiencesError):
-                    verdict, pause = "answered", used_up(reply.headers, now=self._settings.clock.wall())
-            if isinstance(result, AudiencesError):
-                verdict, pause = self._verdict(result), result.retry_after
+                    result = await _in_turns(read(reply, witness or key, now=self._settings.clock.wall()))
+                pause = used_up(reply.headers, now=self._settings.clock.wall())
+            verdict = self._verdict(result) if isinstance(result, AudiencesError) else "answered"
+            if isinstance(result, AudiencesError) and verdict in REFUSALS:
+                pause = result.retry_after
         finally:
-            self._is_paced = self._pacer.release(self._lane, turn, verdict, pause=pause)
+            self._is_paced = self._pacer.release(self._lane, turn, verdict, pause=pause, is_own=witness is None)
         self._attempt_elapsed = self._settings.clock.monotonic() - self._sent_at
         self._sent_at = None
-        return turn, result
+        if isinstance(result, ConnectionFailedError) and result.unsent:
+            return self._pacer.service.shrink(), result  # another request will return a socket
+        is_probe = self._place is not None and turn.probe
+        if witness is not None or (is_probe and isinstance(result, AudiencesError) and verdict != "answered"):
+            self._record(self._attempt_record(result, 0.0, "probe"))
+            return True, result
+        if verdict == "answered":
+            self._pacer.service.witness = key
+        return False, result
 
     def _verdict(self, error: AudiencesError) -> Verdict:
         """Return what an error says of the service; one that no attempt would mend is an answer."""

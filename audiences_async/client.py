@@ -17,7 +17,13 @@ from audiences_async.call import Call, CallSettings, out_of_time
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, KeySource, Secret
 from audiences_async.deadlines import CallTime, Deadlines
-from audiences_async.errors import AudiencesError, ClientClosedError, ConfigurationError, DeadlineExceededError
+from audiences_async.errors import (
+    AudiencesError,
+    ClientClosedError,
+    ConfigurationError,
+    DeadlineExceededError,
+    TransportError,
+)
 from audiences_async.events import EventHook, StopReason, log_unexpected
 from audiences_async.models import Account, AudiencesResponse, Failed, Fetched, Outcome
 from audiences_async.pacer import Pacer
@@ -210,7 +216,7 @@ class AudiencesClient:
     async def _answer(self, account: Account, limit: float, place: Place | None) -> Result:
         if self._cache is None:
             return await self._run(self._begin(account, limit, place))
-        return await self._cached(self._cache, account, limit)
+        return await self._cached(self._cache, account, limit, place)
 
     def stream(
         self,
@@ -400,10 +406,10 @@ class AudiencesClient:
             place=place,
         )
 
-    async def _run(self, call: Call) -> Result:
+    async def _run(self, call: Call, first: AudiencesError | None = None) -> Result:
         try:
             with call.time.scope:
-                return await call.run()
+                return await call.run(first)
         except (ConfigurationError, ClientClosedError, DeadlineExceededError) as error:
             return call.cut_off(error, error.stop_reason)
         except TimeoutError:
@@ -412,7 +418,7 @@ class AudiencesClient:
             call.abandoned(error)
             raise
 
-    async def _cached(self, cache: Cache, account: Account, limit: float) -> Result:
+    async def _cached(self, cache: Cache, account: Account, limit: float, place: Place | None) -> Result:
         _, _, deadlines = self._open()
         credential = self._credential(account)
         calls: list[Call] = []
@@ -420,7 +426,9 @@ class AudiencesClient:
             with deadlines.within(limit) as scope:
                 key = credential if isinstance(credential, ApiKey) else await credential.get(account=account.name)
                 scope.check()
-                return await cache.get(account, key, limit, calls.append)
+                return await cache.get(account, key, limit, calls.append, place)
+        except TransportError as failure:  # of the key function, so that there is no key to look for in the cache
+            return await self._run(self._begin(account, limit, place), failure.with_traceback(None))
         except TimeoutError:
             error, reason = self._out_of_time(limit)
             error.account, error.elapsed, error.stop_reason = account.name, limit, reason

@@ -15,6 +15,7 @@ AudiencesError
     └── ServerError 5xx
 """
 
+import math
 from collections.abc import Mapping
 from datetime import datetime
 from http import HTTPStatus
@@ -45,7 +46,7 @@ class AudiencesError(Exception):
             not fit into ``timeout``; ``None`` where there is neither.
         stop_reason: Why no further attempt was made: ``"final"`` (it would not help), ``"attempts"`` (used up),
             ``"deadline"`` (the next wait, or the attempt, did not fit into ``timeout``), ``"budget"`` (the client's
-            `RetryBudget` was used up).
+            `RetryBudget` was used up), ``"patience"`` (in a job: the service answered nobody for that long).
     """
 
     hint: ClassVar[str] = ""
@@ -74,6 +75,19 @@ class AudiencesError(Exception):
         """On one line: where, what was expected and what came, and how hard we tried."""
         where = f"account '{printable(self.account)}': " if self.account is not None else ""
         return f"{where}{self.message}{self._details()}{self._effort()}"
+
+    @property
+    def gateway_status(self) -> int:
+        """The status that a web app answers with if its own request failed because of this error: 429, 500, 502 or 504.
+
+        A turn that does not fit into the deadline is a 429: the caller may come back after ``retry_after``.
+        """
+        return 502
+
+    @property
+    def gateway_headers(self) -> dict[str, str]:
+        """The headers that go with `gateway_status`: ``Retry-After``, in whole seconds, if it is known."""
+        return {} if self.retry_after is None else {"Retry-After": str(math.ceil(self.retry_after))}
 
     def __str__(self) -> str:
         return f"{self.summary} ({self.hint})" if self.hint else self.summary
@@ -109,16 +123,31 @@ def _restore(cls: type[_E], args: tuple[Any, ...], state: dict[str, Any]) -> _E:
 class ConfigurationError(AudiencesError, ValueError):
     """An argument, an environment variable or a key that cannot be used; raised before anything is sent."""
 
+    @property
+    def gateway_status(self) -> int:
+        """500: the web app itself is wrong."""
+        return 500
+
 
 class ClientClosedError(AudiencesError, RuntimeError):
     """The client was used after it was closed or from a foreign event loop, or was closed while the call ran."""
+
+    @property
+    def gateway_status(self) -> int:
+        """500: the web app itself is wrong, or ends."""
+        return 500
 
 
 class DeadlineExceededError(AudiencesError, TimeoutError):
     """The whole call ran out of its ``timeout`` while it queued, or while an attempt was under way.
 
-    Raised at once where the account's pace lets the call's turn come too late; ``retry_after`` then says when it would.
+    Raised at once if the account's pace lets the call's turn come too late; ``retry_after`` then says when it would.
     """
+
+    @property
+    def gateway_status(self) -> int:
+        """429 if the turn would come later, else 504."""
+        return 504 if self.retry_after is None else 429
 
 
 class TransportError(AudiencesError):
@@ -152,7 +181,12 @@ class ConnectionFailedError(TransportError):
 
 
 class AttemptTimeoutError(TransportError):
-    """One attempt took longer than ``attempt_timeout``."""
+    """One attempt took longer than ``attempt_timeout``; the message says what it was doing then."""
+
+    @property
+    def gateway_status(self) -> int:
+        """504: the service did not answer in time."""
+        return 504
 
 
 class InvalidResponseError(AudiencesError):
@@ -239,6 +273,11 @@ class TooManyRequestsError(StatusError):
 
     hint = "ask less often, or wait longer with a larger timeout"
 
+    @property
+    def gateway_status(self) -> int:
+        """429: so did the web app's caller."""
+        return 429
+
 
 class ServerError(StatusError):
     """5xx: the service, or a proxy before it, failed."""
@@ -277,7 +316,7 @@ def status_error(status: int, description: str, **context: Any) -> StatusError:
     """The error for a status from 300 up, with the service's own words in its message."""
     cls = _BY_STATUS.get(status, ServerError if 500 <= status <= 599 else StatusError)
     said = f": {printable(description)}" if description else ""
-    return cls(f"HTTP {status}{_phrase(status)}{said}", status=status, description=description, **context)
+    return cls(f"HTTP {status} {phrase(status)}".rstrip() + said, status=status, description=description, **context)
 
 
 # Python before 3.13 has the names of RFC 2616 and RFC 4918: https://www.rfc-editor.org/rfc/rfc9110#section-15.5.
@@ -289,8 +328,9 @@ _RENAMED: Final[Mapping[int, str]] = {
 }
 
 
-def _phrase(status: int) -> str:
+def phrase(status: int) -> str:
+    """Return RFC 9110's reason phrase of a status; empty if there is none."""
     try:
-        return f" {_RENAMED.get(status) or HTTPStatus(status).phrase}"
+        return _RENAMED.get(status) or HTTPStatus(status).phrase
     except ValueError:
         return ""

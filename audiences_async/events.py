@@ -30,7 +30,8 @@ class Attempt:
         elapsed: Seconds from sending to the last byte read.
         wait: Seconds waited before the next attempt; 0.0 where it followed at once or there was none.
         reason: Why that wait: ``"backoff"``, ``"retry-after"``, ``"pace"`` (it waits for its turn in the account's
-            pace), ``"stale-connection"`` or ``"fresh-key"``; or why there was no next attempt: ``"success"`` or the
+            pace), ``"stale-connection"`` or ``"fresh-key"``, or ``"probe"`` (in a job, while the service is closed: it
+            does not count for ``max_attempts``); or why there was no next attempt: ``"success"`` or the
             call's ``stop_reason``.
     """
 

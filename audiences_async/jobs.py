@@ -95,9 +95,13 @@ class Place:
             self.held = True
 
     async def borrow(self) -> None:
-        """Return when one of the job's places for retries without tokens is free."""
-        await self._job.unpaid.acquire()
-        self._borrows = True
+        """Return when one of the job's places for retries without tokens is free.
+
+        Return at once if the item could not leave its own place: those who have borrowed wait for one.
+        """
+        if not self.held:
+            await self._job.unpaid.acquire()
+            self._borrows = True
 
     def give_back(self) -> None:
         """Let the next retry without tokens go, if this item has borrowed."""
@@ -153,6 +157,9 @@ class Results(AsyncIterator[R], Generic[T, R]):
     async def leave(self) -> None:
         """End every task at once. Whoever still iterates is told that the results are not whole."""
         self._is_left = True  # also for a worker whose cancellation is lost in somebody else's code
+        for semaphore in (self.unpaid, self._room, self._places):
+            for _ in range(self._away):  # a request that others share goes on, and waits for no place of this job
+                semaphore.release()
         for worker in self._workers:
             worker.cancel()
         if self._workers:

@@ -125,7 +125,18 @@ class Pacer:
         lane.sent(now)
         return Turn(now, self.service.sent(now), self.service.quick_answers)
 
-    def release(self, lane: Lane, turn: Turn, verdict: Verdict, *, pause: float | None = None) -> bool:
+    def witness(self, turn: Turn, key: ApiKey) -> ApiKey | None:
+        """Return the key that a job's probe is sent with, in place of the call's own; ``None`` if with its own.
+
+        Every other probe is sent for an account that was answered before: accounts that fail for ever, however many of
+        them stand in a row, do not keep the service closed.
+        """
+        witness = self.service.witness
+        return witness if witness is not key and self.service.probes % 2 else None
+
+    def release(
+        self, lane: Lane, turn: Turn, verdict: Verdict, *, pause: float | None = None, is_own: bool = True
+    ) -> bool:
         """Take in what became of a request, and decide whose limit a refusal reports.
 
         Args:
@@ -133,14 +144,15 @@ class Pacer:
             turn: What `acquire` returned.
             verdict: What the reply says.
             pause: Seconds for which the service asked to send nothing, if it did.
+            is_own: Whether the request was the account's own, and no probe for another one.
 
         Returns:
             Whether a retry may leave all waiting to the lanes.
         """
         now = self.clock.monotonic()
-        is_shared = self._concerns_all(lane, turn, verdict)
+        is_shared = is_own and self._concerns_all(lane, turn, verdict)
         of_service = self.service.returned(now, turn, verdict, pause, lane, is_shared=is_shared)
-        if of_service:
+        if of_service or not is_own:
             lane.returned(now, turn.sent_at, "nothing", None)
         else:
             lane.returned(now, turn.sent_at, verdict, pause)

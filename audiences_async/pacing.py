@@ -306,9 +306,9 @@ class PacedQueue(Queue):
         until = now + seconds
         if until <= self._closed_until:
             return
-        self._closed_until = until
         if asked and self._learned is not None:
-            self._learned.idle()  # what the service grants after a pause of its own making measures nothing
+            self._learned.excuse(until - max(now, self._closed_until))
+        self._closed_until = until
         self._paused_until(until)
         for waiter in self.waiters():
             if waiter.deadline <= until:
@@ -402,12 +402,11 @@ class Lane(PacedQueue):
         try:
             if verdict == "throttled":
                 self._throttled(now, pause, fresh=fresh)
-            elif verdict in {"unavailable", "failed"}:
+            elif verdict in {"answered", "failed", "unavailable"}:
+                if verdict == "answered":
+                    self._granted_at, self._suspected_at, self._alone = now, None, False
                 self._answered(now, fresh=fresh)  # the account's limit let it through
-            elif verdict == "answered":
-                self._granted_at, self._suspected_at, self._alone = now, None, False
-                self._answered(now, fresh=fresh)
-                if pause is not None:
+                if pause is not None and verdict != "unavailable":
                     self._close(now, min(pause, _LONGEST_ANNOUNCED), asked=True)
         finally:  # a hook may raise what ends the program, and be mistaken
             self.changed()

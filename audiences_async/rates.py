@@ -158,6 +158,15 @@ class LearnedRate:
         """Nothing was held back for a while: grants from now on do not belong to the measurement."""
         self._since = None
 
+    def restart(self, now: float) -> None:
+        """Measure from here on."""
+        self._since, self._granted = now, 0
+
+    def excuse(self, seconds: float) -> None:
+        """Leave a pause that the service asked for out of the measurement."""
+        if self._since is not None:
+            self._since += seconds
+
     def paused_until(self, when: float) -> None:
         """What comes after a pause is paced from its end."""
         self._next_at = max(self._next_at, when)

@@ -17,7 +17,7 @@ class _LookUp:
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
         self.found: list[ResolveResult] | None = None
-        self.failure: OSError | None = None
+        self.failure: tuple[type[OSError], tuple[object, ...]] | None = None  # no error: its frames would hold this
 
 
 class SharedResolver(AbstractResolver):
@@ -46,10 +46,11 @@ class SharedResolver(AbstractResolver):
                 try:
                     look_up.found = await self._resolver.resolve(host, port, family)
                 except OSError as error:
-                    look_up.failure = error
+                    look_up.failure = type(error), error.args
         if look_up.found is None:
             assert look_up.failure is not None
-            raise type(look_up.failure)(*look_up.failure.args)  # raised twice, one error shows the frames of both
+            kind, args = look_up.failure
+            raise kind(*args)
         return sorted(look_up.found, key=lambda result: self._failed_at.get(result["host"], 0.0))
 
     def failed(self, address: str) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from attrs import frozen
 
@@ -12,6 +12,9 @@ from audiences_async.errors import TransportError
 from audiences_async.events import Event, ServicePaused, ServiceRateLearned, ServiceResumed
 from audiences_async.pacing import Lane, Limiter, PacedQueue, PauseSettings, Turn, Verdict
 from audiences_async.rates import LearnedRate, RateLimit
+
+if TYPE_CHECKING:
+    from audiences_async.credentials import ApiKey
 
 State: TypeAlias = Literal["open", "limited", "out"]
 """The service answers; it holds all accounts to a rate; or it answers nobody."""
@@ -25,7 +28,7 @@ _SLOW_STEP: Final = 0.2
 _ENOUGH: Final = 50  # answers after which growth may be faster
 _FAST: Final = 1 / 8  # of the attempt timeout
 _SLOW: Final = 1 / 2
-_FEW: Final = 3  # accounts in a row that come to nothing, in a small job, and the service is suspected
+_FEW: Final = 3  # accounts in a row that come to nothing while little is in flight, and the service is suspected
 _MANY: Final = 8
 _PER_SUSPECT: Final = 4  # requests in flight for each account that it takes
 _MOST_TOLERANT: Final = 8
@@ -81,7 +84,7 @@ class ServiceLane(PacedQueue):
     __slots__ = (
         "_answered_since", "_attempt_timeout", "_connections", "_emit", "_limit", "_peak", "_recovered", "_refusals",
         "_refused", "_resumed_at", "_seen", "_shrunk_at", "_silent_since", "_state", "_step", "_streak", "_tolerance",
-        "answers", "quick_answers",
+        "answers", "probes", "quick_answers", "witness",
     )  # fmt: skip
 
     def __init__(
@@ -100,6 +103,10 @@ class ServiceLane(PacedQueue):
         """How many requests have been answered."""
         self.quick_answers: int = 0
         """How many of them in a small part of the attempt timeout."""
+        self.probes: int = 0
+        """How many probes were sent."""
+        self.witness: ApiKey | None = None
+        """The key of an account that was answered."""
         self._emit = emit
         self._connections = connections
         self._attempt_timeout = attempt_timeout
@@ -150,6 +157,7 @@ class ServiceLane(PacedQueue):
     def sent(self, now: float) -> bool:
         """Note that a request goes now; ``True`` if it is a probe."""
         probe = super().sent(now)
+        self.probes += probe
         self._peak = max(self._peak, self.in_flight)
         return probe
 
@@ -228,7 +236,9 @@ class ServiceLane(PacedQueue):
                 self._judge()
             return True
         self._streak.add(lane)
-        if len(self._streak) < self._tolerance * min(max(_FEW, self._peak // _PER_SUSPECT), _MANY):
+        # Accounts have limits of their own, and few have outages of their own.
+        few = _MANY if verdict == "throttled" else _FEW
+        if len(self._streak) < self._tolerance * min(max(few, self._peak // _PER_SUSPECT), _MANY):
             return False
         self._trip(now, verdict, pause)
         return True
@@ -250,7 +260,7 @@ class ServiceLane(PacedQueue):
             self._failures += 1
             self._cut_at = now
             if verdict == "unavailable" and self._learned is not None:
-                self._learned.throttled(now)
+                self._learned.restart(now)  # if it is a limit after all, what it grants is measured from here
             seconds = min(_LONGEST_PROBE, _FIRST_PROBE * 2.0 ** min(self._failures - 1, 60))
             seconds *= 1 + self.clock.random() / 3
             asked = pause if pause is not None and seconds < pause else None

@@ -53,7 +53,7 @@ _DATE_AND_TIME: Final = (
 _BEYOND_MICROSECONDS: Final = re.compile(rb"\.[0-9]{7}").search
 _LOWER_T: Final = re.compile(rb"-[0-9]{2}t").search
 _LOWER_Z: Final = re.compile(rb'z(?<=[0-9]z)"').search
-_ANY_OF_IT_ESCAPED: Final = re.compile(rb"\\u00(?:2[DdEe]|3[0-9]|7[4Aa])").search
+_ANY_OF_IT_ESCAPED: Final = re.compile(rb"\\u00(?:00|2[DdEe]|3[0-9]|7[4Aa])").search
 _SEEMING_END: Final = re.compile(rb"\}[ \t\n\r]*,").search
 _STATUS: Final = re.compile(r"[1-5][0-9]{2}")
 _ABSENT: Final = Raw()
@@ -343,7 +343,8 @@ def _problems_of(row: Raw, path: str) -> list[str]:
     try:
         _structure_detailed()(_record(row), Audience)
     except ValidationError:
-        return [f"{path}{below}: {problem}" for below, problem in _numbers_out_of_range(row)]
+        found = [f"{path}{below}: {problem}" for below, problem in _numbers_out_of_range(row)]
+        return found or [f"{path}: has a number out of range"]  # in a member that comes once more
     except _NOT_JSON as error:
         return [f"{path}: {_reason(error)}"]
     except _ProblemError as problem:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Final
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import aiohttp
 from aiohttp import hdrs
@@ -147,27 +147,36 @@ class _Trust:
     def __init__(self) -> None:
         self.now = asyncio.get_running_loop().time
         self._failed_at = -math.inf
-        self._idle_since: WeakKeyDictionary[asyncio.Transport, float] = WeakKeyDictionary()
+        # Of a caller's session, whose connections are not ours to mark.
+        self._used: WeakSet[asyncio.Transport] = WeakSet()
+        self._lost: WeakSet[asyncio.Transport] = WeakSet()
 
     def has(self, idle_since: float) -> bool:
-        """Return whether a connection that is idle since then may be used."""
+        """Return whether a connection of our own that is idle since then may be used."""
         return idle_since > self._failed_at
 
     def has_given(self, transport: asyncio.Transport) -> bool:
-        """As `has`, of a connection of a caller's session."""
-        return self.has(self._idle_since.get(transport, math.inf))
+        """Return whether a connection of a caller's session may be used."""
+        return transport not in self._lost
 
     def knows(self, transport: asyncio.Transport) -> bool:
         """Return whether a connection of a caller's session was used here before."""
-        return transport in self._idle_since
+        return transport in self._used
 
     def returned(self, transport: asyncio.Transport) -> None:
-        """Note that a connection of a caller's session is idle from now on."""
-        self._idle_since[transport] = self.now()
+        """Note that a connection of a caller's session was used here."""
+        self._used.add(transport)
 
-    def lose(self) -> None:
-        """Note that a reused connection has failed: what is idle now is likely to be as dead."""
+    def lose(self, given: aiohttp.BaseConnector | None) -> None:
+        """Note that a connection has failed: what is idle now is likely to be as dead.
+
+        Args:
+            given: The pool of a caller's session; ``None`` for our own.
+        """
         self._failed_at = self.now()
+        # aiohttp does not tell in public what is idle.
+        for idle in list(getattr(given, "_conns", {}).values()):
+            self._lost.update(protocol.transport for protocol, *_ in idle if protocol.transport is not None)
 
 
 def _ends(connection: Connection) -> tuple[ResponseHandler, asyncio.Transport]:
@@ -371,8 +380,8 @@ class Transport:
 
     def _distrust(self, exchange: "_Exchange") -> None:
         """Have the next attempt go another way: not by a connection of the same age, nor to the same address."""
-        if exchange.reused:
-            self._trust.lose()
+        if exchange.reused or self._settings.session is not None:
+            self._trust.lose(None if self._settings.session is None else self._session.connector)
         elif exchange.address is not None:
             self._resolver.failed(exchange.address)
 

@@ -650,13 +650,15 @@ class Load:
         return self.told.attempts + in_flight
 
     async def all_is_free(self) -> None:
-        """As many calls as there are connections get one at once, and each is answered as it should be."""
+        """As many calls as there are connections are answered as they should be, and no turn is lost."""
         accounts = [self.account(f"next{number}") for number in range(CONNECTIONS)]
         calls = [asyncio.create_task(self.client.get_audiences(account)) for account in accounts]
         await turns(lambda: busy(self.client) == CONNECTIONS, 1)
-        assert sum(pace.in_flight for pace in self.client.snapshot().accounts) == CONNECTIONS
         for account, call in zip(accounts, calls, strict=True):
             right(account, await call)
+        service = self.client.snapshot().service
+        assert service is not None
+        assert (service.in_flight, service.waiting, busy(self.client)) == (0, 0, 0)
 
 
 LARGE: Final = json.dumps(

@@ -196,7 +196,7 @@ async def test_each_outcome_has_its_status(framework: str, sandbox: Sandbox, tmp
         (Answer(delay=1.0), 504, None, "no whole reply within attempt_timeout=0.5 s"),
         (Answer(429), 429, None, "HTTP 429 Too Many Requests"),
         (Answer(429, {"status": 429, "description": KEY}, retry_after=7.95), 429, "8", "HTTP 429 Too Many Requests"),
-        (Answer(), 504, "8", "which does not fit into the call's timeout"),  # never asked for: the account is paused
+        (Answer(), 429, "8", "which does not fit into the call's timeout"),  # never asked for: the account is paused
     ]
     one_attempt = {CLIENT: "AudiencesClient(attempt_timeout=0.5, retry=RetryPolicy(max_attempts=1))"}
     before = "from audiences_async import RetryPolicy"

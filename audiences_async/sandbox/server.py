@@ -12,14 +12,13 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Final, Self
 
 from aiohttp import web
 
 from audiences_async import checks
-from audiences_async.errors import ConfigurationError
+from audiences_async.errors import ConfigurationError, phrase
 from audiences_async.models import Account
 from audiences_async.sandbox.accounts import EXAMPLE_AUDIENCES, SandboxAccount
 from audiences_async.sandbox.answers import Answer, SeenRequest
@@ -250,7 +249,7 @@ def _body(answer: Answer, account: SandboxAccount | None) -> bytes:
 
 def _envelope(status: int, account: SandboxAccount | None) -> dict[str, Any]:
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    described = _DESCRIPTIONS.get(status) or HTTPStatus(status).phrase
+    described = _DESCRIPTIONS.get(status) or phrase(status)
     # A string in a 200 and an integer in errors: so it is documented.
     said = {"status": "200" if status == 200 else status, "description": described, "response_time": now}
     return {**said, "data": list(account.audiences)} if status == 200 and account is not None else said
