@@ -295,7 +295,9 @@ class PacedQueue(Queue):
             return
         self._failures += 1
         self._cut_at = now
-        if self._learned is not None and self._learned.throttled(now) and self._learned.rate is not None:
+        names_time = pause is not None and pause > 0
+        if self._learned is not None and self._learned.throttled(now, asked=names_time):
+            assert self._learned.rate is not None
             self._on_rate(self._learned.rate)
         own = self._settings.draw(self._pace.rate, self._failures, self.clock)
         asked = pause if pause is not None and own < pause <= _LONGEST_PAUSE else None

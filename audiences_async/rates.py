@@ -17,6 +17,9 @@ _WINDOW_STEP: Final = 0.5  # for each answer, so half as many again in a round t
 _ENOUGH: Final = 50  # answers after which a new measurement begins
 _MIN_GROWTH: Final = 0.001  # of the learned rate, for each answer
 _MAX_GROWTH: Final = 0.25
+_CAREFUL_GROWTH: Final = 0.0002  # where each refusal costs a pause
+_LONG: Final = 500  # answers there, after which the rate may grow faster
+_SHORT: Final = 20  # answers between two refusals: the rate is far too high
 _MIN_RATE: Final = 0.01  # requests per second
 
 
@@ -78,7 +81,7 @@ class LearnedRate:
     next 429, the faster the fewer answers it was measured by.
     """
 
-    __slots__ = ("_granted", "_growth", "_held", "_next_at", "_since", "_since_cut", "_window", "rate")
+    __slots__ = ("_enough", "_granted", "_growth", "_held", "_next_at", "_since", "_since_cut", "_window", "rate")
 
     def __init__(self, window: float | None = _FIRST_WINDOW) -> None:
         """Begin with so many requests in flight; ``None`` if somebody else bounds them."""
@@ -89,6 +92,7 @@ class LearnedRate:
         self._granted = 0  # answers since then
         self._since_cut = 0  # answers since the rate was last cut
         self._growth = _MAX_GROWTH
+        self._enough = _ENOUGH
         self._held = True  # whether requests go as fast as the pace lets them
 
     def delay(self, now: float, in_flight: int) -> float:
@@ -124,13 +128,23 @@ class LearnedRate:
         if not self._held:
             return  # the callers are slower than the pace: that it is kept tells nothing
         self._since_cut += 1
-        if self._since_cut % _ENOUGH == 0:
+        if self._since_cut % self._enough == 0:
             self._growth = min(_MAX_GROWTH, 2 * self._growth)  # no 429 for long: the service may grant more than it did
         self.rate *= 1 + self._growth
 
-    def throttled(self, now: float) -> bool:
-        """Learn from a 429; ``True`` where there is a new rate."""
+    def throttled(self, now: float, *, asked: bool = False) -> bool:
+        """Learn from a refusal; ``True`` if there is a new rate.
+
+        Args:
+            now: The time.
+            asked: Whether it names a pause, so that refusals cost far more than a little of the rate.
+        """
         self._window = max(1.0, self._window / 2)
+        if asked and self.rate is not None and self._held:
+            self.rate = max(_MIN_RATE, self.rate * (0.4 if self._since_cut < _SHORT else 0.93))
+            self._growth, self._since_cut, self._enough = _CAREFUL_GROWTH, 0, _LONG
+            self._since, self._granted = now, 0
+            return True
         if self._since is None:
             if self.rate is not None:
                 self.rate *= 0.8

@@ -218,7 +218,8 @@ async def test_a_pool_of_dead_connections_costs_a_call_one_request(
         await asyncio.wait_for(pool.all_ended.wait(), 2)
         for _ in range(3):
             await client.get_audiences()
-    assert (server.connections, server.requests) == (30 + calls, 30 + 2 * calls + 3)
+    assert server.requests == 30 + 2 * calls + 3
+    assert 30 < server.connections <= 30 + calls  # fewer, if fewer requests are in flight after many timeouts
 
 
 async def test_a_call_that_times_out_on_a_dead_connection_is_the_only_one(
