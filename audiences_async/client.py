@@ -4,9 +4,9 @@ import asyncio
 import os
 import ssl as tls
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 from weakref import WeakValueDictionary
 
 from attrs import frozen
@@ -42,6 +42,8 @@ from audiences_async.wire import PRODUCTION, Result, endpoint, proxy_url
 
 if TYPE_CHECKING:
     import aiohttp
+
+T = TypeVar("T")
 
 DEFAULT_ACCOUNT: Final = "default"
 """The name of the account whose key the client itself was given."""
@@ -256,7 +258,8 @@ class AudiencesClient:
                 been left. Where the client is closed meanwhile, the outcomes say so.
         """
         fetch = self._job(accounts, concurrency, timeout)
-        return jobs.stream(jobs.checked(accounts), fetch, concurrency, checks.seconds("patience", patience))
+        checks.seconds("patience", patience)
+        return self._watched(jobs.stream(jobs.checked(accounts), fetch, concurrency, patience))
 
     async def fetch_all(
         self,
@@ -287,7 +290,7 @@ class AudiencesClient:
         async def numbered(item: tuple[int, Account], place: jobs.Place) -> tuple[int, Outcome]:
             return item[0], await fetch(item[1], place)
 
-        async with jobs.stream(jobs.each(enumerate(given)), numbered, concurrency, patience) as outcomes:
+        async with self._watched(jobs.stream(jobs.each(enumerate(given)), numbered, concurrency, patience)) as outcomes:
             by_number = {number: outcome async for number, outcome in outcomes}
         return [by_number[number] for number in range(len(given))]
 
@@ -337,15 +340,15 @@ class AudiencesClient:
         if self._wire is None:
             deadlines = Deadlines()
             transport = Transport(self._transport_settings, deadlines)
-            self._wire = transport, self._new_pacer(transport.connections, deadlines), deadlines
+            self._wire = transport, self._new_pacer(transport, deadlines), deadlines
         return self._wire
 
-    def _new_pacer(self, connections: int, deadlines: Deadlines) -> Pacer:
+    def _new_pacer(self, transport: Transport, deadlines: Deadlines) -> Pacer:
         settings = self._call_settings
-        return Pacer(
+        pacer = Pacer(
             self._rate_limit,
             self._service_rate_limit,
-            connections=connections,
+            connections=transport.connections,
             attempt_timeout=self._transport_settings.attempt_timeout,
             throttle_base_delay=settings.policy.throttle_base_delay,
             max_delay=settings.policy.max_delay,
@@ -353,6 +356,8 @@ class AudiencesClient:
             deadlines=deadlines,
             on_event=settings.on_event,
         )
+        pacer.service.abandon = transport.abandon
+        return pacer
 
     def _check_loop(self) -> None:
         try:
@@ -364,6 +369,12 @@ class AudiencesClient:
             self._loop = running
         if self._loop is not running:
             raise ClientClosedError("the client belongs to another event loop; make one client for each loop")
+
+    @asynccontextmanager
+    async def _watched(self, job: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
+        with self._open()[1].watching():
+            async with job as outcomes:
+                yield outcomes
 
     def _job(
         self, accounts: jobs.Accounts, concurrency: int, timeout: float | None

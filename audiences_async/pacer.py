@@ -1,8 +1,10 @@
 """One client's lanes: who may send, when, and whose limit a refusal reports."""
 
+import asyncio
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Final
@@ -18,6 +20,7 @@ from audiences_async.service import REFUSALS, ServiceLane
 
 _FIRST_PAUSE: Final = 0.1  # of throttle_base_delay
 _KEPT_LANES: Final = 4096
+_LOOK_EVERY: Final = 0.5  # s
 _LOOKED_AT: Final = 2  # lanes that are looked at for each new one
 
 
@@ -173,6 +176,24 @@ class Pacer:
         if time.stands_still or self.service.is_out:
             return lane.expected(now)
         return max(lane.expected(now), self.service.expected(now))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look now and then, for the length of the block, whether the service swallows requests."""
+        loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle | None = None
+
+        def look() -> None:
+            nonlocal timer
+            self.service.look_for_stall()
+            timer = loop.call_later(_LOOK_EVERY, look)
+
+        look()
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     def snapshot(self) -> Iterator[AccountPace]:
         """Return how each account is paced right now."""

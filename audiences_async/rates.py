@@ -141,7 +141,7 @@ class LearnedRate:
         """
         self._window = max(1.0, self._window / 2)
         if asked and self.rate is not None and self._held:
-            self.rate = max(_MIN_RATE, self.rate * (0.4 if self._since_cut < _SHORT else 0.93))
+            self.rate = max(_MIN_RATE, self.rate * (0.5 if self._since_cut < _SHORT else 0.92))
             self._growth, self._since_cut, self._enough = _CAREFUL_GROWTH, 0, _LONG
             self._since, self._granted = now, 0
             return True

@@ -38,6 +38,7 @@ _FIRST_PROBE: Final = 0.25  # s after the first failure; twice as long after eac
 _LONGEST_PROBE: Final = 1.5  # s; and a third more by chance
 _SOON: Final = 5.0  # s after an outage: what is refused then is refused for going too fast
 _STALL: Final = 2.0  # s without any reply, after which one more request goes ahead to see
+_FADING: Final = 0.999  # of what is kept of the slowest answer, with each one
 _SAMPLE: Final = 32  # replies under a learned rate, by which it is judged
 _MOST_REFUSED: Final = 0.15  # of them, under a rate that is one
 
@@ -82,9 +83,10 @@ class ServiceLane(PacedQueue):
     """
 
     __slots__ = (
-        "_answered_since", "_attempt_timeout", "_connections", "_emit", "_limit", "_peak", "_recovered", "_refusals",
-        "_refused", "_resumed_at", "_seen", "_shrunk_at", "_silent_since", "_state", "_step", "_streak", "_tolerance",
-        "answers", "probes", "quick_answers", "witness",
+        "_answered_since", "_attempt_timeout", "_connections", "_emit", "_limit", "_peak", "_probed_at",
+        "_recovered", "_refusals", "_refused", "_resumed_at", "_seen", "_shrunk_at", "_silent_since", "_slowest",
+        "_stall", "_state", "_step", "_streak", "_tolerance", "abandon", "answers", "probes", "quick_answers",
+        "witness",
     )  # fmt: skip
 
     def __init__(
@@ -112,6 +114,11 @@ class ServiceLane(PacedQueue):
         self._attempt_timeout = attempt_timeout
         self._limit = min(_FIRST_LIMIT, float(connections))
         self._step = _FAST_STEP
+        self._probed_at = -math.inf
+        self._stall = _STALL
+        self._slowest = 0.0  # s; the longest that an answer took, lately
+        self.abandon: Callable[[], None] = _ignore
+        """Called to have all requests under way time out: nobody reads them any more."""
         self._answered_since = 0  # since the limit was last cut
         self._shrunk_at = -math.inf
         self._peak = 0  # requests in flight at the same time
@@ -150,16 +157,31 @@ class ServiceLane(PacedQueue):
 
     def delay(self, now: float) -> float:
         """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
-        if self.in_flight >= int(self._limit):
+        if self._state == "out" and self._probe_out:
+            return max(0.0, self._probed_at + _STALL - now)  # one that is swallowed must not be the last
+        if self._state != "out" and self.in_flight >= int(self._limit):
             return math.inf
         return super().delay(now)
 
     def sent(self, now: float) -> bool:
         """Note that a request goes now; ``True`` if it is a probe."""
         probe = super().sent(now)
-        self.probes += probe
+        if probe:
+            self.probes += 1
+            self._probed_at = now
         self._peak = max(self._peak, self.in_flight)
         return probe
+
+    def look_for_stall(self) -> None:
+        """Take the service for out if many requests are under way and no reply comes for a while. For jobs."""
+        now = self.clock.monotonic()
+        many = self.in_flight >= max(_MANY, int(self._limit) // 2)
+        silent = now - self._last_at >= max(self._stall, 2 * self._slowest)
+        if self._state == "open" and self.answers and many and silent:
+            self._stall *= 2  # it may be no more than slow
+            self._shrunk_at = now
+            self._trip(now, "timed out", None)
+            self.abandon()
 
     def check_patience(self, patience: float) -> None:
         """Refuse a call that comes when nobody has been answered for *patience* seconds, unless it may be a probe.
@@ -197,6 +219,8 @@ class ServiceLane(PacedQueue):
             if turn.probe and verdict != "nothing":
                 self._trip(now, verdict, pause)
                 return True
+            if turn.sent_at < self._resumed_at:
+                return False  # sent into an outage that is over
             return is_shared and self._suspected(now, verdict, pause, lane, fresh=fresh)
         finally:
             self.changed()
@@ -299,8 +323,9 @@ class ServiceLane(PacedQueue):
                 self._step = min(_FAST_STEP, 2 * self._step)
             step = self._step if took <= _FAST * self._attempt_timeout else min(self._step, _SLOW_STEP)
             self._limit = min(float(self._connections), self._limit + step)
-        if verdict == "answered" and took <= _FAST * self._attempt_timeout:
-            self.quick_answers += 1
+        if verdict == "answered":
+            self._slowest = max(took, _FADING * self._slowest)
+            self.quick_answers += took <= _FAST * self._attempt_timeout
 
     def _cut(self, limit: float) -> None:
         self._limit = max(1.0, limit)
@@ -321,8 +346,13 @@ class ServiceLane(PacedQueue):
         self._resumed_at = now
         if self._state == "out":
             self._state = "open"
+            self._shrunk_at = now
         self._emit(ServiceResumed(""))
 
     def _on_rate(self, rate: float) -> None:
         self._seen = self._refused = 0
         self._emit(ServiceRateLearned("", rate))
+
+
+def _ignore() -> None:
+    """Stand for a transport that has nothing under way."""

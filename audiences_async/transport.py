@@ -306,6 +306,7 @@ class Transport:
         self._settings = settings
         self._deadlines = deadlines
         self._trust = _Trust()
+        self._under_way: set[Scope] = set()
         self._resolver = _Resolver()
         self._middlewares: tuple[aiohttp.ClientMiddlewareType, ...] = ()
         self._direct: DirectRequests | None = None
@@ -355,6 +356,8 @@ class Transport:
         exchange = _Exchange(self._trust)
         _current.set(exchange)
         scope = self._deadlines.within(self._settings.attempt_timeout, exchange.out_of_time)
+        self._under_way.add(scope)
+        started = self._trust.now()
         try:
             with scope:
                 exchange.response = await self._send(authorization(key))
@@ -372,11 +375,22 @@ class Transport:
                 return exchange.reply()
             self._distrust(exchange)
             if scope.expired:
-                limit = self._settings.attempt_timeout
-                return AttemptTimeoutError(f"no whole reply within attempt_timeout={limit:g} s, {exchange.phase}")
+                return self._timed_out(self._trust.now() - started, exchange.phase)
             return _failure(error, exchange.lost_by, key, reused=exchange.reused)
         finally:
+            self._under_way.discard(scope)
             exchange.close()
+
+    def abandon(self) -> None:
+        """Have every attempt under way time out now."""
+        for scope in tuple(self._under_way):
+            scope.expire()
+
+    def _timed_out(self, elapsed: float, phase: str) -> AttemptTimeoutError:
+        limit = self._settings.attempt_timeout
+        if elapsed < limit:
+            return AttemptTimeoutError(f"no whole reply within {elapsed:.3g} s, and none to any other request, {phase}")
+        return AttemptTimeoutError(f"no whole reply within attempt_timeout={limit:g} s, {phase}")
 
     def _distrust(self, exchange: "_Exchange") -> None:
         """Have the next attempt go another way: not by a connection of the same age, nor to the same address."""

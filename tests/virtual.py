@@ -90,6 +90,9 @@ class Service:
         await asyncio.sleep(self.round_trip / 2)
         return Reply(status, CIMultiDictProxy(CIMultiDict(headers)), EMPTY_ANSWER if status == 200 else b"")
 
+    def abandon(self) -> None:
+        """Nothing to abandon: no attempt hangs."""
+
     async def close(self) -> None:
         """Nothing to close."""
 
