@@ -1,0 +1,349 @@
+"""What accounts share, in virtual time: limits, outages and load, by counts and times that are exact."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import virtual
+from attrs import define
+from virtual import ConnectionLimit, LeakyBucket, Service, Workers, shared
+
+from audiences_async import (
+    Account,
+    AudiencesClient,
+    AudiencesError,
+    ConfigurationError,
+    Event,
+    Failed,
+    Outcome,
+    RateLimit,
+)
+from audiences_async.credentials import ApiKey
+from audiences_async.errors import AttemptTimeoutError, TransportError
+from audiences_async.events import AttemptFinished, ServicePaused, ServiceRateLearned, ServiceResumed
+from audiences_async.service import ServicePace
+from audiences_async.wire import Reply
+
+
+@define
+class Done:
+    """What a job came to.
+
+    Attributes:
+        outcomes: Each account's, and when it came.
+        requests: All that reached the service.
+        pace: The service's pace at the end.
+    """
+
+    outcomes: list[tuple[float, Outcome]]
+    requests: int
+    pace: ServicePace
+
+    @property
+    def answered(self) -> list[float]:
+        """When accounts were answered."""
+        return [at for at, outcome in self.outcomes if outcome.ok]
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Why accounts failed."""
+        return Counter(outcome.error.stop_reason for _, outcome in self.outcomes if isinstance(outcome, Failed))
+
+    @property
+    def took(self) -> float:
+        """Seconds until the last answer."""
+        return self.answered[-1]
+
+    @property
+    def requests_per_answer(self) -> float:
+        """Requests for each answer."""
+        return self.requests / len(self.answered)
+
+
+RunJob = Callable[..., Done]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> RunJob:
+    """Runs a job of many accounts against a service, with the defaults and 100 accounts at once."""
+
+    def run(
+        service: Service,
+        count: int,
+        *,
+        each: int = 1,
+        is_bad: Callable[[int], bool] = lambda number: False,
+        patience: float = 900.0,
+        timeout: float = 60.0,
+        **settings: Any,
+    ) -> Done:
+        monkeypatch.setattr("audiences_async.client.Transport", service)
+        names = [f"{'bad' if is_bad(number) else 'good'}-{number}" for number in range(count)]
+        accounts = [Account(name, name) for name in names for _ in range(each)]
+        came: list[tuple[float, Outcome]] = []
+
+        async def main() -> ServicePace:
+            clock = virtual.clock(random.Random(20261127).random)
+            async with AudiencesClient(base_url="http://localhost/", clock=clock, **settings) as client:
+                async with client.stream(accounts, timeout=timeout, patience=patience) as outcomes:
+                    came.extend([(virtual.now(), outcome) async for outcome in outcomes])
+                pace = client.snapshot().service
+                assert pace is not None
+                return pace
+
+        pace = virtual.run(main())
+        assert sorted(outcome.account.name for _, outcome in came) == sorted(account.name for account in accounts)
+        return Done(came, len(service.seen), pace)
+
+    return run
+
+
+# --- a rate that all accounts share
+
+
+@pytest.mark.parametrize("refusal", [429, 503])
+@pytest.mark.parametrize("round_trip", [0.001, 0.1])
+def test_a_shared_rate_is_learned(run: RunJob, refusal: int, round_trip: float) -> None:
+    """A limit of all accounts together fails none, costs 15 % more requests at the most, and hardly any time."""
+    done = run(Service(shared(LeakyBucket(50, 5), refusal), round_trip=round_trip), 2000)
+    assert not done.reasons
+    assert done.took <= 1.15 * (2000 - 6) / 50
+    assert done.requests_per_answer <= 1.15
+    assert done.pace.state == "limited"
+    assert done.pace.rate == pytest.approx(50, rel=0.25)
+
+
+def test_a_shared_rate_whose_refusals_name_a_pause(run: RunJob) -> None:
+    """Each refusal has to be waited out; the rate is found all the same."""
+    bucket = LeakyBucket(50, 5)
+    refusing = Service(lambda key, at: (429, {"Retry-After": "1"}) if bucket("", at) == 429 else 200, round_trip=0.01)
+    done = run(refusing, 2000)
+    assert not done.reasons
+    assert done.requests_per_answer <= 1.05
+    assert done.took <= 1.35 * (2000 - 6) / 50
+
+
+def test_a_small_job_under_a_shared_rate(run: RunJob) -> None:
+    """A hundred accounts at 10 a second take little longer than the limit allows."""
+    done = run(Service(shared(LeakyBucket(10, 5)), round_trip=0.01), 100)
+    assert not done.reasons
+    assert done.took <= 1.15 * 9.5
+
+
+def test_a_shared_rate_and_one_for_each_account(run: RunJob) -> None:
+    """Where both bite, each is attributed to whom it belongs."""
+    own, all_together = LeakyBucket(2, 1), LeakyBucket(50, 5)
+    service = Service(lambda key, at: max(own(key, at), all_together("", at)), round_trip=0.01)
+    done = run(service, 300, each=3)
+    assert not done.reasons
+    assert done.took <= 1.25 * 900 / 50
+    assert done.requests_per_answer <= 1.2
+
+
+@pytest.mark.parametrize("refusal", [429, 503])
+def test_a_limit_of_connections(run: RunJob, refusal: int) -> None:
+    """A service that refuses the eleventh request at a time is asked for what it can do."""
+    done = run(ConnectionLimit(round_trip=0.2, refusal=refusal), 2000)
+    assert not done.reasons
+    assert done.took <= 1.25 * 40
+    assert done.requests_per_answer <= 1.1
+
+
+def test_a_known_shared_rate_is_never_overshot(run: RunJob) -> None:
+    """With *service_rate_limit*, no request is refused, and waiting for it takes nothing of an account's time."""
+    service = Service(shared(LeakyBucket(5, 1)))
+    done = run(service, 50, timeout=1.0, service_rate_limit=RateLimit(5))
+    assert not done.reasons
+    assert done.requests == 50
+    assert done.took == pytest.approx(49 / 5, abs=0.01)
+
+
+def test_a_limiter_of_all_accounts_together(run: RunJob) -> None:
+    """Given as a `Limiter`, the service's limit is asked before every request, with the account's name."""
+    asked: list[str] = []
+
+    class Limiter:
+        async def acquire(self, account_name: str) -> None:
+            asked.append(account_name)
+            await asyncio.sleep(1.0)
+
+    done = run(Service(lambda key, at: 200), 5, timeout=1.5, service_rate_limit=Limiter())
+    assert (sorted(asked), not done.reasons) == ([f"good-{number}" for number in range(5)], True)
+    with pytest.raises(ConfigurationError, match="service_rate_limit"):
+        AudiencesClient(service_rate_limit=5)  # type: ignore[arg-type]
+
+
+def test_limits_of_accounts_are_no_shared_limit(run: RunJob) -> None:
+    """A thousand accounts that are throttled at once, each for itself, do not slow each other down."""
+    done = run(Service(LeakyBucket(2, 1), round_trip=0.01), 1000, each=3)
+    assert not done.reasons
+    assert done.pace.state == "open"
+
+
+# --- an outage
+
+
+@define
+class Swallowing(Service):
+    """A service that takes requests from second 1 to 11 and never answers them."""
+
+    waiting: set["asyncio.Future[None]"] | None = None
+
+    async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
+        if not 1 < virtual.now() < 11:
+            return await super().attempt(key)
+        self.seen.append((virtual.now(), key.reveal(), 0))
+        self.waiting = self.waiting or set()
+        never = asyncio.get_running_loop().create_future()
+        self.waiting.add(never)
+        try:
+            await asyncio.wait({never}, timeout=15)
+        finally:
+            self.waiting.discard(never)
+        return AttemptTimeoutError("no whole reply")
+
+    def abandon(self) -> None:
+        for never in self.waiting or ():
+            if not never.done():
+                never.set_result(None)
+
+
+def lost(status: int) -> Callable[[str, float], int]:
+    return lambda key, at: status if 1 < at < 11 else 200
+
+
+@pytest.mark.parametrize(
+    "service",
+    [Service(lost(503), 0.05), Service(lost(500), 0.05), Service(lost(502), 0.05), Swallowing(lost(200), 0.05)],
+    ids=["503", "500", "502", "swallows"],
+)
+def test_an_outage_is_waited_out(run: RunJob, service: Service) -> None:
+    """In an outage a job sends probes only, fails nobody, and goes on within 2 s of its end."""
+    service.seen.clear()
+    done = run(service, 5000)
+    during = [at for at, _, _ in service.seen if 1 < at < 11]
+    assert not done.reasons
+    assert len(during) <= 2 * 100 + 2 * 10
+    assert min(at for at, _, status in service.seen if status == 200 and at >= 11) <= 11 + 2
+
+
+def test_a_job_without_patience(run: RunJob) -> None:
+    """After *patience* seconds in which nobody is answered the other accounts fail, and say so."""
+    done = run(Service(lambda key, at: 503 if at > 0.2 else 200, round_trip=0.05), 1000, patience=5.0)
+    assert done.reasons.keys() == {"patience"}
+    assert len(done.answered) + done.reasons["patience"] == 1000
+    last, outcome = done.outcomes[-1]
+    assert isinstance(outcome, Failed)
+    assert "answered nobody for" in str(outcome.error)
+    assert last == pytest.approx(5.2, abs=1.5)
+
+
+def test_an_outage_and_a_limit_are_events(run: RunJob) -> None:
+    """Pauses of the service, its return and its rate are events, with the state that they mean."""
+    events: list[Event] = []
+    run(Service(lost(503), 0.05), 3000, on_event=events.append)
+    paused = [event for event in events if isinstance(event, ServicePaused)]
+    assert {event.state for event in paused} == {"out"}
+    assert max(event.seconds for event in paused) <= 2
+    assert any(isinstance(event, ServiceResumed) for event in events)
+    probes = [event for event in events if isinstance(event, AttemptFinished) and event.attempt.reason == "probe"]
+    assert len(probes) >= 3
+    events.clear()
+    run(Service(shared(LeakyBucket(50, 5))), 500, on_event=events.append)
+    assert {event.state for event in events if isinstance(event, ServicePaused)} == {"limited"}
+    assert any(isinstance(event, ServiceRateLearned) for event in events)
+
+
+def test_the_snapshot_during_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The snapshot says that the service is out, since when, and when the next probe is due."""
+    service = Service(lambda key, at: 500 if at > 0.2 else 200, round_trip=0.05)
+    monkeypatch.setattr("audiences_async.client.Transport", service)
+
+    async def main() -> ServicePace:
+        async with AudiencesClient(base_url="http://localhost/", clock=virtual.clock()) as client:
+            accounts = [Account(f"a{number}", "key") for number in range(1000)]
+            job = asyncio.create_task(client.fetch_all(accounts, patience=30.0))
+            await asyncio.sleep(10)
+            pace = client.snapshot().service
+            assert pace is not None
+            job.cancel()
+            await asyncio.wait({job})
+            return pace
+
+    pace = virtual.run(main())
+    assert pace.state == "out"
+    assert pace.silent_for == pytest.approx(9.8, abs=0.5)
+    assert 0 < pace.paused_for <= 2
+    assert pace.waiting >= 99
+
+
+def test_a_single_call_does_not_wait_for_the_end_of_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the service is out, a call of no job goes out at once."""
+    service = Service(lambda key, at: 500, round_trip=0.05)
+    monkeypatch.setattr("audiences_async.client.Transport", service)
+
+    async def main() -> None:
+        async with AudiencesClient(base_url="http://localhost/", clock=virtual.clock()) as client:
+            job = asyncio.create_task(client.fetch_all([Account(f"a{number}", "key") for number in range(200)]))
+            await asyncio.sleep(10)
+            before = virtual.now()
+            with pytest.raises(AudiencesError):
+                await client.get_audiences(Account("web", "key"), timeout=0.3)
+            assert service.times(key="key")[-1] >= before
+            assert virtual.now() - before <= 0.3
+            job.cancel()
+            await asyncio.wait({job})
+
+    virtual.run(main())
+
+
+# --- accounts that fail, and load
+
+
+@pytest.mark.parametrize("status", [500, 429])
+@pytest.mark.parametrize("every", [20, 5])
+def test_accounts_that_fail_for_ever_slow_nobody(run: RunJob, status: int, every: int) -> None:
+    """A twentieth or a fifth of the accounts failing: all others are answered, in 1.3 times the time at the most."""
+    alone = run(Service(lambda key, at: 200, round_trip=0.05), 3000).took
+    service = Service(lambda key, at: status if key.startswith("bad") else 200, round_trip=0.05)
+    done = run(service, 3000, is_bad=lambda number: number % every == 0)
+    assert done.reasons == {"attempts": 3000 // every}
+    assert done.took <= 1.3 * alone
+    assert done.pace.state == "open"
+
+
+def test_accounts_that_fail_side_by_side_are_no_outage(run: RunJob) -> None:
+    """Three hundred accounts in a row that fail for ever do not close the service for those behind them."""
+    service = Service(lambda key, at: 500 if key.startswith("bad") else 200, round_trip=0.05)
+    done = run(service, 3000, is_bad=lambda number: 1000 <= number < 1300)
+    assert done.reasons == {"attempts": 300}
+    assert done.took <= 60
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.3])
+def test_random_failures_end_no_call_for_lack_of_budget(run: RunJob, share: float) -> None:
+    """A job retries them all, with no more requests than independent retries need."""
+    chance = random.Random(3)
+    done = run(Service(lambda key, at: 503 if chance.random() < share else 200, round_trip=0.05), 5000)
+    assert done.reasons.keys() <= {"attempts"}
+    assert done.reasons["attempts"] <= 2 * 5000 * share**5 + 5
+    assert done.requests_per_answer <= 1.2 / (1 - share)
+
+
+def test_a_slow_service_is_asked_for_what_it_can_finish(run: RunJob) -> None:
+    """Four workers of a second each, and room for more requests than they can do in an attempt's time."""
+    service = Workers()
+    done = run(service, 400)
+    assert not done.reasons
+    assert done.took <= 1.3 * 100
+    assert service.wasted <= 0.1 * 400
+
+
+def test_a_service_without_a_limit_is_asked_at_full_speed(run: RunJob) -> None:
+    """The slow start of a job costs no more than a round trip or two."""
+    done = run(Service(lambda key, at: 200, round_trip=0.1), 3000)
+    assert done.took <= 3.0 + 0.15
+    assert done.requests == 3000
