@@ -57,7 +57,13 @@ class DocketError(TransportError):
 
 
 async def work(
-    url: str, accounts: Mapping[str, Account], out: Path, client: AudiencesClient, *, concurrency: int = 100
+    url: str,
+    accounts: Mapping[str, Account],
+    out: Path,
+    client: AudiencesClient,
+    *,
+    concurrency: int = 100,
+    patience: float = 900.0,
 ) -> None:
     """Take chunks until cancelled; what is under way then is finished first.
 
@@ -67,6 +73,7 @@ async def work(
         out: The directory for the parts, the same for all workers and whoever submits.
         client: One for the process; opened here, and closed at the end.
         concurrency: Accounts under way at the same time.
+        patience: Seconds in a row in which the service may answer nobody, before a chunk's remaining accounts fail.
 
     Raises:
         ConfigurationError: A number or a URL that cannot be used.
@@ -85,7 +92,9 @@ async def work(
             for name in names:
                 if name not in accounts:
                     file.write(_no_answer(name, "the worker's accounts file does not have it"))
-            async with client.stream(known, concurrency=-(-concurrency // _CHUNKS_AT_ONCE)) as outcomes:
+            async with client.stream(
+                known, concurrency=-(-concurrency // _CHUNKS_AT_ONCE), patience=patience
+            ) as outcomes:
                 async for outcome in outcomes:
                     file.write(results.line(outcome))
 

@@ -159,6 +159,7 @@ def fetch(
     concurrency: int = 100,
     rate: float | None = None,
     timeout: float = 60.0,
+    patience: float = 900.0,
     max_attempts: int = 5,
     base_url: str | None = None,
     allow_partial: _Flag = False,
@@ -180,9 +181,12 @@ def fetch(
     concurrency
         Accounts under way at the same time.
     rate
-        Requests per second, of all accounts together; left out, each account is held to what the service grants it.
+        Requests per second, of all accounts together; left out, a limit of the service's is learned. Waiting for it
+        takes nothing of an account's time.
     timeout
-        Seconds for each account, every attempt and wait included.
+        Seconds for each account, every attempt and wait of its own included.
+    patience
+        Seconds in a row in which the service may answer nobody, before the remaining accounts fail.
     max_attempts
         Requests for each account at the most, the first included.
     base_url
@@ -198,10 +202,10 @@ def fetch(
     try:
         if docket is not None:
             _need_docket()
-            if (concurrency, rate, timeout, max_attempts, base_url) != (100, None, 60.0, 5, None):
+            if (concurrency, rate, timeout, patience, max_attempts, base_url) != (100, None, 60.0, 900.0, 5, None):
                 raise ConfigurationError("how accounts are fetched is for `audiences worker` to say, not with --docket")
         file = AccountFile(accounts, with_keys=docket is None)
-        job = fetching.Job(file, out, output, resume, concurrency, rate, timeout, max_attempts, base_url)
+        job = fetching.Job(file, out, output, resume, concurrency, rate, timeout, patience, max_attempts, base_url)
         if docket is None:
             fetching.run(job, tally)
         else:
@@ -229,6 +233,7 @@ def worker(
     concurrency: int = 100,
     account_rate: float | None = None,
     timeout: float = 60.0,
+    patience: float = 900.0,
     max_attempts: int = 5,
     base_url: str | None = None,
 ) -> int:
@@ -248,7 +253,9 @@ def worker(
         Requests per second of each account, whichever worker sends them; left out, each account is held to what the
         service grants it.
     timeout
-        Seconds for each account, every attempt and wait included.
+        Seconds for each account, every attempt and wait of its own included.
+    patience
+        Seconds in a row in which the service may answer nobody, before the remaining accounts fail.
     max_attempts
         Requests for each account at the most, the first included.
     base_url
@@ -257,7 +264,9 @@ def worker(
     try:
         _need_docket()
         known = {account.name: account for account in AccountFile(accounts)}
-        settings = working.Settings(docket, known, out, concurrency, account_rate, timeout, max_attempts, base_url)
+        settings = working.Settings(
+            docket, known, out, concurrency, account_rate, timeout, patience, max_attempts, base_url
+        )
         asyncio.run(working.run(settings))
     except AudiencesError as error:
         return _complain(error.summary, error.hint, exit_code(error))

@@ -1,6 +1,7 @@
 """``audiences fetch``: every account of a file into another file, and on from there after a crash."""
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -18,12 +19,14 @@ from audiences_async.accounts import AccountFile
 from audiences_async.cli.output import FileFormat, check_target, convert, notices, say
 from audiences_async.client import AudiencesClient
 from audiences_async.errors import AudiencesError, ConfigurationError, StatusError, printable
+from audiences_async.events import Event, ServicePaused, ServiceRateLearned, ServiceResumed
 from audiences_async.models import Failed, Outcome
 from audiences_async.rates import RateLimit
 from audiences_async.results import Line, OutcomeFile, check_new
 from audiences_async.retrying import RetryPolicy
 
 _NAMED: Final = 3  # accounts shown for each reason
+_WORTH_TELLING: Final = 2.0  # s without an answer; less is no outage
 
 
 @frozen
@@ -36,8 +39,9 @@ class Job:
         output: Its format.
         resume: Whether to go on with what is there.
         concurrency: Accounts under way at the same time.
-        rate: Requests per second, of all accounts together; ``None`` means no limit of ours.
+        rate: Requests per second, of all accounts together; ``None`` means that it is learned, if there is a limit.
         timeout: Seconds for each account.
+        patience: Seconds in a row in which the service may answer nobody.
         max_attempts: Requests for each account at the most, the first included.
         base_url: Where the service is; ``None`` means as the client has it.
     """
@@ -49,6 +53,7 @@ class Job:
     concurrency: int = field(validator=checks.is_count)
     rate: float | None = field(validator=validators.optional(checks.is_positive))
     timeout: float
+    patience: float
     max_attempts: int
     base_url: str | None
 
@@ -56,6 +61,44 @@ class Job:
     def checkpoint(self) -> Path:
         """The NDJSON that the job appends to: the output itself, or a file beside it."""
         return self.out if self.output == "ndjson" else self.out.with_name(f"{self.out.name}.ndjson")
+
+
+class ServiceLog:
+    """What a job met of the service's limits and outages, from the client's events."""
+
+    def __init__(self) -> None:
+        self._out_since: float | None = None
+        self._next_probe = 0.0
+        self._out_for = 0.0
+        self._rate: float | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Take in an event."""
+        now = time.monotonic()
+        match event:
+            case ServicePaused(state="out"):
+                self._out_since = now if self._out_since is None else self._out_since
+                self._next_probe = now + event.seconds
+            case ServiceResumed():
+                self._out_for += 0.0 if self._out_since is None else now - self._out_since
+                self._out_since = None
+            case ServiceRateLearned():
+                self._rate = event.rate
+
+    def now(self) -> str:
+        """Return the state of the service, for the progress bar; empty if it answers."""
+        if self._out_since is None:
+            return "" if self._rate is None else f"limited to {self._rate:.3g}/s"
+        now = time.monotonic()
+        return f"no answer for {now - self._out_since:.0f} s, next probe in {max(0.0, self._next_probe - now):.0f} s"
+
+    def summary(self) -> Iterator[str]:
+        """Yield what is worth knowing for the next time."""
+        if self._out_for >= _WORTH_TELLING:
+            yield f"  the service answered nobody for {self._out_for:.0f} s in all; --patience says how long to wait"
+        if self._rate is not None:
+            yield f"  the service limits all accounts together, to about {self._rate:.3g} requests/s"
+            yield f"    hint: --rate {self._rate:.2g} is not refused"
 
 
 @define
@@ -66,11 +109,13 @@ class Tally:
         total: Accounts of the job.
         fetched: Those that were fetched, before this run or in it.
         failures: For each reason, the names of the accounts that failed in this run, and what to do about it.
+        service: What the job met of the service as a whole.
     """
 
     total: int = 0
     fetched: int = 0
     failures: dict[tuple[str, str], list[str]] = field(factory=lambda: defaultdict(list))
+    service: ServiceLog = field(factory=ServiceLog)
 
     @property
     def failed(self) -> int:
@@ -106,6 +151,7 @@ class Tally:
             yield f"  {len(names):,} × {reason}: {shown}{more}"
             if hint:
                 yield f"    hint: {hint}"
+        yield from self.service.summary()
 
 
 def run(job: Job, tally: Tally) -> None:
@@ -121,6 +167,7 @@ def run(job: Job, tally: Tally) -> None:
         timeout=job.timeout,
         retry=RetryPolicy(max_attempts=job.max_attempts),
         service_rate_limit=None if job.rate is None else RateLimit(job.rate),
+        on_event=tally.service,
     )
     _run(job, tally, lambda file: _fetch(job, tally, file, client))
 
@@ -165,7 +212,7 @@ def _run(job: Job, tally: Tally, fetch: Callable[[OutcomeFile], Coroutine[Any, A
 
 async def _fetch(job: Job, tally: Tally, file: OutcomeFile, client: AudiencesClient) -> None:
     rest = (account for account in job.accounts if account.name not in file.fetched)
-    async with client, client.stream(rest, concurrency=job.concurrency) as outcomes:
+    async with client, client.stream(rest, concurrency=job.concurrency, patience=job.patience) as outcomes:
         with progress(tally) as show:
             async for outcome in outcomes:
                 file.write(outcome)
@@ -183,12 +230,24 @@ def progress(tally: Tally) -> Iterator[Callable[[], None]]:
         _RateColumn(),
         TextColumn("{task.fields[failed]} failed"),
         TimeRemainingColumn(),
+        _ServiceColumn(tally.service),
     )
     with Progress(
         *columns, console=console, disable=not console.is_terminal, redirect_stdout=False, redirect_stderr=False
     ) as bar:
         task = bar.add_task("", total=tally.total, completed=tally.fetched, failed=0)
         yield lambda: bar.update(task, completed=tally.fetched + tally.failed, failed=tally.failed)
+
+
+class _ServiceColumn(ProgressColumn):
+    """The state of the service."""
+
+    def __init__(self, log: ServiceLog) -> None:
+        super().__init__()
+        self._log = log
+
+    def render(self, task: Task) -> Text:
+        return Text(self._log.now())
 
 
 class _RateColumn(ProgressColumn):

@@ -27,6 +27,7 @@ class Settings:
         account_rate: Requests per second of each account, of all workers together; ``None`` means that each account's
             rate is learned.
         timeout: Seconds for each account.
+        patience: Seconds in a row in which the service may answer nobody.
         max_attempts: Requests for each account at the most, the first included.
         base_url: Where the service is; ``None`` means as the client has it.
     """
@@ -37,6 +38,7 @@ class Settings:
     concurrency: int = field(validator=checks.is_count)
     account_rate: float | None = field(validator=validators.optional(checks.is_positive))
     timeout: float
+    patience: float
     max_attempts: int
     base_url: str | None
 
@@ -63,5 +65,10 @@ async def run(settings: Settings) -> None:
         )
         with suppress(asyncio.CancelledError):
             await distributed.work(
-                settings.docket, settings.accounts, settings.out, client, concurrency=settings.concurrency
+                settings.docket,
+                settings.accounts,
+                settings.out,
+                client,
+                concurrency=settings.concurrency,
+                patience=settings.patience,
             )
