@@ -1,6 +1,7 @@
 """Outcomes on disk: NDJSON, one account a line, which is also the checkpoint that a job goes on from."""
 
 import os
+import re
 import stat
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,8 +16,11 @@ from audiences_async.errors import AudiencesError, ConfigurationError, StatusErr
 from audiences_async.models import Fetched, Outcome
 from audiences_async.structuring import record
 
+_LONGEST_NAME: Final = 200  # bytes; of 255 that a file's name may have
 _encode: Final = msgspec.json.Encoder().encode
-_START: Final = b'{"account":'  # of each line
+# How each line goes on after its name, up to where anything may stand.
+_STARTS: Final = (b'","ok":true,"elapsed":', b'","ok":false,"elapsed":')
+_NAME: Final = re.compile(rb'\{"account":"(?:[^"\\]|\\.)*\\?')
 
 
 def line(outcome: Outcome) -> bytes:
@@ -43,11 +47,14 @@ def _error_record(error: AudiencesError) -> dict[str, Any]:
     }
 
 
-class _Head(msgspec.Struct):
-    """What a line tells of its account; the rest of the line is not decoded."""
+class _Head(msgspec.Struct, forbid_unknown_fields=True):
+    """What a line says of its account; the rest of the line is not decoded."""
 
     account: str
     ok: bool
+    elapsed: float
+    audiences: msgspec.Raw = msgspec.Raw()
+    error: msgspec.Raw = msgspec.Raw()
 
 
 @frozen
@@ -74,7 +81,7 @@ def lines(path: Path) -> Iterator[Line]:
     """
     with path.open("rb") as file:
         for number, text in enumerate(file, 1):
-            if not text.endswith(b"\n") and _START.startswith(text[: len(_START)]):
+            if not text.endswith(b"\n") and _is_torn(text):
                 return
             try:
                 head = _decode(text)
@@ -87,6 +94,15 @@ def lines(path: Path) -> Iterator[Line]:
 
 
 _decode: Final = msgspec.json.Decoder(_Head).decode
+
+
+def _is_torn(text: bytes) -> bool:
+    """Return whether it is the beginning of a line that `line` writes."""
+    name = _NAME.match(text)
+    if name is None:
+        return b'{"account":"'.startswith(text)
+    rest = text[name.end() :]
+    return any(start.startswith(rest[: len(start)]) for start in _STARTS)
 
 
 class OutcomeFile:
@@ -190,7 +206,7 @@ def check_new(path: Path) -> None:
 
 def write_whole(path: Path, chunks: Iterable[bytes]) -> None:
     """Write a file at once: whoever looks, also after a crash, finds the one that was there, or the new one whole."""
-    with successor(path) as file:
+    with successor(path.resolve()) as file:  # a link stays a link
         file.writelines(chunks)
 
 
@@ -198,7 +214,8 @@ def write_whole(path: Path, chunks: Iterable[bytes]) -> None:
 def successor(path: Path) -> Iterator[BinaryIO]:
     """A new file, which takes the place of *path*, whole, where the block is left without an error."""
     # Several machines may be at the same file, so a process's number does not tell them apart.
-    temporary = path.with_name(f".{path.name}.{token_hex(8)}.tmp")
+    name = path.name if len(os.fsencode(path.name)) <= _LONGEST_NAME else ""
+    temporary = path.with_name(f".{name}.{token_hex(8)}.tmp")
     file = _open_like(path, temporary)
     try:
         yield file

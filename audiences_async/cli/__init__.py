@@ -3,12 +3,13 @@
 import sys
 
 from audiences_async.cli.exits import USAGE
-from audiences_async.cli.signals import ending_as_ctrl_c, exit_code, occupy_standard_descriptors
+from audiences_async.cli.signals import ending_as_ctrl_c, exit_code
+from audiences_async.cli.streams import replace_closed
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    occupy_standard_descriptors()
+    replace_closed()
     try:
         from audiences_async.cli.app import run  # noqa: PLC0415 - of an optional extra
     except KeyboardInterrupt:

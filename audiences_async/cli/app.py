@@ -44,10 +44,6 @@ _Flag = Annotated[bool, Parameter(negative="")]
 
 def run(arguments: list[str] | None = None) -> int:
     """Run one command and give its exit code; a wrong usage exits with 2 on its own."""
-    if sys.stdout is None:
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - refuses what is written
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - as long as the process
     # A table may be shown in a locale that lacks its letters; data is written as bytes.
     stdout: Any = sys.stdout
     stdout.reconfigure(errors="replace")
@@ -114,7 +110,7 @@ def list_audiences(
         response = asyncio.run(_fetch(key, base_url, timeout, max_attempts))
     except AudiencesError as error:
         if debug:
-            traceback.print_exc()
+            say(traceback.format_exc())
         return _complain(error.summary, error.hint, exit_code(error))
     write(response, output)
     return DONE

@@ -85,8 +85,9 @@ def check_target(path: Path, output: FileFormat, checkpoint: Path) -> None:
         ConfigurationError: It is not a regular file, or was not written by this command from *checkpoint*.
         OSError: Its directory cannot be written to.
     """
-    if path.exists() and not path.is_file():
-        raise ConfigurationError(f"{printable(str(path))} is not a regular file; --output ndjson can write to it")
+    for file in (path, checkpoint):
+        if file.exists() and not file.is_file():
+            raise ConfigurationError(f"{printable(str(file))} is not a regular file; --output ndjson can write to one")
     if path.exists() and path.stat().st_size:
         with path.open("rb") as file:
             is_ours = file.read(len(_STARTS[output])) == _STARTS[output] and checkpoint.is_file()
@@ -132,7 +133,9 @@ def _cells(audience: Audience) -> list[Text]:
 
 
 def _text(value: str) -> Text:
-    return Text(printable(value))  # Text, so that the service's words are never taken for rich's markup
+    return Text(
+        printable(value, limit=len(value))
+    )  # Text, so that the service's words are never taken for rich's markup
 
 
 def _ndjson(records: Iterable[Mapping[str, Any]]) -> bytes:

@@ -1,6 +1,5 @@
 """Signals that end a command: all of them as Ctrl-C does, so that what is done is kept and said."""
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,15 +38,3 @@ def _end(number: int, _: FrameType | None) -> None:
 def exit_code() -> int:
     """Return the exit code of a command that was interrupted: 128 and the number of the signal."""
     return SIGNALLED + (_received[-1] if _received else signal.SIGINT)
-
-
-def occupy_standard_descriptors() -> None:
-    """Open the null device in the place of closed standard streams, so that no file of ours gets their numbers.
-
-    It is opened for reading: what is written to a closed stdout is an error still.
-    """
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDONLY)
