@@ -146,7 +146,7 @@ class Tally:
         """What came, and what failed for each reason, the most frequent first."""
         yield f"{self.fetched:,} of {self.total:,} accounts fetched, {self.failed:,} failed"
         for (reason, hint), names in sorted(self.failures.items(), key=lambda item: -len(item[1])):
-            shown = ", ".join(printable(name, limit=40) for name in names[:_NAMED])
+            shown = ", ".join(printable(name) for name in names[:_NAMED])
             more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
             yield f"  {len(names):,} × {reason}: {shown}{more}"
             if hint:

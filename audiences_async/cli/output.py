@@ -85,9 +85,9 @@ def check_target(path: Path, output: FileFormat, checkpoint: Path) -> None:
         ConfigurationError: It is not a regular file, or was not written by this command from *checkpoint*.
         OSError: Its directory cannot be written to.
     """
-    for file in (path, checkpoint):
-        if file.exists() and not file.is_file():
-            raise ConfigurationError(f"{printable(str(file))} is not a regular file; --output ndjson can write to one")
+    for each in (path, checkpoint):
+        if each.exists() and not each.is_file():
+            raise ConfigurationError(f"{printable(str(each))} is not a regular file; --output ndjson can write to one")
     if path.exists() and path.stat().st_size:
         with path.open("rb") as file:
             is_ours = file.read(len(_STARTS[output])) == _STARTS[output] and checkpoint.is_file()
