@@ -181,19 +181,18 @@ class Pacer:
     def watching(self) -> Iterator[None]:
         """Look now and then, for the length of the block, whether the service swallows requests."""
         loop = asyncio.get_running_loop()
-        timer: asyncio.TimerHandle | None = None
+        timer: asyncio.TimerHandle
 
         def look() -> None:
             nonlocal timer
             self.service.look_for_stall()
             timer = loop.call_later(_LOOK_EVERY, look)
 
-        look()
+        timer = loop.call_later(_LOOK_EVERY, look)
         try:
             yield
         finally:
-            if timer is not None:
-                timer.cancel()
+            timer.cancel()
 
     def snapshot(self) -> Iterator[AccountPace]:
         """Return how each account is paced right now."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -128,7 +129,7 @@ class PauseSettings:
         return min(self.longest, doubled * (1 + clock.random()))
 
 
-class Queue:
+class Queue(ABC):
     """First come, first served: one caller at a time waits for the pace, the others for that one."""
 
     __slots__ = ("_changed", "_deadlines", "_lock", "_waiters", "clock", "in_flight", "limiter")
@@ -147,9 +148,9 @@ class Queue:
         """Calls that wait for their turn."""
         return len(self._waiters)
 
+    @abstractmethod
     def delay(self, now: float) -> float:
         """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
-        raise NotImplementedError
 
     def is_free(self, now: float) -> bool:
         """Return whether a request may go now, ahead of nobody."""
@@ -322,14 +323,17 @@ class PacedQueue(Queue):
         if self._learned is not None:
             self._learned.paused_until(when)
 
+    @abstractmethod
     def _on_paused(self, seconds: float, *, asked: bool) -> None:
-        raise NotImplementedError
+        """Note that requests stop."""
 
+    @abstractmethod
     def _on_resumed(self) -> None:
-        raise NotImplementedError
+        """Note that they go again."""
 
+    @abstractmethod
     def _on_rate(self, rate: float) -> None:
-        raise NotImplementedError
+        """Note a new measure of the rate."""
 
 
 class Lane(PacedQueue):

@@ -52,7 +52,7 @@ class _Head(msgspec.Struct, forbid_unknown_fields=True):
 
     account: str
     ok: bool
-    elapsed: float
+    elapsed: float = 0.0
     audiences: msgspec.Raw = msgspec.Raw()
     error: msgspec.Raw = msgspec.Raw()
 
@@ -204,19 +204,25 @@ def check_new(path: Path) -> None:
         )
 
 
-def write_whole(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write a file at once: whoever looks, also after a crash, finds the one that was there, or the new one whole."""
-    with successor(path.resolve()) as file:  # a link stays a link
+def write_whole(path: Path, chunks: Iterable[bytes], *, like: Path | None = None) -> None:
+    """Write a file at once: whoever looks, also after a crash, finds the one that was there, or the new one whole.
+
+    Args:
+        path: The file; behind a link, what that leads to.
+        chunks: What it is to hold.
+        like: The file whose mode and owner it gets if it is new.
+    """
+    with successor(path.resolve(), like=like) as file:
         file.writelines(chunks)
 
 
 @contextmanager
-def successor(path: Path) -> Iterator[BinaryIO]:
+def successor(path: Path, *, like: Path | None = None) -> Iterator[BinaryIO]:
     """A new file, which takes the place of *path*, whole, where the block is left without an error."""
     # Several machines may be at the same file, so a process's number does not tell them apart.
     name = path.name if len(os.fsencode(path.name)) <= _LONGEST_NAME else ""
     temporary = path.with_name(f".{name}.{token_hex(8)}.tmp")
-    file = _open_like(path, temporary)
+    file = _open_like(path if like is None or path.exists() else like, temporary)
     try:
         yield file
         file.flush()

@@ -19,6 +19,7 @@ from audiences_async import (
     DeadlineExceededError,
     Event,
     RateLimit,
+    RetryBudget,
     RetryPolicy,
     ServerError,
     TooManyRequestsError,
@@ -472,3 +473,16 @@ async def test_without_a_cache_there_is_nothing_to_invalidate(sandbox: Sandbox, 
         await client.get_audiences(north)
         await client.get_audiences(north)
     assert len(sandbox.requests) == 2
+
+
+async def test_a_job_that_joins_a_request_without_tokens(sandbox: Sandbox, north: Account) -> None:
+    """A job's account that shares a single call's request does not fail for the budget that the call found empty."""
+    sandbox.script("north", Answer(500, delay=0.1), Answer(500))
+    settings: dict[str, Any] = {"cache": CachePolicy(ttl=9), "budget": RetryBudget(capacity=1, cost=5)}
+    async with AudiencesClient(base_url=sandbox.base_url, retry=RetryPolicy(base_delay=0), **settings) as client:
+        single = asyncio.create_task(client.get_audiences(north))
+        await asyncio.to_thread(sandbox.wait_for_requests, 1)
+        (outcome,) = await client.fetch_all([north])
+        with pytest.raises(ServerError) as caught:
+            await single
+    assert (outcome.ok, caught.value.stop_reason) == (True, "budget")

@@ -249,7 +249,7 @@ def test_ctrl_c_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_version_and_help(run: Callable[..., Done]) -> None:
     """Version and help go to stdout."""
-    assert run("--version").stdout == "0.1.0\n"
+    assert run("--version").stdout == "0.2.0\n"
     assert "sandbox" in run("--help").stdout
 
 

@@ -100,3 +100,21 @@ def test_the_message_of_a_status(status: int, text: str) -> None:
     error = status_error(status, description, response_time=datetime.now(UTC))
     assert error.message == text
     assert error.headers == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "headers"),
+    [
+        (status_error(429, "", retry_after=1.2), 429, {"Retry-After": "2"}),
+        (DeadlineExceededError("late", retry_after=3.0), 429, {"Retry-After": "3"}),
+        (DeadlineExceededError("late"), 504, {}),
+        (AttemptTimeoutError("slow"), 504, {}),
+        (ConfigurationError("wrong"), 500, {}),
+        (ClientClosedError("closed"), 500, {}),
+        (status_error(401, ""), 502, {}),
+        (ConnectionFailedError("gone"), 502, {}),
+    ],
+)
+def test_what_a_web_app_answers(error: AudiencesError, status: int, headers: dict[str, str]) -> None:
+    """Each error says what a web app answers with if its own request failed because of it."""
+    assert (error.gateway_status, error.gateway_headers) == (status, headers)

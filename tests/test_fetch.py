@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from command import COMMAND, KEY, Done, runner
 
-from audiences_async import results
+from audiences_async import events, results
+from audiences_async.cli import fetch as fetching
 from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox, many_audiences
 
 
@@ -240,3 +241,23 @@ def test_ten_thousand_accounts_with_faults(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "10,000 of 10,000 accounts fetched, 0 failed\n")
     assert fetched(out) == expected(10_000)
     assert KEY not in printed
+
+
+def test_what_a_job_meets_of_the_service_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outage and a shared limit are shown while they last, and summed up at the end with what to do about them."""
+    now = 1000.0
+    monkeypatch.setattr("audiences_async.cli.fetch.time.monotonic", lambda: now)
+    log = fetching.ServiceLog()
+    assert (log.now(), list(log.summary())) == ("", [])
+    log(events.ServicePaused("", 0.3, asked=False, state="out"))
+    now += 5.0
+    log(events.ServicePaused("", 2.0, asked=False, state="out"))
+    assert log.now() == "no answer for 5 s, next probe in 2 s"
+    log(events.ServiceResumed(""))
+    log(events.ServiceResumed(""))
+    log(events.ServiceRateLearned("", 49.7))
+    assert log.now() == "limited to 49.7/s"
+    told = "\n".join(log.summary())
+    assert "answered nobody for 5 s" in told
+    assert "--rate 50 is not refused" in told
+    log(events.CallStarted("north"))

@@ -768,18 +768,19 @@ def test_learned_rates_are_kept_for_a_while() -> None:
     virtual.run(main())
 
 
-def test_a_clock_that_fails_ends_waiting_calls() -> None:
+@pytest.mark.parametrize("kind", [OSError, TimeoutError])
+def test_a_clock_that_fails_ends_waiting_calls(kind: type[Exception]) -> None:
     """When the clock's own sleep raises, every call that waits raises it."""
 
     async def sleep(seconds: float) -> None:
-        raise OSError("no time")
+        raise kind("no time")
 
     async def main() -> list[Any]:
         lane = Way(pacer(RateLimit(1), clock=Clock(monotonic=asyncio.get_running_loop().time, sleep=sleep)))
         return await outcomes(lane.acquire() for _ in range(3))
 
     results = virtual.run(main())
-    assert kinds(results) == {"Turn": 1, "OSError": 2}
+    assert kinds(results) == {"Turn": 1, kind.__name__: 2}
 
 
 def test_closing_ends_waiting_calls(client: Callable[..., AudiencesClient]) -> None:

@@ -22,7 +22,7 @@ from audiences_async import (
     RateLimit,
 )
 from audiences_async.credentials import ApiKey
-from audiences_async.errors import AttemptTimeoutError, TransportError
+from audiences_async.errors import AttemptTimeoutError, ConnectionFailedError, TransportError
 from audiences_async.events import AttemptFinished, ServicePaused, ServiceRateLearned, ServiceResumed
 from audiences_async.service import ServicePace
 from audiences_async.wire import Reply
@@ -183,6 +183,44 @@ def test_limits_of_accounts_are_no_shared_limit(run: RunJob) -> None:
     assert done.pace.state == "open"
 
 
+def test_a_limit_that_is_lifted_is_forgotten(run: RunJob) -> None:
+    """A service that refuses all at first, and nobody later, is open again after some answers."""
+    done = run(Service(lambda key, at: 429 if at < 0.3 else 200, round_trip=0.01), 500)
+    assert not done.reasons
+    assert (done.pace.state, done.pace.rate) == ("open", None)
+
+
+def test_refusals_that_come_late_are_old_news(run: RunJob) -> None:
+    """Where replies take different times, a refusal from before the last cut does not cut once more."""
+
+    class Uneven(Service):
+        async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
+            self.round_trip = chance.choice((0.01, 0.6))
+            return await super().attempt(key)
+
+    chance = random.Random(5)
+    done = run(Uneven(shared(LeakyBucket(50, 5))), 1000)
+    assert not done.reasons
+    assert done.took <= 1.25 * (1000 - 6) / 50
+
+
+def test_a_machine_without_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If nothing is in flight that could return a socket, the call fails, and says what to change."""
+
+    class NoSockets(Service):
+        async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
+            return ConnectionFailedError("cannot open another socket", unsent=True)
+
+    monkeypatch.setattr("audiences_async.client.Transport", NoSockets(lambda key, at: 200))
+
+    async def main() -> None:
+        async with AudiencesClient("key", base_url="http://localhost/", clock=virtual.clock()) as client:
+            with pytest.raises(ConnectionFailedError, match="another socket"):
+                await client.get_audiences()
+
+    virtual.run(main())
+
+
 # --- an outage
 
 
@@ -239,6 +277,24 @@ def test_a_job_without_patience(run: RunJob) -> None:
     assert isinstance(outcome, Failed)
     assert "answered nobody for" in str(outcome.error)
     assert last == pytest.approx(5.2, abs=1.5)
+
+
+def test_closing_ends_a_job_in_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that waits for the service ends when its client is closed."""
+    monkeypatch.setattr("audiences_async.client.Transport", Service(lambda key, at: 500, round_trip=0.05))
+
+    async def main() -> list[Outcome]:
+        client = AudiencesClient(base_url="http://localhost/", clock=virtual.clock())
+        job = asyncio.create_task(client.fetch_all([Account(f"a{number}", "key") for number in range(200)]))
+        await asyncio.sleep(10)
+        await client.aclose()
+        return await job
+
+    outcomes = virtual.run(main())
+    assert {type(outcome.error).__name__ for outcome in outcomes if isinstance(outcome, Failed)} == {
+        "ClientClosedError"
+    }
+    assert len(outcomes) == 200
 
 
 def test_an_outage_and_a_limit_are_events(run: RunJob) -> None:

@@ -26,6 +26,7 @@ from yarl import URL
 
 from audiences_async import (
     Account,
+    AttemptTimeoutError,
     AudiencesClient,
     AudiencesError,
     ConnectionFailedError,
@@ -852,3 +853,49 @@ async def test_a_server_error_that_lasts(sandbox: Sandbox, north: Account) -> No
         error = await error_of(client)
     assert isinstance(error, ServerError)
     assert (error.headers["x-served-by"], error.body) == ("proxy-7", b"<html>busy</html>")
+
+
+async def test_requests_that_are_abandoned_time_out(raw: StartRaw) -> None:
+    """What is under way when a service is found to swallow requests ends at once, and says what it was doing."""
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        await asyncio.sleep(30)
+
+    server = await raw(serve)
+    async with AudiencesClient("key", base_url=server.base_url, retry=ONCE) as client:
+        call = asyncio.create_task(client.get_audiences())
+        while not server.requests:
+            await asyncio.sleep(0)
+        assert client._wire is not None
+        client._wire[0].abandon()
+        with pytest.raises(AttemptTimeoutError, match="none to any other request, waiting for the reply"):
+            await call
+
+
+async def test_a_connector_of_another_aiohttp_is_closed_in_its_own_process(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the name that aiohttp 4 gives it, too, closing the pool is left to the process that made it."""
+    if way == "session":
+        pytest.skip("the pool is the same")
+    monkeypatch.setattr(aiohttp.TCPConnector, "_close_immediately", lambda _, *, abort_ssl: ["closed"], raising=False)
+    async with AudiencesClient("key", base_url="http://localhost/") as client:
+        assert client._wire is not None
+        connector: Any = client._wire[0]._session.connector
+        assert connector._close_immediately() == ["closed"]
+        monkeypatch.setattr("os.getpid", lambda: 0)
+        assert connector._close_immediately() == []
+        monkeypatch.undo()
+
+
+async def test_an_aiohttp_that_refuses_is_asked_in_public(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong while the direct way is prepared, the session is used instead."""
+    assert not direct._takes(aiohttp.ClientRequest.__init__, 1)
+
+    def refuse(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(direct.DirectRequests, "__init__", refuse)
+    async with AudiencesClient(base_url=sandbox.base_url) as client:
+        assert len(await client.get_audiences(sandbox.add_account("north"))) == 2

@@ -105,7 +105,7 @@ def convert(outcomes: Path, out: Path, output: FileFormat) -> None:
     nothing but its name, and one that failed has its error in the last column.
     """
     chunks = _accounts_as_json if output == "json" else _accounts_as_csv
-    write_whole(out, chunks(lines(outcomes)))
+    write_whole(out, chunks(lines(outcomes)), like=outcomes)
 
 
 def table(*replies: tuple[str, AudiencesResponse]) -> Table:

@@ -1,0 +1,14 @@
+"""Look-ups of host names."""
+
+from audiences_async.resolver import SharedResolver
+
+
+async def test_failed_addresses_come_last() -> None:
+    """An address that has failed is tried last, and the memory of failures is bounded."""
+    resolver = SharedResolver()
+    found = await resolver.resolve("localhost", 80)
+    assert [result["port"] for result in found] == [80] * len(found)
+    for number in range(200):
+        resolver.failed(f"10.0.0.{number}")
+    assert len(resolver._failed_at) <= 64
+    await resolver.close()
