@@ -25,6 +25,7 @@ REFUSALS: Final = frozenset({"throttled", "unavailable"})
 _FIRST_LIMIT: Final = 32.0  # requests in flight; then three times as many in a round trip
 _FAST_STEP: Final = 2.0  # for each answer
 _SLOW_STEP: Final = 0.2
+_LEAST: Final = 4.0  # requests in flight, however slow the service is
 _ENOUGH: Final = 50  # answers after which growth may be faster
 _FAST: Final = 1 / 8  # of the attempt timeout
 _SLOW: Final = 1 / 2
@@ -221,7 +222,7 @@ class ServiceLane(PacedQueue):
                 return True
             if turn.sent_at < self._resumed_at:
                 return False  # sent into an outage that is over
-            return is_shared and self._suspected(now, verdict, pause, lane, fresh=fresh)
+            return is_shared and self._suspected(now, verdict, pause, lane)
         finally:
             self.changed()
 
@@ -247,17 +248,16 @@ class ServiceLane(PacedQueue):
         if self._state == "limited":
             self._judge()
 
-    def _suspected(self, now: float, verdict: Verdict, pause: float | None, lane: Lane, *, fresh: bool) -> bool:
+    def _suspected(self, now: float, verdict: Verdict, pause: float | None, lane: Lane) -> bool:
         if self._probing:
             if verdict == "throttled" and pause is not None:
                 self._throttled(now, pause, fresh=False)  # old news, but for the time that it names
             return True
         if verdict in REFUSALS and (self._state == "limited" or self.refuses_many):
             self._seen += 1
-            if fresh:
-                self._refused += 1
-                self._trip(now, "throttled", pause)
-                self._judge()
+            self._refused += 1
+            self._trip(now, "throttled", pause)
+            self._judge()
             return True
         self._streak.add(lane)
         # Accounts have limits of their own, and few have outages of their own.
@@ -316,7 +316,8 @@ class ServiceLane(PacedQueue):
             # If many others were quick meanwhile, it was no matter of load.
             if turn.sent_at >= self._shrunk_at and self.quick_answers - turn.quick_answers < self._limit:
                 self._shrunk_at = now
-                self._cut((0.5 if verdict == "timed out" else 0.8) * min(self._limit, self.in_flight + 1))
+                limit = (0.5 if verdict == "timed out" else 0.8) * min(self._limit, self.in_flight + 1)
+                self._cut(max(limit, min(_LEAST, self._connections)))  # one that hangs must not hold up all others
         elif verdict in {"answered", "failed", "unavailable"} and self._limit < self._connections:
             self._answered_since += 1
             if self._answered_since % _ENOUGH == 0:

@@ -195,7 +195,7 @@ def test_refusals_that_come_late_are_old_news(run: RunJob) -> None:
 
     class Uneven(Service):
         async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
-            self.round_trip = chance.choice((0.01, 0.6))
+            self.round_trip = chance.choice((0.01, 0.2))
             return await super().attempt(key)
 
     chance = random.Random(5)

@@ -860,13 +860,14 @@ async def test_requests_that_are_abandoned_time_out(raw: StartRaw) -> None:
 
     async def serve(connection: RawConnection) -> None:
         await connection.request()
+        asked.set()
         await asyncio.sleep(30)
 
+    asked = asyncio.Event()
     server = await raw(serve)
     async with AudiencesClient("key", base_url=server.base_url, retry=ONCE) as client:
         call = asyncio.create_task(client.get_audiences())
-        while not server.requests:
-            await asyncio.sleep(0)
+        await asyncio.wait_for(asked.wait(), 5)
         assert client._wire is not None
         client._wire[0].abandon()
         with pytest.raises(AttemptTimeoutError, match="none to any other request, waiting for the reply"):
