@@ -110,19 +110,31 @@ class Pacer:
             await lane.ask_limiter("rate_limit", lane.account)
             while True:
                 await lane.opened()
-                if place is None and self.service.is_out:
-                    # The caller has a deadline, and does not wait for the end of an outage.
-                    return self._send(lane, self.clock.monotonic())
-                with time.held():
-                    if place is not None:
-                        await place.enter()
-                        self.service.check_patience(place.patience)
-                    async with self.service.head(time.deadline, math.inf if place is None else place.patience):
-                        await self.service.ask_limiter("service_rate_limit", lane.account)
-                        await self.service.opened()
-                        now = self.clock.monotonic()
-                        if lane.delay(now) <= NO_TIME:  # it may have been closed meanwhile
-                            return self._send(lane, now)
+                turn = await (self._single_turn(lane, time) if place is None else self._jobs_turn(lane, time, place))
+                if turn is not None:  # else the lane has been closed meanwhile
+                    return turn
+
+    async def _single_turn(self, lane: Lane, time: CallTime) -> Turn | None:
+        if self.service.is_out:
+            await self.service.opened_or_out()  # not behind those that wait for the end of the outage
+            return self._sent(lane)
+        async with self.service.head(time.deadline):
+            await self.service.ask_limiter("service_rate_limit", lane.account)
+            await self.service.opened_or_out()
+            return self._sent(lane)
+
+    async def _jobs_turn(self, lane: Lane, time: CallTime, place: Place) -> Turn | None:
+        with time.held():
+            await place.enter()
+            self.service.check_patience(place.patience)
+            async with self.service.head(math.inf, place.patience):
+                await self.service.ask_limiter("service_rate_limit", lane.account)
+                await self.service.opened()
+                return self._sent(lane)
+
+    def _sent(self, lane: Lane) -> Turn | None:
+        now = self.clock.monotonic()
+        return self._send(lane, now) if lane.delay(now) <= NO_TIME else None
 
     def _send(self, lane: Lane, now: float) -> Turn:
         lane.sent(now)

@@ -180,11 +180,14 @@ class Queue(ABC):
     async def opened(self) -> None:
         """Return when a request may go. For the head of the queue."""
         while (delay := self.delay(self.clock.monotonic())) > NO_TIME:
-            if delay == math.inf:
-                self._changed.clear()
-                await self._changed.wait()
-            else:
-                await self.clock.sleep(delay)
+            await self._wait(delay)
+
+    async def _wait(self, delay: float) -> None:
+        if delay == math.inf:
+            self._changed.clear()
+            await self._changed.wait()
+        else:
+            await self.clock.sleep(delay)
 
     async def ask_limiter(self, setting: str, account: str) -> None:
         """Return when the caller's own limiter agrees, if there is one. For the head of the queue."""

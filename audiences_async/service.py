@@ -10,7 +10,7 @@ from audiences_async.clock import Clock
 from audiences_async.deadlines import Deadlines
 from audiences_async.errors import TransportError
 from audiences_async.events import Event, ServicePaused, ServiceRateLearned, ServiceResumed
-from audiences_async.pacing import Lane, Limiter, PacedQueue, PauseSettings, Turn, Verdict
+from audiences_async.pacing import NO_TIME, Lane, Limiter, PacedQueue, PauseSettings, Turn, Verdict
 from audiences_async.rates import LearnedRate, RateLimit
 
 if TYPE_CHECKING:
@@ -172,6 +172,16 @@ class ServiceLane(PacedQueue):
             self._probed_at = now
         self._peak = max(self._peak, self.in_flight)
         return probe
+
+    async def opened_or_out(self) -> None:
+        """As `opened`, but while the service is out wait for a connection only. For calls that are of no job.
+
+        Their callers have a deadline, and do not wait for the end of an outage.
+        """
+        while not self.is_out and (delay := self.delay(self.clock.monotonic())) > NO_TIME:
+            await self._wait(delay)
+        while self.in_flight >= self._connections:
+            await self._wait(math.inf)
 
     def look_for_stall(self) -> None:
         """Take the service for out if many requests are under way and no reply comes for a while. For jobs."""

@@ -320,7 +320,7 @@ async def _slots(scene: Scene) -> None:
     scene.open(connections=1)
     await scene.serve()
     await scene.call("ClientResponse.start", Account("south", "key"))
-    await scene.call("Queue.opened")
+    await scene.call("Queue._wait")
 
 
 async def _window(scene: Scene) -> None:
@@ -328,21 +328,21 @@ async def _window(scene: Scene) -> None:
     await scene.serve()
     for _ in range(2):  # as many go at once while nothing is known of the account
         await scene.call("ClientResponse.start")
-    await scene.call("Queue.opened")
+    await scene.call("Queue._wait")
 
 
 async def _rate(scene: Scene) -> None:
     scene.open(rate_limit=RateLimit(0.001))
     await scene.serve()
     await scene.call("ClientResponse.start")
-    await scene.call("Queue.opened")
+    await scene.call("Queue._wait")
 
 
 async def _pause(scene: Scene) -> None:
     scene.open()
     await scene.serve(reply(b"429 Too Many", b"", b"Retry-After: 60"))
     await scene.call("Scene.sleep")
-    await scene.call("Queue.opened")
+    await scene.call("Queue._wait")
 
 
 async def _limiter(scene: Scene) -> None:
@@ -681,7 +681,7 @@ def right(account: Account, response: AudiencesResponse) -> None:
 
 KINDS_OF_WAITING: Final = {
     "key": {"Load._keyed.<locals>.key"},
-    "turn": {"Queue.opened"},
+    "turn": {"Queue._wait"},
     "connecting": {"BaseSelectorEventLoop.sock_connect", "BaseEventLoop._create_connection_transport"},
     "headers": {"ClientResponse.start"},
     "body": {"_Exchange._read_plain", "_Exchange._read_deflated"},

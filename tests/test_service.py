@@ -20,6 +20,8 @@ from audiences_async import (
     Failed,
     Outcome,
     RateLimit,
+    RetryPolicy,
+    ServerError,
 )
 from audiences_async.credentials import ApiKey
 from audiences_async.errors import AttemptTimeoutError, ConnectionFailedError, TransportError
@@ -403,3 +405,26 @@ def test_a_service_without_a_limit_is_asked_at_full_speed(run: RunJob) -> None:
     done = run(Service(lambda key, at: 200, round_trip=0.1), 3000)
     assert done.took <= 3.0 + 0.15
     assert done.requests == 3000
+
+
+def test_single_calls_in_an_outage_keep_to_the_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many calls of no job come while the service is out, no more are in flight than there are connections."""
+    service = Service(lambda key, at: 500, round_trip=0.05, connections=7)
+    monkeypatch.setattr("audiences_async.client.Transport", service)
+    most = 0
+
+    async def main() -> None:
+        nonlocal most
+        retry = RetryPolicy(max_attempts=1)
+        async with AudiencesClient(base_url="http://localhost/", clock=virtual.clock(), retry=retry) as client:
+            calls = [asyncio.create_task(client.get_audiences(Account(f"a{n}", "key"))) for n in range(200)]
+            while not all(call.done() for call in calls):
+                pace = client.snapshot().service
+                assert pace is not None
+                most = max(most, pace.in_flight)
+                await asyncio.sleep(0.01)
+            assert all(isinstance(call.exception(), ServerError) for call in calls)
+            assert pace.state == "out"
+
+    virtual.run(main())
+    assert most == 7
