@@ -214,11 +214,12 @@ async def test_a_pool_of_dead_connections_costs_a_call_one_request(
     async with AudiencesClient("key", base_url=server.base_url, **settings) as client:
         await pool.fill(client.get_audiences)
         await asyncio.gather(*map(client.get_audiences, many(calls)))
-        assert server.requests == 30 + 2 * calls
+        assert 30 + calls < server.requests <= 30 + 2 * calls
+        asked = server.requests
         await asyncio.wait_for(pool.all_ended.wait(), 2)
         for _ in range(3):
             await client.get_audiences()
-    assert server.requests == 30 + 2 * calls + 3
+    assert server.requests == asked + 3
     assert 30 < server.connections <= 30 + calls  # fewer, if fewer requests are in flight after many timeouts
 
 

@@ -27,7 +27,7 @@ _FIRST_FAULT: Final[Mapping[str, Answer]] = {
 _MORE_FAULTS: Final = (Answer(502, "<html>Bad Gateway</html>"), Answer(503, b""), Answer(408))
 # Short waits, always below the second that the sandbox's limit wants: what happens depends on the seed alone.
 _RETRY: Final = RetryPolicy(base_delay=0.2, throttle_base_delay=0.2)
-_chance: ContextVar[random.Random] = ContextVar("_chance")
+_jitter: ContextVar[float] = ContextVar("_jitter")
 
 
 def run(seed: int, console: Console) -> None:
@@ -64,11 +64,12 @@ def _open(sandbox: Sandbox, name: str, chance: random.Random) -> Account:
 
 
 async def _fetch(base_url: str, accounts: Sequence[Account], seed: int, on_event: EventHook) -> list[AudiencesResponse]:
-    clock = Clock(random=lambda: _chance.get().random())
+    # One value for each account: how often it is drawn depends on how the accounts interleave.
+    clock = Clock(random=_jitter.get)
     async with AudiencesClient(base_url=base_url, retry=_RETRY, on_event=on_event, clock=clock) as client:
 
         async def fetch(account: Account) -> AudiencesResponse:
-            _chance.set(_source(seed, account.name))
+            _jitter.set(_source(seed, account.name).random())
             return await client.get_audiences(account)
 
         async with asyncio.TaskGroup() as group:
