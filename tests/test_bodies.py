@@ -10,6 +10,8 @@ import pytest
 
 from audiences_async import AudiencesResponse, InvalidResponseError
 
+pytestmark = pytest.mark.slow
+
 SEED = 20_251_001
 PART = 5_000
 RECORD = b'{"type": "Dynamic", "id": "1", "name": "", "created_time": "%s"}'

@@ -28,6 +28,8 @@ from audiences_async import (
 )
 from audiences_async.sandbox import Answer, Sandbox
 
+pytestmark = pytest.mark.slow
+
 StartRaw: TypeAlias = Callable[[Callable[[RawConnection], Awaitable[None]]], Awaitable[RawServer]]
 MakeClient: TypeAlias = Callable[..., AudiencesClient]
 FULL = RetryBudget().capacity

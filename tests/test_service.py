@@ -29,6 +29,8 @@ from audiences_async.events import AttemptFinished, ServicePaused, ServiceRateLe
 from audiences_async.service import ServicePace
 from audiences_async.wire import Reply
 
+pytestmark = pytest.mark.slow
+
 
 @define
 class Done:

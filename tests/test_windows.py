@@ -53,6 +53,8 @@ for name in ("remove", "rename", "replace", "unlink"):
     setattr(os, name, only_closed(getattr(os, name)))
 
 from audiences_async.cli import main
+
+pytestmark = pytest.mark.slow
 main()
 """
 Start: TypeAlias = Callable[..., "subprocess.Popen[str]"]
