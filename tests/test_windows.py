@@ -14,6 +14,8 @@ import pytest
 
 from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox
 
+pytestmark = pytest.mark.slow
+
 # The standard library and filelock are imported first: on Windows they have ways of their own.
 WINDOWS = """
 import asyncio, concurrent.futures, contextlib, logging, multiprocessing, os, select, selectors, signal, socket, ssl
@@ -53,8 +55,6 @@ for name in ("remove", "rename", "replace", "unlink"):
     setattr(os, name, only_closed(getattr(os, name)))
 
 from audiences_async.cli import main
-
-pytestmark = pytest.mark.slow
 main()
 """
 Start: TypeAlias = Callable[..., "subprocess.Popen[str]"]
