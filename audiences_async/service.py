@@ -1,5 +1,6 @@
 """The way of all accounts together: its rate, its load, and its outages."""
 
+import asyncio
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
@@ -86,8 +87,8 @@ class ServiceLane(PacedQueue):
     __slots__ = (
         "_answered_since", "_attempt_timeout", "_connections", "_emit", "_limit", "_peak", "_probed_at",
         "_recovered", "_refusals", "_refused", "_resumed_at", "_seen", "_shrunk_at", "_silent_since", "_slowest",
-        "_stall", "_state", "_step", "_streak", "_tolerance", "abandon", "answers", "probes", "quick_answers",
-        "witness",
+        "_stall", "_state", "_step", "_streak", "_swallows", "_tolerance", "abandon", "answers", "probes",
+        "quick_answers", "witness",
     )  # fmt: skip
 
     def __init__(
@@ -117,6 +118,7 @@ class ServiceLane(PacedQueue):
         self._step = _FAST_STEP
         self._probed_at = -math.inf
         self._stall = _STALL
+        self._swallows = False  # whether the outage is one in which requests are taken and not answered
         self._slowest = 0.0  # s; the longest that an answer took, lately
         self.abandon: Callable[[], None] = _ignore
         """Called to have all requests under way time out: nobody reads them any more."""
@@ -183,6 +185,20 @@ class ServiceLane(PacedQueue):
         while self.in_flight >= self._connections:
             await self._wait(math.inf)
 
+    async def _wait(self, delay: float) -> None:
+        if self._state != "out" or delay == math.inf:
+            await super()._wait(delay)
+            return
+        # The end of an outage is worth more than two tasks.
+        self._changed.clear()
+        sleeping = asyncio.ensure_future(self.clock.sleep(delay))
+        changing = asyncio.ensure_future(self._changed.wait())
+        try:
+            await asyncio.wait({sleeping, changing}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            sleeping.cancel()
+            changing.cancel()
+
     def look_for_stall(self) -> None:
         """Take the service for out if many requests are under way and no reply comes for a while. For jobs."""
         now = self.clock.monotonic()
@@ -192,6 +208,7 @@ class ServiceLane(PacedQueue):
             self._stall *= 2  # it may be no more than slow
             self._shrunk_at = now
             self._trip(now, "timed out", None)
+            self._swallows = True
             self.abandon()
 
     def check_patience(self, patience: float) -> None:
@@ -358,6 +375,9 @@ class ServiceLane(PacedQueue):
         if self._state == "out":
             self._state = "open"
             self._shrunk_at = now
+            if self._swallows:
+                self._swallows = False
+                self.abandon()  # its probes, which nobody will answer
         self._emit(ServiceResumed(""))
 
     def _on_rate(self, rate: float) -> None:
