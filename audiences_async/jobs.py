@@ -121,7 +121,7 @@ class Results(AsyncIterator[R], Generic[T, R]):
         patience: float,
     ) -> None:
         """Must run inside the event loop that will use it."""
-        self.unpaid = asyncio.Semaphore(max(1, concurrency // _UNPAID))
+        self.unpaid: asyncio.Semaphore = asyncio.Semaphore(max(1, concurrency // _UNPAID))
         self._items = items
         self._work = work
         self._concurrency = concurrency

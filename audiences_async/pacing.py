@@ -216,6 +216,8 @@ class PacedQueue(Queue):
         "_closed_until", "_cut_at", "_failures", "_last_at", "_learned", "_pace", "_probe_out", "_probing", "_settings",
     )  # fmt: skip
 
+    in_flight: int
+
     def __init__(
         self,
         limit: RateLimit | Limiter | None,
