@@ -81,7 +81,18 @@ class LearnedRate:
     next 429, the faster the fewer answers it was measured by.
     """
 
-    __slots__ = ("_enough", "_granted", "_growth", "_held", "_next_at", "_since", "_since_cut", "_window", "rate")
+    __slots__ = (
+        "_enough",
+        "_excused",
+        "_granted",
+        "_growth",
+        "_held",
+        "_next_at",
+        "_since",
+        "_since_cut",
+        "_window",
+        "rate",
+    )
 
     def __init__(self, window: float | None = _FIRST_WINDOW) -> None:
         """Begin with so many requests in flight; ``None`` if somebody else bounds them."""
@@ -93,6 +104,7 @@ class LearnedRate:
         self._since_cut = 0  # answers since the rate was last cut
         self._growth = _MAX_GROWTH
         self._enough = _ENOUGH
+        self._excused = 0.0  # s of pauses that were asked for, since the measurement began
         self._held = True  # whether requests go as fast as the pace lets them
 
     def delay(self, now: float, in_flight: int) -> float:
@@ -143,18 +155,21 @@ class LearnedRate:
         if asked and self.rate is not None and self._held:
             self.rate = max(_MIN_RATE, self.rate * (0.5 if self._since_cut < _SHORT else 0.92))
             self._growth, self._since_cut, self._enough = _CAREFUL_GROWTH, 0, _LONG
-            self._since, self._granted = now, 0
+            self._since, self._granted, self._excused = now, 0, 0.0
             return True
         if self._since is None:
             if self.rate is not None:
                 self.rate *= 0.8
                 self._growth, self._since_cut = _MIN_GROWTH, 0
-            self._since, self._granted = now, 0
+            self._since, self._granted, self._excused = now, 0, 0.0
         if not self._granted or now <= self._since:
             return False
         # What the service would have granted while nothing was sent may be lost, so the measure is a lower bound. The
         # rate that was too high is an upper one.
         measured = self._granted / (now - self._since)
+        if asked and self.rate is None:
+            # Most of it was a burst after a pause. With the pause counted it is too low a measure, without it too high.
+            measured = math.sqrt(measured * self._granted / (now - self._since + self._excused))
         old = self.rate or 0.0
         self.rate = max(
             _MIN_RATE,
@@ -165,7 +180,7 @@ class LearnedRate:
         self._growth = min(_MAX_GROWTH, max(_MIN_GROWTH, 2 / self._granted**2))
         self._since_cut = 0
         if self._granted >= _ENOUGH:
-            self._since, self._granted = now, 0
+            self._since, self._granted, self._excused = now, 0, 0.0
         return True
 
     def idle(self) -> None:
@@ -174,12 +189,13 @@ class LearnedRate:
 
     def restart(self, now: float) -> None:
         """Measure from here on."""
-        self._since, self._granted = now, 0
+        self._since, self._granted, self._excused = now, 0, 0.0
 
     def excuse(self, seconds: float) -> None:
         """Leave a pause that the service asked for out of the measurement."""
         if self._since is not None:
             self._since += seconds
+            self._excused += seconds
 
     def paused_until(self, when: float) -> None:
         """What comes after a pause is paced from its end."""
