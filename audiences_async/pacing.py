@@ -267,7 +267,9 @@ class PacedQueue(Queue):
 
     def sent(self, now: float) -> bool:
         """Note that a request goes now; ``True`` if it is a probe."""
-        if self._learned is not None and not self.in_flight and now - self._last_at > _IDLE:
+        # A pause is not idleness: calls wait for its end.
+        idle_for = now - max(self._last_at, self._closed_until)
+        if self._learned is not None and not self.in_flight and idle_for > _IDLE:
             self._learned.idle()
         self.in_flight += 1
         self._probe_out = self._probing
