@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Generator
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from attrs import frozen
 from tenacity import AsyncRetrying, RetryCallState
@@ -41,6 +41,9 @@ from audiences_async.transport import Transport
 from audiences_async.wire import Reply, Result, read, read_plain, used_up
 
 _Reason: TypeAlias = Literal["fresh-key", "stale-connection", "pace", "retry-after", "backoff"]
+
+
+_LIMITED: Final = frozenset({429, 503})
 
 
 @frozen
@@ -225,7 +228,9 @@ class Call:
             if isinstance(result, AudiencesError) and verdict in REFUSALS:
                 pause = result.retry_after
         finally:
-            self._is_paced = self._pacer.release(self._lane, turn, verdict, pause=pause, is_own=witness is None)
+            self._is_paced = self._pacer.release(
+                self._lane, turn, verdict, pause=pause, is_own=witness is None, in_job=self._place is not None
+            )
         self._attempt_elapsed = self._settings.clock.monotonic() - self._sent_at
         self._sent_at = None
         if isinstance(result, ConnectionFailedError) and result.unsent:
@@ -298,7 +303,7 @@ class Call:
             return "stale-connection"
         if error.retry_after is not None:
             return "retry-after"
-        if isinstance(error, TooManyRequestsError) and self._is_paced:
+        if isinstance(error, StatusError) and error.status in _LIMITED and self._is_paced:
             return "pace"
         return "backoff"
 

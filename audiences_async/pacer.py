@@ -138,7 +138,8 @@ class Pacer:
 
     def _send(self, lane: Lane, now: float) -> Turn:
         lane.sent(now)
-        return Turn(now, self.service.sent(now), self.service.quick_answers)
+        service = self.service
+        return Turn(now, service.sent(now), service.quick_answers, service.in_flight - 1)
 
     def witness(self, turn: Turn, key: ApiKey) -> ApiKey | None:
         """Return the key that a job's probe is sent with, in place of the call's own; ``None`` if with its own.
@@ -150,7 +151,14 @@ class Pacer:
         return witness if witness is not key and self.service.probes % 2 else None
 
     def release(
-        self, lane: Lane, turn: Turn, verdict: Verdict, *, pause: float | None = None, is_own: bool = True
+        self,
+        lane: Lane,
+        turn: Turn,
+        verdict: Verdict,
+        *,
+        pause: float | None = None,
+        is_own: bool = True,
+        in_job: bool = False,
     ) -> bool:
         """Take in what became of a request, and decide whose limit a refusal reports.
 
@@ -160,6 +168,7 @@ class Pacer:
             verdict: What the reply says.
             pause: Seconds for which the service asked to send nothing, if it did.
             is_own: Whether the request was the account's own, and no probe for another one.
+            in_job: Whether the call is of a job, which waits as long as the service limits it.
 
         Returns:
             Whether a retry may leave all waiting to the lanes.
@@ -171,7 +180,9 @@ class Pacer:
             lane.returned(now, turn.sent_at, "nothing", None)
         else:
             lane.returned(now, turn.sent_at, verdict, pause)
-        return self.service.paces_retries if of_service else lane.paces_retries
+        if of_service:
+            return self.service.paces_retries or (in_job and self.service.is_limited)
+        return verdict == "throttled" and lane.paces_retries
 
     def _concerns_all(self, lane: Lane, turn: Turn, verdict: Verdict) -> bool:
         """Return whether a refusal or a failure may be the service's, and not this account's alone."""

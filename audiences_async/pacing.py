@@ -13,7 +13,9 @@ from audiences_async.clock import Clock
 from audiences_async.deadlines import Deadlines, Scope, is_cancelled
 from audiences_async.errors import DeadlineExceededError, TransportError, callback_error
 from audiences_async.events import AccountPaused, AccountResumed, Event, RateLearned
-from audiences_async.rates import KnownRate, LearnedRate, RateLimit
+from audiences_async.learning import LearnedRate
+from audiences_async.rates import KnownRate, RateLimit
+from audiences_async.windows import LearnedWindow
 
 Verdict: TypeAlias = Literal["answered", "throttled", "unavailable", "failed", "lost", "timed out", "nothing"]
 """What became of a request: an answer, if only a final refusal; a 429; a 503; another reply that may be retried; no
@@ -23,6 +25,8 @@ _IDLE: Final = 1.0  # s without a request, after which an account counts as idle
 _LONGEST_PAUSE: Final = 86_400.0  # s; who asks for more has mistaken the unit
 NO_TIME: Final = 1e-9  # s; less than a clock can tell
 _LONGEST_ANNOUNCED: Final = 30.0  # s, of a pause that no refusal asked for: it may be misread, and a request will tell
+_DOUBLINGS: Final = 5  # pauses, each twice as long as the one before
+_LATER: Final = 6.2  # the next ones: a quarter of the time since the first refusal
 _RECENT: Final = 1.0  # s; what an account has sent in it may explain a refusal
 
 
@@ -41,11 +45,13 @@ class Turn(NamedTuple):
         sent_at: When it came, on the client's clock.
         probe: Whether the service is closed, and this request shows whether it opens again.
         quick_answers: Quick answers of the service before it.
+        others: Other requests in flight.
     """
 
     sent_at: float
     probe: bool
     quick_answers: int
+    others: int
 
 
 class Place(Protocol):
@@ -124,9 +130,10 @@ class PauseSettings:
 
     def draw(self, rate: float | None, failures: int, clock: Clock) -> float:
         """Draw the seconds to pause after so many refusals in a row."""
-        base = self.first / 2 if rate is None else min(1 / rate, self.longest)
-        doubled = base * 2.0 ** min(failures - 1, 60)
-        return min(self.longest, doubled * (1 + clock.random()))
+        base = self.first / 2 if rate is None else min(max(0.5 / rate, self.first / 20), self.longest)
+        # A limit that is closed for longer may be a window, whose end is not to be missed by as much again.
+        times = 2.0 ** (failures - 1) if failures <= _DOUBLINGS else _LATER * 1.25 ** min(failures - _DOUBLINGS, 60)
+        return min(self.longest, base * times * (1 + clock.random()))
 
 
 class Queue(ABC):
@@ -214,6 +221,7 @@ class PacedQueue(Queue):
 
     __slots__ = (
         "_closed_until", "_cut_at", "_failures", "_last_at", "_learned", "_pace", "_probe_out", "_probing", "_settings",
+        "_window",
     )  # fmt: skip
 
     in_flight: int
@@ -231,6 +239,7 @@ class PacedQueue(Queue):
         self._pace: KnownRate | LearnedRate = (
             learned if limit is None else KnownRate(limit if isinstance(limit, RateLimit) else None)
         )
+        self._window = LearnedWindow()
         self._settings = settings
         self._last_at = -math.inf  # when a request last came back
         self._closed_until = -math.inf
@@ -242,12 +251,12 @@ class PacedQueue(Queue):
     @property
     def rate(self) -> float | None:
         """Requests per second, known or learned; ``None`` if none is known."""
-        return self._pace.rate
+        return self._window.rate or self._pace.rate
 
     @property
     def paces_retries(self) -> bool:
         """Whether a call that was refused may leave all waiting to the queue."""
-        return self._pace.rate is not None and self._failures <= 1
+        return self.rate is not None and self._failures <= 1
 
     def paused_for(self, now: float) -> float:
         """Return the seconds until requests may go again after a refusal; 0.0 means now."""
@@ -255,7 +264,8 @@ class PacedQueue(Queue):
 
     def expected(self, now: float) -> float:
         """Estimate the seconds until a call that comes now gets its turn."""
-        return max(0.0, self._closed_until - now, self._pace.backlog(now, self.waiting))
+        backlog = max(self._pace.backlog(now, self.waiting), self._window.backlog(now, self.waiting))
+        return max(0.0, self._closed_until - now, backlog)
 
     def delay(self, now: float) -> float:
         """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
@@ -263,7 +273,8 @@ class PacedQueue(Queue):
             return self._closed_until - now
         if self._probing and self._probe_out:
             return math.inf
-        return self._pace.delay(now, self.in_flight)
+        delay = self._pace.delay(now, self.in_flight)
+        return delay if self._window.limit is None else max(delay, self._window.delay(now, self.in_flight))
 
     def sent(self, now: float) -> bool:
         """Note that a request goes now; ``True`` if it is a probe."""
@@ -285,9 +296,10 @@ class PacedQueue(Queue):
             self._probe_out = False
         return fresh
 
-    def _answered(self, now: float, *, fresh: bool) -> None:
+    def _answered(self, now: float, sent_at: float, *, fresh: bool) -> None:
         if self._learned is not None:
-            self._learned.answered()
+            self._learned.answered(now - sent_at, fresh=fresh)
+            self._window.granted(now, sent_at, fresh=fresh, is_paced=self._learned.rate is not None)
         if not fresh:
             return
         self._failures = 0
@@ -296,20 +308,32 @@ class PacedQueue(Queue):
             self._paused_until(now)
             self._on_resumed()
 
-    def _throttled(self, now: float, pause: float | None, *, fresh: bool) -> None:
+    def _throttled(self, now: float, sent_at: float, pause: float | None, *, fresh: bool) -> None:
         if not fresh:
             if pause is not None and pause <= _LONGEST_PAUSE:
                 self._close(now, pause, asked=True)
             return
         self._failures += 1
         self._cut_at = now
-        names_time = pause is not None and pause > 0
-        if self._learned is not None and self._learned.throttled(now, asked=names_time):
-            assert self._learned.rate is not None
-            self._on_rate(self._learned.rate)
-        own = self._settings.draw(self._pace.rate, self._failures, self.clock)
+        own = self._learn(now, sent_at, asked=pause is not None and pause > 0)
         asked = pause if pause is not None and own < pause <= _LONGEST_PAUSE else None
         self._close(now, own if asked is None else asked, asked=asked is not None)
+
+    def _learn(self, now: float, sent_at: float, *, asked: bool) -> float:
+        """Learn from a refusal; return the seconds to pause, if it names none."""
+        if self._learned is not None:
+            until_open = self._window.refused(sent_at)
+            if until_open is not None:
+                self._learned.forget()
+                return until_open
+            if self._learned.throttled(now, asked=asked):
+                assert self._learned.rate is not None
+                self._on_rate(self._learned.rate)
+        return self._draw_pause()
+
+    def _draw_pause(self) -> float:
+        """Draw the seconds to pause after a refusal that names no time."""
+        return self._settings.draw(self._pace.rate, self._failures, self.clock)
 
     def _close(self, now: float, seconds: float, *, asked: bool) -> None:
         self._probing = True
@@ -377,7 +401,13 @@ class Lane(PacedQueue):
 
     def is_idle(self, now: float) -> bool:
         """Return whether forgetting the lane would make no difference."""
-        return not self.users and not self._failures and self._closed_until <= now and self._pace.is_idle(now)
+        return (
+            not self.users
+            and not self._failures
+            and self._closed_until <= now
+            and self._pace.is_idle(now)
+            and self._window.limit is None
+        )
 
     def explains(self, sent_at: float) -> bool:
         """Return whether a refusal of what was sent then can be the account's own doing: it has sent others lately."""
@@ -414,11 +444,11 @@ class Lane(PacedQueue):
         fresh = self._returned(now, sent_at)
         try:
             if verdict == "throttled":
-                self._throttled(now, pause, fresh=fresh)
+                self._throttled(now, sent_at, pause, fresh=fresh)
             elif verdict in {"answered", "failed", "unavailable"}:
                 if verdict == "answered":
                     self._granted_at, self._suspected_at, self._alone = now, None, False
-                self._answered(now, fresh=fresh)  # the account's limit let it through
+                self._answered(now, sent_at, fresh=fresh)  # the account's limit let it through
                 if pause is not None and verdict != "unavailable":
                     self._close(now, min(pause, _LONGEST_ANNOUNCED), asked=True)
         finally:  # a hook may raise what ends the program, and be mistaken

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 from attrs import frozen
 
 from audiences_async.clock import Clock
+from audiences_async.concurrency import LearnedConcurrency
 from audiences_async.deadlines import Deadlines
 from audiences_async.errors import TransportError
 from audiences_async.events import Event, ServicePaused, ServiceRateLearned, ServiceResumed
+from audiences_async.learning import LearnedRate
 from audiences_async.pacing import NO_TIME, Lane, Limiter, PacedQueue, PauseSettings, Turn, Verdict
-from audiences_async.rates import LearnedRate, RateLimit
+from audiences_async.rates import RateLimit
 
 if TYPE_CHECKING:
     from audiences_async.credentials import ApiKey
@@ -38,11 +40,11 @@ _WEIGHT: Final = 1 / 16  # of the last request, in what is known of the latest o
 _HALF: Final = 0.5
 _FIRST_PROBE: Final = 0.25  # s after the first failure; twice as long after each probe
 _LONGEST_PROBE: Final = 1.5  # s; and a third more by chance
+_LONGEST_PACED: Final = 1.0  # s; of a pause once a rate is known, or two intervals of it
 _SOON: Final = 5.0  # s after an outage: what is refused then is refused for going too fast
 _STALL: Final = 2.0  # s without any reply, after which one more request goes ahead to see
 _FADING: Final = 0.999  # of what is kept of the slowest answer, with each one
-_SAMPLE: Final = 32  # replies under a learned rate, by which it is judged
-_MOST_REFUSED: Final = 0.15  # of them, under a rate that is one
+_SAMPLE: Final = 32  # answers without a refusal, after which there is no shared rate
 
 
 @frozen
@@ -85,8 +87,8 @@ class ServiceLane(PacedQueue):
     """
 
     __slots__ = (
-        "_answered_since", "_attempt_timeout", "_connections", "_emit", "_limit", "_peak", "_probed_at",
-        "_recovered", "_refusals", "_refused", "_resumed_at", "_seen", "_shrunk_at", "_silent_since", "_slowest",
+        "_answered_since", "_attempt_timeout", "_concurrency", "_connections", "_emit", "_limit", "_peak", "_probed_at",
+        "_recovered", "_refusals", "_resumed_at", "_seen", "_shrunk_at", "_silent_since", "_slowest",
         "_stall", "_state", "_step", "_streak", "_swallows", "_tolerance", "abandon", "answers", "probes",
         "quick_answers", "witness",
     )  # fmt: skip
@@ -114,6 +116,7 @@ class ServiceLane(PacedQueue):
         self._emit = emit
         self._connections = connections
         self._attempt_timeout = attempt_timeout
+        self._concurrency = LearnedConcurrency()
         self._limit = min(_FIRST_LIMIT, float(connections))
         self._step = _FAST_STEP
         self._probed_at = -math.inf
@@ -132,7 +135,7 @@ class ServiceLane(PacedQueue):
         self._state: State = "open"
         self._silent_since: float | None = None
         self._resumed_at = -math.inf
-        self._seen = self._refused = 0  # replies since a rate was learned
+        self._seen = 0  # answers since the last refusal
 
     @property
     def refuses_many(self) -> bool:
@@ -145,6 +148,11 @@ class ServiceLane(PacedQueue):
     def is_out(self) -> bool:
         """Whether the service answers nobody."""
         return self._state == "out"
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether the service holds all accounts to a limit."""
+        return self._state == "limited"
 
     def snapshot(self, now: float) -> ServicePace:
         """Return how the service holds all accounts together."""
@@ -207,7 +215,7 @@ class ServiceLane(PacedQueue):
         if self._state == "open" and self.answers and many and silent:
             self._stall *= 2  # it may be no more than slow
             self._shrunk_at = now
-            self._trip(now, "timed out", None)
+            self._trip(now, now, "timed out", None)
             self._swallows = True
             self.abandon()
 
@@ -241,15 +249,16 @@ class ServiceLane(PacedQueue):
         try:
             self._adapt(now, turn, verdict)
             if verdict == "answered":
+                self._concurrency.granted(turn.others)
                 self._recovered += _WEIGHT * (lane.recovers - self._recovered)
-                self._heard(now, fresh=fresh)
+                self._heard(now, turn.sent_at, fresh=fresh)
                 return False
             if turn.probe and verdict != "nothing":
-                self._trip(now, verdict, pause)
+                self._trip(now, turn.sent_at, verdict, pause)
                 return True
             if turn.sent_at < self._resumed_at:
                 return False  # sent into an outage that is over
-            return is_shared and self._suspected(now, verdict, pause, lane)
+            return is_shared and self._suspected(now, turn, verdict, pause, lane)
         finally:
             self.changed()
 
@@ -263,7 +272,7 @@ class ServiceLane(PacedQueue):
         self._cut(float(self.in_flight))
         return True
 
-    def _heard(self, now: float, *, fresh: bool) -> None:
+    def _heard(self, now: float, sent_at: float, *, fresh: bool) -> None:
         """Note that somebody was answered."""
         self.answers += 1
         self._streak.clear()
@@ -271,41 +280,41 @@ class ServiceLane(PacedQueue):
         if self._state == "out":  # any answer ends an outage, one to an old request too
             self._closed_until, fresh = now, True
         self._silent_since = None
-        self._answered(now, fresh=fresh)
+        self._answered(now, sent_at, fresh=fresh)
         if self._state == "limited":
             self._judge()
 
-    def _suspected(self, now: float, verdict: Verdict, pause: float | None, lane: Lane) -> bool:
+    def _suspected(self, now: float, turn: Turn, verdict: Verdict, pause: float | None, lane: Lane) -> bool:
         if self._probing:
             if verdict == "throttled" and pause is not None:
-                self._throttled(now, pause, fresh=False)  # old news, but for the time that it names
+                self._throttled(now, turn.sent_at, pause, fresh=False)  # old news, but for the time that it names
+            return True
+        if verdict in REFUSALS and self._of_concurrency(turn):
             return True
         if verdict in REFUSALS and (self._state == "limited" or self.refuses_many):
-            self._seen += 1
-            self._refused += 1
-            self._trip(now, "throttled", pause)
-            self._judge()
+            self._seen = 0
+            if self._learned is not None and not self._learned.explains_refusals:
+                self._learned.throttled(now)
+                return False
+            self._trip(now, turn.sent_at, "throttled", pause)
             return True
         self._streak.add(lane)
         # Accounts have limits of their own, and few have outages of their own.
         few = _MANY if verdict == "throttled" else _FEW
         if len(self._streak) < self._tolerance * min(max(few, self._peak // _PER_SUSPECT), _MANY):
             return False
-        self._trip(now, verdict, pause)
+        self._trip(now, turn.sent_at, verdict, pause)
         return True
 
-    def _trip(self, now: float, verdict: Verdict, pause: float | None) -> None:
+    def _trip(self, now: float, sent_at: float, verdict: Verdict, pause: float | None) -> None:
         """Close the service, until a probe is answered."""
         if self._silent_since is None:
             self._silent_since = now
         self._streak.clear()
-        is_limit = verdict == "throttled" or (
-            verdict == "unavailable" and (self._state == "limited" or now - self._resumed_at < _SOON)
-        )
-        if is_limit:
+        if verdict == "throttled" or (verdict == "unavailable" and self._may_be_limit(now)):
             self._state = "limited"
             self._limit = max(2.0, self._limit / 4) if self.rate is None else self._limit
-            self._throttled(now, pause, fresh=True)
+            self._throttled(now, sent_at, pause, fresh=True)
         else:
             self._state = "out"
             self._failures += 1
@@ -320,21 +329,28 @@ class ServiceLane(PacedQueue):
             if self._closed_until - self._silent_since >= waiter.patience:
                 waiter.refuse(self._impatient(now, waiter.patience))
 
+    def _may_be_limit(self, now: float) -> bool:
+        """Return whether a 503 that comes now may be a limit's, and not an outage's."""
+        if self._state != "limited":
+            return now - self._resumed_at < _SOON
+        assert self._silent_since is not None
+        return now - self._silent_since <= max(_STALL, _FEW / (self.rate or math.inf))
+
+    def _of_concurrency(self, turn: Turn) -> bool:
+        """Return whether a refusal is of a limit of requests in flight; if so, keep to that, and to no rate."""
+        if turn.sent_at < self._cut_at or not (self._state == "limited" or self._concurrency.limit < math.inf):
+            return False
+        if not self._concurrency.refused(turn.others):
+            return False
+        if self._learned is not None:
+            self._learned.forget()
+        self._limit = min(self._limit, self._concurrency.limit)
+        return True
+
     def _judge(self) -> None:
         """Forget a limit under which as much is refused as without it, or nothing: no limit that accounts share."""
-        if self._seen < _SAMPLE:
-            return
-        if self.rate is None and not self._refused:
+        if self.rate is None and self._seen >= _SAMPLE:
             self._state = "open"
-        elif self._refused > _MOST_REFUSED * self._seen:
-            self._tolerance = min(_MOST_TOLERANT, 2 * self._tolerance)
-            self._pace = self._learned = LearnedRate(window=None)
-            self._probing, self._closed_until, self._failures = False, -math.inf, 0
-            self._state, self._silent_since = "open", None
-            self._refusals = self._recovered = 0.0
-        else:
-            self._tolerance = 1
-        self._seen = self._refused = 0
 
     def _adapt(self, now: float, turn: Turn, verdict: Verdict) -> None:
         """Let the number of requests in flight follow what the service can finish in time."""
@@ -350,7 +366,7 @@ class ServiceLane(PacedQueue):
             if self._answered_since % _ENOUGH == 0:
                 self._step = min(_FAST_STEP, 2 * self._step)
             step = self._step if took <= _FAST * self._attempt_timeout else min(self._step, _SLOW_STEP)
-            self._limit = min(float(self._connections), self._limit + step)
+            self._limit = min(float(self._connections), self._concurrency.limit, self._limit + step)
         if verdict == "answered":
             self._slowest = max(took, _FADING * self._slowest)
             self.quick_answers += took <= _FAST * self._attempt_timeout
@@ -364,6 +380,11 @@ class ServiceLane(PacedQueue):
         message = f"the service has answered nobody for {silent:.3g} s, and patience={patience:g} s allows no more"
         return TransportError(message, stop_reason="patience", retry_after=self.paused_for(now) or None)
 
+    def _draw_pause(self) -> float:
+        # Other processes take what a long pause leaves.
+        seconds = super()._draw_pause()
+        return seconds if self._pace.rate is None else min(seconds, max(_LONGEST_PACED, 2 / self._pace.rate))
+
     def _on_paused(self, seconds: float, *, asked: bool) -> None:
         self._emit(ServicePaused("", seconds, asked, self._state))
 
@@ -373,7 +394,7 @@ class ServiceLane(PacedQueue):
             self._learned.idle()
         self._resumed_at = now
         if self._state == "out":
-            self._state = "open"
+            self._state = "open" if self._learned is None or self.rate is None else "limited"
             self._shrunk_at = now
             if self._swallows:
                 self._swallows = False
@@ -381,7 +402,7 @@ class ServiceLane(PacedQueue):
         self._emit(ServiceResumed(""))
 
     def _on_rate(self, rate: float) -> None:
-        self._seen = self._refused = 0
+        self._seen = 0
         self._emit(ServiceRateLearned("", rate))
 
 

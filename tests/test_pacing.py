@@ -808,16 +808,3 @@ def test_old_news_is_no_new_cut(client: Callable[..., AudiencesClient]) -> None:
     results = virtual.run(main())
     assert all(isinstance(result, AudiencesResponse) for result in results)
     assert len(service.times(429)) > sum(isinstance(event, AccountPaused) for event in events)
-
-
-def test_a_shared_rate_that_helps_nothing_is_forgotten() -> None:
-    """If as much is refused under a shared rate as without one, it is no limit that accounts share."""
-
-    async def main() -> None:
-        service = pacer().service
-        service._state, service._pace.rate = "limited", 10.0
-        service._seen, service._refused = 32, 10
-        service._judge()
-        assert (service.snapshot(0.0).state, service.rate) == ("open", None)
-
-    virtual.run(main())
