@@ -35,10 +35,11 @@ from audiences_async.events import (
 from audiences_async.models import Account, AudiencesResponse
 from audiences_async.pacer import Pacer
 from audiences_async.pacing import Place, Verdict
+from audiences_async.quota import announced
 from audiences_async.retrying import RetryPolicy, RetryTokens, wait_full_jitter
 from audiences_async.service import REFUSALS
 from audiences_async.transport import Transport
-from audiences_async.wire import Reply, Result, read, read_plain, used_up
+from audiences_async.wire import Reply, Result, read, read_plain
 
 _Reason: TypeAlias = Literal["fresh-key", "stale-connection", "pace", "retry-after", "backoff"]
 
@@ -223,7 +224,8 @@ class Call:
                 result = read_plain(reply)
                 if result is None:
                     result = await _in_turns(read(reply, witness or key, now=self._settings.clock.wall()))
-                pause = used_up(reply.headers, now=self._settings.clock.wall())
+                quota = announced(reply.headers, now=self._settings.clock.wall())
+                pause = quota.reset if quota is not None and quota.remaining == 0 else None
             verdict = self._verdict(result) if isinstance(result, AudiencesError) else "answered"
             if isinstance(result, AudiencesError) and verdict in REFUSALS:
                 pause = result.retry_after

@@ -20,6 +20,7 @@ from cattrs.gen import make_dict_structure_fn, override
 from msgspec import UNSET, Meta, MsgspecError, Raw, Struct, UnsetType, ValidationError
 from msgspec.json import Decoder
 
+from audiences_async.dates import date_and_time, in_utc
 from audiences_async.errors import InvalidResponseError, status_error
 from audiences_async.models import (
     NOTHING,
@@ -41,13 +42,6 @@ _AT_ONCE: Final = 128 * 1024  # bytes that are decoded at a stretch: a milliseco
 _SHOWN_TEXT: Final = 40
 _BOM: Final = b"\xef\xbb\xbf"
 _NOT_JSON: Final = (MsgspecError, UnicodeDecodeError, RecursionError)
-# Date and time, in ISO 8601's extended format. `fromisoformat` alone also reads dates without a time, weeks, hour 24
-# and offsets of 60 minutes, and what it reads changes from one Python to the next.
-_HOUR_AND_MINUTE: Final = r"(?:[01]\d|2[0-3]){}[0-5]\d"
-_DATE_AND_TIME: Final = (
-    rf"(?a)\d{{4}}-\d\d-\d\d[T ]{_HOUR_AND_MINUTE.format(':')}(?::[0-5]\d(?:\.\d+)?)?"
-    rf"(?:Z|[+-]{_HOUR_AND_MINUTE.format(':?')})?"
-)
 # What msgspec takes for a time it reads alike, with two exceptions: it rounds to microseconds, which are cut off
 # here, and takes a T and a Z in lower case. Each pattern begins with a character that `re` finds fast.
 _BEYOND_MICROSECONDS: Final = re.compile(rb"\.[0-9]{7}").search
@@ -114,7 +108,7 @@ def decode_plain(body: bytes) -> AudiencesResponse | None:
     try:
         envelope = _plain_envelope(body)
         status = _status(envelope.status)
-        time = None if envelope.response_time is None else _in_utc(envelope.response_time)
+        time = None if envelope.response_time is None else in_utc(envelope.response_time)
         data = _structure_many(envelope.data, _Many)
     except Exception:  # noqa: BLE001 - the reference tells what is wrong, if anything
         return None
@@ -460,17 +454,9 @@ def _user_count(value: Any, _: Any) -> int:
 
 def _utc(value: Any, _: Any) -> datetime:
     try:
-        if not re.fullmatch(_DATE_AND_TIME, _string(value, None)):
-            raise ValueError  # noqa: TRY301 - the same words for every way to be no date and time
-        return _in_utc(datetime.fromisoformat(value))
+        return date_and_time(_string(value, None))
     except (ValueError, OverflowError):
         raise _ProblemError("a date and time in ISO 8601", value) from None
-
-
-def _in_utc(time: datetime) -> datetime:
-    if time.tzinfo is UTC:
-        return time
-    return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
 
 
 def _read(hook: Callable[[Any, Any], _T], value: Any) -> _T | None:
@@ -550,7 +536,7 @@ def _many_hook(records: Sequence[_Record], _: Any) -> tuple[Audience, ...]:
     for plain in records:
         time, count = plain.created_time, plain.user_count
         if time.tzinfo is not UTC:
-            time = _in_utc(time)
+            time = in_utc(time)
         if plain.type == "Static":
             if count is UNSET:
                 raise _ProblemError("an integer", ...)

@@ -3,19 +3,17 @@
 HTTP's own rules are RFC 9110's: https://www.rfc-editor.org/rfc/rfc9110.
 """
 
-import email.utils
 import ipaddress
-import re
 from collections.abc import Generator, Mapping
-from datetime import UTC
 from typing import Final, TypeAlias
 
 from attrs import field, frozen
-from multidict import CIMultiDict, CIMultiDictProxy, istr
+from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from audiences_async._version import __version__
 from audiences_async.credentials import ApiKey, Secret
+from audiences_async.dates import delay_seconds, http_date, sent_at
 from audiences_async.errors import (
     AudiencesError,
     ConfigurationError,
@@ -25,6 +23,7 @@ from audiences_async.errors import (
     status_error,
 )
 from audiences_async.models import AudiencesResponse
+from audiences_async.quota import announced
 from audiences_async.structuring import decode_plain, decoding, description_of, parse, response_time_of
 
 PRODUCTION: Final = "https://api.commbox.io/"
@@ -35,23 +34,6 @@ MAX_ERROR_BODY: Final = 64 * 1024
 
 Result: TypeAlias = AudiencesResponse | AudiencesError
 """What an attempt came to. Errors are values here: an exception that is never raised holds no frames alive."""
-
-# RFC 9110, section 10.2.3: Retry-After = HTTP-date / delay-seconds. Fractions are not in it, and are seen.
-_DELAY_SECONDS: Final = re.compile(r"[0-9]{1,20}(?:\.[0-9]{0,20})?")
-_RATE_LIMIT: Final = r";\s*r=0\s*;\s*t=([0-9]{1,5})\s*(?:[,;]|$)"
-# Every answer is looked at for these: a name that is made once is found faster.
-_COMBINED: Final = istr("RateLimit")
-_REMAINING_AND_RESET: Final = tuple(
-    (istr(f"{prefix}-Remaining"), istr(f"{prefix}-Reset")) for prefix in ("RateLimit", "X-RateLimit")
-)
-_LONGEST_RESET: Final = 86_400.0  # seconds; a day
-# RFC 9110, section 5.6.7: IMF-fixdate, and the two obsolete forms that must still be read.
-# Compiled when there is one to read: no program's start pays for it.
-_HTTP_DATE: Final = (
-    r"[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT"
-    r"|[A-Z][a-z]{5,8}, [0-9]{2}-[A-Z][a-z]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT"
-    r"|[A-Z][a-z]{2} [A-Z][a-z]{2} [ 0-9][0-9] [0-9]{2}:[0-9]{2}:[0-9]{2} [0-9]{4}"
-)
 
 
 @frozen(eq=False)
@@ -191,7 +173,10 @@ def _refusal(reply: Reply, key: ApiKey, now: float, *, status: int | None = None
 
 def _wait_asked(reply: Reply, now: float) -> float | None:
     wait = retry_after(reply.headers, now=now)
-    return used_up(reply.headers, now=now) if wait is None and reply.status == 429 else wait
+    if wait is not None or reply.status != 429:
+        return wait
+    quota = announced(reply.headers, now=now)
+    return quota.reset if quota is not None and quota.remaining == 0 else None
 
 
 def _envelope(body: bytes) -> Mapping[str, object]:
@@ -212,50 +197,8 @@ def retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
         now: Seconds since 1970, for a reply without a readable ``Date``.
     """
     value = headers.get("Retry-After", "").strip(" \t")
-    if _DELAY_SECONDS.fullmatch(value):
-        return float(value)
+    delay = delay_seconds(value)
+    if delay is not None:
+        return delay
     until = http_date(value)
-    if until is None:
-        return None
-    sent = http_date(headers.get("Date", "").strip(" \t"))
-    return max(0.0, until - (now if sent is None else sent))
-
-
-def used_up(headers: Mapping[str, str], *, now: float) -> float | None:
-    """Seconds until the next request is granted, where the reply says that this was the last one; else ``None``.
-
-    Read are the forms in use: ``RateLimit: "name";r=0;t=30``, and ``RateLimit-Remaining`` with ``RateLimit-Reset``,
-    with and without ``X-``; a reset is in seconds from now or, where it is too large for that, in seconds since 1970
-    (https://datatracker.ietf.org/doc/draft-ietf-httpapi-ratelimit-headers/).
-    """
-    combined = headers.get(_COMBINED)
-    if combined is not None:
-        found = re.search(_RATE_LIMIT, combined)
-        return None if found is None else float(found[1])
-    for remaining, reset in _REMAINING_AND_RESET:
-        if headers.get(remaining, "").strip() == "0":
-            return _reset(headers, reset, now)
-    return None
-
-
-def _reset(headers: Mapping[str, str], name: str, now: float) -> float | None:
-    value = headers.get(name, "").strip()
-    if not _DELAY_SECONDS.fullmatch(value):
-        return None
-    reset = float(value)
-    if reset <= _LONGEST_RESET:
-        return reset
-    sent = http_date(headers.get("Date", "").strip(" \t"))
-    from_now = reset - (now if sent is None else sent)
-    return from_now if 0 <= from_now <= _LONGEST_RESET else None
-
-
-def http_date(value: str) -> float | None:
-    """Seconds since 1970 of an HTTP date; ``None`` where it is none."""
-    if not re.fullmatch(_HTTP_DATE, value):
-        return None
-    try:
-        # Of the three forms only asctime's names no zone; all of them are in UTC.
-        return email.utils.parsedate_to_datetime(value).replace(tzinfo=UTC).timestamp()
-    except (ValueError, OverflowError):
-        return None
+    return None if until is None else max(0.0, until - sent_at(headers, now=now))

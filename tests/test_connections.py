@@ -472,6 +472,7 @@ async def test_a_timeout_names_what_hung(raw: StartRaw, names: Names, full_port:
         {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "3600"},
         {"RateLimit-Remaining": "0", "RateLimit-Reset": "3600"},
         {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "4600"},  # seconds since 1970: in an hour
+        {"X-Rate-Limit-Remaining": "0", "X-Rate-Limit-Reset": "1970-01-01T01:16:40.0000000Z"},  # the same
         {"RateLimit": '"day";r=0;t=3600'},
     ],
 )

@@ -414,12 +414,16 @@ WAITS = st.sampled_from(
 FIELDS = {
     "Retry-After": WAITS,
     "Date": WAITS,
-    "RateLimit": st.sampled_from(['"x";r=0;t=5', "r=0;t=5", '"x";r=0;t=99999999', ";r=0;t=;", ""])
+    "RateLimit": st.sampled_from(
+        ['"x";r=0;t=5', "remaining=0, reset=5", "r=0;t=5", '"x";r=0;t=99999999', ";r=0;t=;", ""]
+    )
     | st.text(max_size=12),
     "RateLimit-Remaining": st.sampled_from(["0", " 0 ", "1", "none", ""]),
     "RateLimit-Reset": WAITS,
     "X-RateLimit-Remaining": st.sampled_from(["0", "1"]),
     "X-RateLimit-Reset": WAITS | st.sampled_from(["1761030480", "99999999999999999999"]),
+    "X-Rate-Limit-Remaining": st.sampled_from(["0", "1"]),
+    "X-Rate-Limit-Reset": WAITS | st.sampled_from(["2026-10-21T07:28:00.1234567Z", "1761030480500"]),
     "Content-Type": st.sampled_from(["application/json", "text/html; charset=utf-16", "x"]),
     "X-Any": st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12),
 }

@@ -395,7 +395,10 @@ def test_a_probe_that_fails_doubles_the_pause(client: Callable[..., AudiencesCli
         ({"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "-5"}, 0),
         ({"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "99999999999"}, 0),
         ({"X-RateLimit-Remaining": "0"}, 0),
+        ({"X-Rate-Limit-Remaining": "0", "X-Rate-Limit-Reset": "20"}, 20),
+        ({"RateLimit": "limit=100, remaining=0, reset=30"}, 30),
         ({"RateLimit-Remaining": "1", "RateLimit-Reset": "30"}, 0),
+        ({"RateLimit": '"default";r=1;t=30'}, 0),
         ({"RateLimit": "r=zero"}, 0),
     ],
 )

@@ -239,6 +239,28 @@ def test_any_retry_after_is_sane_or_ignored(value: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("status", "headers", "seconds"),
+    [
+        (429, {"RateLimit": '"default";r=0;t=30'}, 30.0),
+        (429, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "30"}, 30.0),
+        (429, {"X-Rate-Limit-Remaining": "0", "X-Rate-Limit-Reset": "2026-02-11T12:00:30.0000000Z"}, 30.0),
+        (429, {"RateLimit": '"default";r=0;t=30', "Retry-After": "7"}, 7.0),
+        (429, {"RateLimit": '"default";r=0;t=30', "Retry-After": "soon"}, 30.0),
+        (429, {"RateLimit": '"default";r=1;t=30'}, None),
+        (429, {"RateLimit": '"default";r=0'}, None),
+        (429, {}, None),
+        (503, {"RateLimit": '"default";r=0;t=30'}, None),
+        (503, {"RateLimit": '"default";r=0;t=30', "Retry-After": "7"}, 7.0),
+    ],
+)
+def test_a_429_is_retried_after_its_quota(status: int, headers: dict[str, str], seconds: float | None) -> None:
+    """A 429 without a readable Retry-After asks to wait until its quota is restored, if that is used up."""
+    error = whole(read(Reply(status, CIMultiDictProxy(CIMultiDict(headers)), b""), KEY, now=NOON))
+    assert isinstance(error, StatusError)
+    assert error.retry_after == seconds
+
+
+@pytest.mark.parametrize(
     ("base_url", "expected"),
     [
         ("https://api.commbox.io/", "https://api.commbox.io/audiences"),

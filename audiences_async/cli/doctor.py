@@ -11,11 +11,12 @@ from yarl import URL
 
 from audiences_async.cli.exits import AUTHENTICATION, DONE, FAILED, UNAVAILABLE, exit_code
 from audiences_async.credentials import ApiKey
+from audiences_async.dates import http_date
 from audiences_async.deadlines import Deadlines
 from audiences_async.errors import AudiencesError, ConfigurationError, printable
 from audiences_async.structuring import whole
 from audiences_async.transport import Transport, TransportSettings
-from audiences_async.wire import Reply, Result, http_date, read
+from audiences_async.wire import Reply, Result, read
 
 _SKEW = 5.0  # s; a Date has whole seconds, and a reply takes its time
 _MAX_BODY = 64 * 2**20
