@@ -25,16 +25,21 @@ def seconds(name: str, value: Any, *, zero: bool = False) -> float:
     return number(name, value, zero=zero, unit="of seconds ")
 
 
-def count(name: str, value: Any) -> int:
-    """A whole number from 1 up."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigurationError(f"{name} must be a whole number of 1 or more, got {value!r}")
+def count(name: str, value: Any, *, least: int = 1) -> int:
+    """Return *value* if it is a whole number from *least* up."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigurationError(f"{name} must be a whole number of {least} or more, got {value!r}")
     return value
 
 
 def is_count(_: object, attribute: "Attribute[int]", value: int) -> None:
     """As `count`, for a field of an attrs class."""
     count(attribute.name, value)
+
+
+def is_count_or_zero(_: object, attribute: "Attribute[int]", value: int) -> None:
+    """Check a field of an attrs class as `count` does, with 0 allowed."""
+    count(attribute.name, value, least=0)
 
 
 def is_positive(_: object, attribute: "Attribute[float]", value: float) -> None:

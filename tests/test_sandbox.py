@@ -14,6 +14,7 @@ from yarl import URL
 from audiences_async import Account, AudiencesClient, RetryPolicy
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
 from audiences_async.sandbox.accounts import SandboxAccount
+from audiences_async.sandbox.throttling import admission
 
 
 @pytest.fixture
@@ -96,26 +97,36 @@ def account(**settings: Any) -> SandboxAccount:
     return sandbox._accounts["north"]
 
 
+def answers(north: SandboxAccount, *times: float) -> list[Answer]:
+    """Return the answers to requests that come at these times."""
+    assert north.throttle is not None
+    given = []
+    for now in times:
+        with admission([north.throttle], now) as refusal:
+            given.append(refusal or north.answer())
+    return given
+
+
 def test_the_rate_limit_is_a_real_one() -> None:
     """Requests above the rate are refused and not counted; after a pause a burst is granted."""
     north = account(rate=2.0, burst=3)
-    answers = [north.answer(now).status for now in (0.0, 0.0, 0.0, 0.0, 0.4, 0.5, 0.6, 1.0, 9.0, 9.0, 9.0, 9.0)]
-    assert answers == [200, 200, 200, 429, 429, 200, 429, 200, 200, 200, 200, 429]
+    given = answers(north, 0.0, 0.0, 0.0, 0.0, 0.4, 0.5, 0.6, 1.0, 9.0, 9.0, 9.0, 9.0)
+    assert [answer.status for answer in given] == [200, 200, 200, 429, 429, 200, 429, 200, 200, 200, 200, 429]
 
 
 def test_a_429_says_when_to_come_back_if_asked_to() -> None:
     """The limit's Retry-After is in whole seconds, and long enough."""
     north = account(rate=0.5, retry_after=True)
-    assert [north.answer(now).retry_after for now in (0.0, 0.0, 0.5, 2.0)] == [None, 3, 2, None]
+    assert [answer.retry_after for answer in answers(north, 0.0, 0.0, 0.5, 2.0)] == [None, 3, 2, None]
 
 
 def test_faults_come_from_the_seed() -> None:
     """The same seed gives the same faults, another one others; about the share asked for."""
-    drawn = [[account(seed=seed, fault_rate=0.3).answer(0.0) for _ in range(1)] for seed in range(300)]
+    drawn = [[account(seed=seed, fault_rate=0.3).answer() for _ in range(1)] for seed in range(300)]
     north, twin, other = (account(seed=seed, fault_rate=0.3) for seed in (1, 1, 2))
-    answers = [north.answer(0.0) for _ in range(100)]
-    assert answers == [twin.answer(0.0) for _ in range(100)]
-    assert answers != [other.answer(0.0) for _ in range(100)]
+    answers = [north.answer() for _ in range(100)]
+    assert answers == [twin.answer() for _ in range(100)]
+    assert answers != [other.answer() for _ in range(100)]
     assert 60 < sum(answer != Answer() for (answer,) in drawn) < 120
 
 

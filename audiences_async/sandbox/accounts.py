@@ -8,6 +8,7 @@ from typing import Any, Final
 from attrs import define, field
 
 from audiences_async.sandbox.answers import Answer
+from audiences_async.sandbox.throttling import Throttle
 
 # The records of the service's own page: https://api.commbox.io/ (GET /audiences).
 EXAMPLE_AUDIENCES: Final[Sequence[Mapping[str, Any]]] = (
@@ -42,9 +43,7 @@ class SandboxAccount:
         api_key: The bearer token that opens it.
         audiences: The records it answers with.
         script: Answers still to give, one for each request; then the ordinary ones.
-        rate: Requests per second that it grants; ``None`` means any number.
-        burst: Requests that it grants at once after a pause.
-        retry_after: Whether its 429s say when to come back, in whole seconds.
+        throttle: Its limit; ``None`` grants any number of requests.
         fault_rate: The share of ordinary answers that go wrong, from 0.0 to 1.0.
         faults: Decides which.
     """
@@ -53,32 +52,17 @@ class SandboxAccount:
     api_key: str = field(repr=False)
     audiences: Sequence[Mapping[str, Any]]
     script: deque[Answer]
-    rate: float | None
-    burst: int
-    retry_after: bool
+    throttle: Throttle | None
     fault_rate: float
     faults: random.Random = field(repr=False)
-    _free_at: float = 0.0
 
-    def answer(self, now: float) -> Answer:
-        """What to answer to a request that comes *now*, in seconds of a clock that never goes back."""
-        early = self._too_early(now)
-        if early > 0:
-            return Answer(429, retry_after=int(early) + 1 if self.retry_after else None)
+    def answer(self) -> Answer:
+        """Return the answer to a request that no limit refuses."""
         if self.script:
             return self.script.popleft()
         if self.faults.random() < self.fault_rate:
             return self.faults.choice(_FAULTS)
         return Answer()
-
-    def _too_early(self, now: float) -> float:
-        """Seconds by which a request comes too early; one that does not is counted (GCRA)."""
-        if self.rate is None:
-            return 0.0
-        early = self._free_at - (self.burst - 1) / self.rate - now
-        if early <= 0:
-            self._free_at = max(self._free_at, now) + 1 / self.rate
-        return early
 
 
 def many_audiences(account: str, count: int) -> Iterable[Mapping[str, Any]]:

@@ -5,8 +5,9 @@ from typing import Any, Literal, TypeAlias
 
 from attrs import field, frozen
 
-Failure: TypeAlias = Literal["reset", "reset-in-body", "cut-body"]
-"""How a connection dies: reset before a reply, reset in the middle of the body, closed in the middle of the body."""
+Failure: TypeAlias = Literal["reset", "reset-in-body", "cut-body", "hang"]
+"""How a connection dies: reset before a reply, reset in the middle of the body, closed in the middle of the body, or
+kept open without a reply until the client leaves, the outage ends or the sandbox closes."""
 
 
 @frozen
@@ -40,7 +41,7 @@ class SeenRequest:
         method: The HTTP method.
         path: The path and query as sent.
         headers: The headers without ``Authorization``.
-        at: Seconds on a clock that never goes back, when it came.
+        at: The time at which it came, in seconds of the sandbox's *time*.
         answer: The status that went out; ``None`` where the connection died instead.
     """
 

@@ -9,12 +9,14 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
+import attrs
 from aiohttp import web
 
 from audiences_async import checks
@@ -22,6 +24,9 @@ from audiences_async.errors import ConfigurationError, phrase
 from audiences_async.models import Account
 from audiences_async.sandbox.accounts import EXAMPLE_AUDIENCES, SandboxAccount
 from audiences_async.sandbox.answers import Answer, SeenRequest
+from audiences_async.sandbox.limits import Limit, TokenBucket
+from audiences_async.sandbox.outages import Outage
+from audiences_async.sandbox.throttling import Refusal, Throttle, admission, quota_headers
 
 # The descriptions of the service's own page: https://api.commbox.io/ (GET /audiences).
 _DESCRIPTIONS: Final[Mapping[int, str]] = {
@@ -32,6 +37,7 @@ _DESCRIPTIONS: Final[Mapping[int, str]] = {
     429: "Too Many Requests – Rate limit exceeded",
     500: "Server Error",
 }
+_UNAVAILABLE: Final = Answer(503)
 _RESET_ON_CLOSE: Final = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 
@@ -50,21 +56,26 @@ class Sandbox:
     Args:
         seed: Decides the random faults: with the same seed, the n-th answer to an account is the same.
         port: The port to listen on; 0 means any that is free.
+        time: The clock that limits are measured by, in seconds; called in the server's thread. A test in stepped time
+            passes ``audiences_time.clock.monotonic``.
 
     Attributes:
         requests: What reached the server, in order.
         base_url: Where it listens, for ``AudiencesClient(base_url=...)``; empty before it started.
     """
 
-    def __init__(self, *, seed: int = 0, port: int = 0) -> None:
+    def __init__(self, *, seed: int = 0, port: int = 0, time: Callable[[], float] = time.monotonic) -> None:
         self.requests: list[SeenRequest] = []
         self.base_url: str = ""
         self._seed = seed
         self._port = port
+        self._time = time
         self._accounts: dict[str, SandboxAccount] = {}
         self._by_key: dict[str, SandboxAccount] = {}
+        self._shared: Throttle | None = None
+        self._outages: list[tuple[Answer, asyncio.Event]] = []  # the answer, and whether the outage has ended
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
+        self._stop = asyncio.Event()
         self._thread: threading.Thread | None = None
         self._started = threading.Event()
         self._seen = threading.Condition()
@@ -83,8 +94,9 @@ class Sandbox:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         assert self._loop is not None
-        assert self._stop is not None
         assert self._thread is not None
+        for outage in list(self._outages):
+            self._end_outage(outage)
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
@@ -96,7 +108,10 @@ class Sandbox:
         audiences: Iterable[Mapping[str, Any]] = EXAMPLE_AUDIENCES,
         rate: float | None = None,
         burst: int = 1,
+        limit: Limit | None = None,
+        refusal: Refusal = 429,
         retry_after: bool = False,
+        quota_headers: bool = False,
         fault_rate: float = 0.0,
     ) -> Account:
         """Open an account, and give it as a client wants it.
@@ -105,17 +120,21 @@ class Sandbox:
             name: Its label.
             api_key: Its bearer token; ``None`` makes one up.
             audiences: The records it answers with.
-            rate: Requests per second that it grants; ``None`` means any number.
+            rate: Requests per second that it grants; ``None`` means any number. Short for
+                ``limit=TokenBucket(rate, burst)``.
             burst: Requests that it grants at once after a pause.
-            retry_after: Whether its 429s say when to come back. The service's documentation promises none.
+            limit: Any other limit of this account, such as ``FixedWindow(100, per=60.0)``.
+            refusal: The status of a request that the limit refuses.
+            retry_after: Whether a refusal has ``Retry-After``, in whole seconds, if the wait is known. The service's
+                documentation promises none.
+            quota_headers: Whether each reply announces the remaining quota, in the headers ``RateLimit`` and
+                ``RateLimit-Policy``.
             fault_rate: The share of answers that go wrong, from 0.0 to 1.0: refused, reset or cut short.
 
         Raises:
             ConfigurationError: A name, a key or a number that cannot be used.
         """
-        if rate is not None:
-            checks.seconds("rate", rate)
-        checks.count("burst", burst)
+        limit = _one_limit(rate, burst, limit)
         if not 0.0 <= fault_rate <= 1.0:
             raise ConfigurationError(f"fault_rate must be from 0.0 to 1.0, got {fault_rate!r}")
         account = SandboxAccount(
@@ -123,15 +142,53 @@ class Sandbox:
             api_key=f"sandbox-key-{name}" if api_key is None else api_key,
             audiences=tuple(audiences),
             script=deque(),
-            rate=rate,
-            burst=burst,
-            retry_after=retry_after,
+            throttle=None if limit is None else Throttle("default", limit, refusal, retry_after, quota_headers),
             fault_rate=fault_rate,
             faults=random.Random(f"{self._seed}/{name}"),  # noqa: S311 - faults, not secrets
         )
         opened = Account(name, account.api_key)
         self._accounts[name] = self._by_key[account.api_key] = account
         return opened
+
+    def set_shared_limit(
+        self,
+        limit: Limit | None,
+        *,
+        refusal: Refusal = 429,
+        retry_after: bool = False,
+        quota_headers: bool = False,
+    ) -> None:
+        """Limit all accounts together from now on, in addition to the limits of each.
+
+        Args:
+            limit: The limit, which replaces the shared limit set before; ``None`` removes it.
+            refusal: The status of a request that it refuses.
+            retry_after: As for `add_account`.
+            quota_headers: As for `add_account`; the name of the quota is ``shared``.
+
+        Raises:
+            ConfigurationError: The limit or the status is invalid.
+        """
+        self._shared = None if limit is None else Throttle("shared", limit, refusal, retry_after, quota_headers)
+
+    def outage(self, answer: Answer = _UNAVAILABLE) -> Outage:
+        """Begin an outage: every request gets *answer*, until the outage ends or the sandbox closes.
+
+        Outages begin and end at any time and in any thread. During an outage, requests count for no limit and use no
+        scripted answer. If several outages overlap, the one that began last decides::
+
+            with sandbox.outage(Answer(failure="hang")):
+                ...
+
+        Args:
+            answer: The status, delay or failure that each request gets.
+
+        Returns:
+            The outage, which ends with its ``with`` block or by ``end()``.
+        """
+        outage = (answer, asyncio.Event())
+        self._outages.append(outage)
+        return Outage(partial(self._end_outage, outage))
 
     def script(self, name: str, *answers: Answer) -> None:
         """Answer the account's next requests so, one after the other; then as usual again."""
@@ -168,10 +225,10 @@ class Sandbox:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._stop = asyncio.Event()
         app = web.Application()
         app.router.add_route("*", "/{path:.*}", self._handle)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        # A client that leaves ends its request: it no longer hangs, and no longer counts as a connection.
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
         await runner.setup()
         try:
             await web.TCPSite(runner, "127.0.0.1", self._port).start()
@@ -182,16 +239,48 @@ class Sandbox:
         finally:
             await runner.cleanup()
 
+    def _end_outage(self, outage: tuple[Answer, asyncio.Event]) -> None:
+        with suppress(ValueError):  # it has ended before
+            self._outages.remove(outage)
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the sandbox has closed
+                self._loop.call_soon_threadsafe(outage[1].set)
+
     async def _handle(self, request: web.Request) -> web.StreamResponse:
-        now, transport = time.monotonic(), request.transport
+        now, account = self._time(), self._account_of(request)
+        outage = next(reversed(self._outages), None)
+        if outage is not None:
+            answer, ended = outage
+            return await self._reply(request, account, answer, now, hang_until=ended)
+        error = _routing_error(request)
+        if error is not None or account is None:
+            return await self._reply(request, account, error or Answer(401), now)
+        throttles = [throttle for throttle in (self._shared, account.throttle) if throttle is not None]
+        with admission(throttles, now) as refusal:
+            answer = refusal or account.answer()
+            headers = {**quota_headers(throttles, now), **answer.headers}
+            return await self._reply(request, account, attrs.evolve(answer, headers=headers), now)
+
+    async def _reply(
+        self,
+        request: web.Request,
+        account: SandboxAccount | None,
+        answer: Answer,
+        now: float,
+        *,
+        hang_until: asyncio.Event | None = None,
+    ) -> web.StreamResponse:
+        """Record the request, then answer it or let its connection die."""
+        transport = request.transport
         assert transport is not None
-        account = self._account_of(request)
-        answer = _routing_error(request) or (Answer(401) if account is None else account.answer(now))
         self._remember(request, account, answer, now)
         if answer.delay:
             await asyncio.sleep(answer.delay)
         body = _body(answer, account)
-        if answer.failure == "reset":
+        if answer.failure == "hang":
+            await (hang_until or self._stop).wait()
+            transport.close()
+        elif answer.failure == "reset":
             _reset(transport)
         elif answer.failure is not None:
             await _write_half(request, transport, answer, body)
@@ -224,6 +313,16 @@ async def all_accepted() -> None:
     """
     for _ in range(5):
         await asyncio.sleep(0)
+
+
+def _one_limit(rate: float | None, burst: int, limit: Limit | None) -> Limit | None:
+    """Return the limit that *rate* and *burst* stand for, or else *limit*."""
+    checks.count("burst", burst)
+    if rate is None:
+        return limit
+    if limit is not None:
+        raise ConfigurationError("an account has either rate or limit, got both")
+    return TokenBucket(checks.number("rate", rate), burst)
 
 
 def _routing_error(request: web.Request) -> Answer | None:
