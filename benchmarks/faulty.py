@@ -1,4 +1,4 @@
-"""A service with faults, for `service.py`: it runs in a process of its own, and needs the standard library only.
+"""A service with faults and limits, for the benchmarks, in a process of its own; the standard library only.
 
 Run as ``python benchmarks/faulty.py SETTINGS`` (JSON, see `Faults`). It prints its port, and after a line on the
 standard input (or its end) a report: all requests, and when the outage was.
@@ -13,6 +13,8 @@ import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
+
+from limiters import LIMITS, Meter
 
 PLACE = b"account-xxxxxx"  # where a body has the account's key; every key is as long
 NOW = b"2026-02-11T12:00:00.000Z"
@@ -32,9 +34,14 @@ class Faults:
         bad_status: What accounts whose key starts with ``bad`` get.
         outage: ``"503"``, ``"refused"``, ``"reset"`` or ``"hang"``; empty for none.
         outage_after: Answers before the outage.
+        outage_at: Seconds from the first request to the outage; 0 if *outage_after* decides.
         outage_seconds: How long it lasts.
         workers: Requests that are worked on at the same time, in order; 0 for all.
         work: Seconds of work on each request; those whose client has gone are worked on too.
+        limit: Name of the limit, one of `LIMITS`; empty for none. It refuses with 429, and ignores requests that arrive
+            during an outage.
+        limit_settings: Its arguments.
+        limit_is_shared: Whether all accounts share one meter.
     """
 
     audiences: int = 2
@@ -44,19 +51,24 @@ class Faults:
     bad_status: int = 200
     outage: str = ""
     outage_after: int = 0
+    outage_at: float = 0.0
     outage_seconds: float = 0.0
     workers: int = 0
     work: float = 0.0
+    limit: str = ""
+    limit_settings: dict[str, Any] = field(default_factory=dict)
+    limit_is_shared: bool = False
 
 
 @dataclass
 class Request:
-    """A request: when it came and was answered, its key, and its status; 0 if it got no answer."""
+    """A request: when it came and was answered, its key, its status (0: no answer), and if the limit refuses it."""
 
     arrived: float
     key: bytes
     done: float = 0.0
     status: int = 0
+    refused: bool = False
 
 
 def template(status: int, audiences: int) -> bytes:
@@ -99,6 +111,7 @@ class Service:
         """Make the replies and start the workers."""
         self.replies = {status: template(status, self.faults.audiences) for status in REASONS}
         self.random = random.Random(self.faults.seed)
+        self.meters: dict[bytes, Meter] = {}
         self.queue: asyncio.Queue[tuple[Connection, Request]] = asyncio.Queue()
         self.tasks = {asyncio.create_task(self.worker()) for _ in range(self.faults.workers)}
 
@@ -111,6 +124,10 @@ class Service:
         """Note a request, and answer it in time."""
         request = Request(time.monotonic(), key)
         self.log.append(request)
+        if self.faults.outage_at and len(self.log) == 1:
+            asyncio.get_running_loop().call_later(self.faults.outage_at, self.begin_outage)
+        if self.faults.limit and not self.is_out and not self.grants(request):
+            request.refused = True
         if self.faults.workers:
             self.queue.put_nowait((connection, request))
         elif self.faults.delay:
@@ -133,12 +150,20 @@ class Service:
             return
         if connection.is_gone:
             return
-        status = 503 if self.is_out else self.status(request.key)
+        status = 503 if self.is_out else 429 if request.refused else self.status(request.key)
         connection.transport.write(self.replies[status].replace(PLACE, request.key))
         request.done, request.status = time.monotonic(), status
         self.answers += status == 200
-        if self.faults.outage and not self.outage_from and self.answers >= self.faults.outage_after:
+        by_answers = self.faults.outage and not self.faults.outage_at
+        if by_answers and not self.outage_from and self.answers >= self.faults.outage_after:
             self.begin_outage()
+
+    def grants(self, request: Request) -> bool:
+        """Return whether the limit grants a request."""
+        key = b"" if self.faults.limit_is_shared else request.key
+        if key not in self.meters:
+            self.meters[key] = LIMITS[self.faults.limit](**self.faults.limit_settings).meter()
+        return self.meters[key](request.arrived)
 
     def status(self, key: bytes) -> int:
         """Return what a request with this key gets, outages aside."""

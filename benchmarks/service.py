@@ -283,7 +283,14 @@ def faulty(run: Run, number: int, *, faults: Faults, is_behind: bool = False) ->
 
 @contextlib.contextmanager
 def nginx(
-    run: Run, number: int, *, status: int, limits: tuple[str, ...], named_wait: bool = False, held: float | None = None
+    run: Run,
+    number: int,
+    *,
+    status: int,
+    limits: tuple[str, ...],
+    key_rate: int = KEY_RATE,
+    named_wait: bool = False,
+    held: float | None = None,
 ) -> Iterator[str]:
     """Run nginx with these limits; in front of a server that needs *held* seconds, or else answering itself."""
     with contextlib.ExitStack() as stack:
@@ -294,16 +301,16 @@ def nginx(
             behind = int(stack.enter_context(server).rstrip("/").rpartition(":")[2])
         refuse = f"error_page {status} @refuse;" if named_wait else ""
         lines = (*limits, refuse, ANSWER if held is None else PROXY)
-        with running_nginx(folder, status, behind, "\n      ".join(lines)) as base_url:
+        with running_nginx(folder, status, behind, "\n      ".join(lines), key_rate) as base_url:
             yield base_url
         run.requests = nginx_log(folder)
 
 
 @contextlib.contextmanager
-def running_nginx(folder: Path, status: int, behind: int, limits: str) -> Iterator[str]:
+def running_nginx(folder: Path, status: int, behind: int, limits: str, key_rate: int) -> Iterator[str]:
     port = free_port()
     settings = {"folder": folder, "port": port, "behind": behind, "status": status, "limits": limits}
-    settings |= {"rate": RATE, "key_rate": KEY_RATE, "user": "user root;" if os.geteuid() == 0 else ""}
+    settings |= {"rate": RATE, "key_rate": key_rate, "user": "user root;" if os.geteuid() == 0 else ""}
     settings |= {"answer": nginx_body(200), "refusal": nginx_body(status)}
     config = folder / "nginx.conf"
     config.write_text(NGINX.format(**settings))
