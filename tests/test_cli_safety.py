@@ -441,7 +441,7 @@ def test_a_signal_ends_a_fetch_in_order(job: Job, number: Signals, before: str, 
         process.send_signal(number)
         _, told = process.communicate(timeout=20)
     assert process.returncode == 128 + number
-    hint = "hint: the same command with --resume goes on\n"
+    hint = "hint: run the same command with --resume to continue\n"
     assert told == f"error: interrupted; 2 of 4 accounts are fetched and kept\n{hint}"
     assert fetched(job.checkpoint(output)) == expected(NAMES[:2])
     assert job.run(output, "--resume").returncode == 0

@@ -343,7 +343,7 @@ def test_the_command_line_of_both_sides(
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=30)
     assert (process.returncode, told) == (0, "")
-    summary = [line for line in done.stderr.splitlines() if not line.startswith("no worker is there yet")]
+    summary = [line for line in done.stderr.splitlines() if not line.startswith("no worker yet")]
     assert (done.returncode, summary[:2]) == (
         7,
         ["1 of 2 accounts fetched, 1 failed", "  1 × ForbiddenError (HTTP 403): south"],
@@ -358,11 +358,11 @@ def test_the_submitting_side_interrupted(redis: str, tmp_path: Path) -> None:
     fetch = [*COMMAND, "fetch", "--docket", redis, "--accounts", str(accounts), "--out", str(tmp_path / "out")]
     with started(fetch, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        assert process.stderr.readline().startswith("no worker is there yet: audiences worker --docket")
+        assert process.stderr.readline().startswith("no worker yet; start one: audiences worker --docket")
         process.send_signal(signal.SIGINT)
         told = process.stderr.read()
         assert process.wait(timeout=30) == 130
-    assert "error: interrupted; 0 of 1 accounts are fetched and kept\nhint: the same command with --resume" in told
+    assert "error: interrupted; 0 of 1 accounts are fetched and kept\nhint: run the same command with --resume" in told
 
 
 def test_a_worker_interrupted_before_it_has_begun(
@@ -382,7 +382,11 @@ def test_a_worker_interrupted_before_it_has_begun(
     ("arguments", "code", "told"),
     [
         (["fetch", "--docket", "nonsense", "--out", "{}/out"], 2, "the URL of the Redis cannot be used"),
-        (["fetch", "--docket", "redis://h", "--out", "{}/out", "--rate", "5"], 2, "is for `audiences worker` to say"),
+        (
+            ["fetch", "--docket", "redis://h", "--out", "{}/out", "--rate", "5"],
+            2,
+            "set these limits on `audiences worker`",
+        ),
         (["worker", "--docket", "nonsense", "--out", "{}"], 2, "the URL of the Redis cannot be used"),
         (["worker", "--docket", "nonsense", "--out", "{}", "--account-rate", "5"], 2, "the URL of the Redis"),
         (["worker", "--docket", "redis://127.0.0.1:1", "--out", "{}"], 5, "Redis cannot be used"),

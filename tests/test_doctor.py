@@ -48,7 +48,7 @@ def test_all_is_well(run: Callable[..., Done], tmp_path: Path) -> None:
         (Answer(401), 4, "HTTP 401 Unauthorized", "check the account's API key in the management console"),
         (Answer(403), 4, "HTTP 403 Forbidden", "check what the account's API key may do"),
         (Answer(404), 1, "HTTP 404 Not Found", "check base_url"),
-        (Answer(400), 1, "HTTP 400 Bad Request", "see what the service says"),
+        (Answer(400), 1, "HTTP 400 Bad Request", "see the service's description"),
         (Answer(429), 5, "HTTP 429 Too Many Requests", "ask less often"),
         (Answer(503), 5, "HTTP 503 Service Unavailable", "try again later"),
         (Answer(200, "<html>"), 1, "the reply cannot be read", "the service may have changed"),
@@ -88,7 +88,7 @@ def test_a_reply_without_a_date(run: Callable[..., Done], sandbox: Sandbox) -> N
     assert states(run("doctor"))[-1] == ("request", "ok")
 
 
-@pytest.mark.parametrize(("key", "told"), [("", "there is none"), ("two\nlines", "has a line break")])
+@pytest.mark.parametrize(("key", "told"), [("", "no API key"), ("two\nlines", "has a line break")])
 def test_a_key_that_cannot_be_used(run: Callable[..., Done], sandbox: Sandbox, key: str, told: str) -> None:
     """Without a usable key nothing is sent, and the connection is checked all the same."""
     done = run("doctor", AUDIENCES_API_KEY=key)
@@ -101,7 +101,7 @@ def test_a_name_that_is_not_found(run: Callable[..., Done]) -> None:
     """A host that does not exist is told, and no more is tried."""
     done = run("doctor", "--base-url", "https://no-such-host.invalid/")
     assert (done.returncode, states(done)) == (5, [("key", "ok"), ("name", "FAILED")])
-    assert "check base_url for a typing error, and this machine's DNS" in done.stdout
+    assert "check base_url for a typo, and this machine's DNS" in done.stdout
 
 
 def test_nobody_listens(run: Callable[..., Done]) -> None:
@@ -163,7 +163,7 @@ def test_a_certificate(run: Callable[..., Done], secured: tuple[int, trustme.CA]
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     done = run("doctor", "--base-url", f"https://localhost:{port}/", SSL_CERT_FILE=str(tmp_path / "ca.pem"))
     assert ("tls", "ok") in states(done)
-    assert "its certificate is good for " in done.stdout
+    assert "certificate valid for " in done.stdout
 
 
 @pytest.mark.parametrize(

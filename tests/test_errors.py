@@ -73,8 +73,8 @@ def test_the_message_says_where_what_how_hard_and_what_to_do() -> None:
     """The text names the account, the failure, the effort and a way out."""
     error = made(UnauthorizedError)
     assert str(error) == (
-        "account 'north': what happened; gave up after 2 attempts in 1.5 s, out of time; a larger timeout allows more, "
-        "retry after 5 s (check the account's API key in the management console)"
+        "account 'north': what happened; gave up after 2 attempts in 1.5 s, out of time (a larger timeout allows more)"
+        ", retry after 5 s (check the account's API key in the management console)"
     )
 
 

@@ -156,7 +156,8 @@ def test_a_disk_that_is_full(run: Callable[..., Done], sandbox: Sandbox, tmp_pat
     accounts = opened(sandbox, tmp_path, 3)
     done = run("fetch", "--accounts", str(accounts), "--out", "/dev/full")
     assert (done.returncode, done.stdout) == (1, "")
-    told = "error: cannot write /dev/full: No space left on device\nhint: what is done is kept; --resume goes on\n"
+    hint = "hint: fetched accounts are kept; use --resume to continue\n"
+    told = f"error: cannot write /dev/full: No space left on device\n{hint}"
     assert done.stderr == told
 
 
@@ -203,7 +204,8 @@ def test_ctrl_c_keeps_what_is_done(sandbox: Sandbox, tmp_path: Path) -> None:
         _, told = process.communicate(timeout=30)
     assert process.returncode == 130
     assert told == (
-        "error: interrupted; 5 of 10 accounts are fetched and kept\nhint: the same command with --resume goes on\n"
+        "error: interrupted; 5 of 10 accounts are fetched and kept\n"
+        "hint: run the same command with --resume to continue\n"
     )
     assert fetched(out) == expected(5)
 
@@ -258,6 +260,6 @@ def test_what_a_job_meets_of_the_service_is_reported(monkeypatch: pytest.MonkeyP
     log(events.ServiceRateLearned("", 49.7))
     assert log.now() == "limited to 49.7/s"
     told = "\n".join(log.summary())
-    assert "answered nobody for 5 s" in told
-    assert "--rate 50 is not refused" in told
+    assert "no answer from the service for 5 s in total" in told
+    assert "use --rate 50 to stay within it" in told
     log(events.CallStarted("north"))
