@@ -56,12 +56,12 @@ def test_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
-        ("a.txt", b"", "the name of an accounts file ends in one of .csv, .ndjson, .jsonl, .toml"),
-        ("a.csv", b"", "a.csv: there are no accounts in it"),
-        ("a.csv", b"name,api_key\n", "a.csv: there are no accounts in it"),
+        ("a.txt", b"", "unsupported file type; the name must end in one of .csv, .ndjson, .jsonl, .toml"),
+        ("a.csv", b"", "a.csv: contains no accounts"),
+        ("a.csv", b"name,api_key\n", "a.csv: contains no accounts"),
         ("a.csv", b"north,%k\n", "line 1: the header must name the columns name and api_key or api_key_env"),
-        ("a.csv", b"name,api_key,name\n", "line 1: a column's name comes twice in the header"),
-        ("a.csv", b"name,api_key\nn,k\nn,%k\n", "line 3, column 1 (name): 'n' comes twice, first in line 2"),
+        ("a.csv", b"name,api_key,name\n", "line 1: duplicate column name in the header"),
+        ("a.csv", b"name,api_key\nn,k\nn,%k\n", "line 3, column 1 (name): duplicate name 'n', first defined in line 2"),
         ("a.csv", b"name,api_key\nn,%k,\n", "line 2, column 3: expected 2 fields as in the header, got 3"),
         ("a.csv", b"name,api_key\n\n,%k\n", "line 3, column 1 (name): an account needs a name"),
         ("a.csv", b"name,api_key\nn, %k\n", "line 2, column 2 (api_key): the API key has white space around it"),

@@ -380,7 +380,7 @@ def test_names_in_errors_and_tables_are_unchanged(job: Job, name: str) -> None:
     shown = job.command("list", "--output", "table", AUDIENCES_API_KEY=KEY).stdout
     assert [text for text in (f" {name} ", f"<{name}>", f"!{name}") if text not in shown] == []
     job.open([name, name])
-    assert f"'{name}' comes twice" in job.run().stderr
+    assert f"duplicate name '{name}'" in job.run().stderr
 
 
 @pytest.mark.parametrize("columns", ["80", "40"])

@@ -702,7 +702,7 @@ async def test_a_session_that_would_send_other_credentials_is_refused() -> None:
 async def test_settings_of_our_own_session_do_not_go_with_a_given_one(own: dict[str, Any]) -> None:
     """ssl, proxy and max_connections are refused together with session."""
     async with aiohttp.ClientSession() as session:
-        with pytest.raises(ConfigurationError, match=f"{next(iter(own))} together with session"):
+        with pytest.raises(ConfigurationError, match=f"{next(iter(own))} cannot be combined with session"):
             AudiencesClient(KEY, session=session, **own)
 
 

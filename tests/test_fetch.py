@@ -139,7 +139,7 @@ def test_a_name_that_comes_twice_is_refused(run: Callable[..., Done], sandbox: S
     accounts = account_file(tmp_path, ["north", "south", "north"])
     done = run("fetch", "--accounts", str(accounts), "--out", str(tmp_path / "out"))
     assert (done.returncode, sandbox.requests) == (2, [])
-    assert "line 4, column 1 (name): 'north' comes twice, first in line 2" in done.stderr
+    assert "line 4, column 1 (name): duplicate name 'north', first defined in line 2" in done.stderr
     assert KEY not in done.stderr
 
 

@@ -217,7 +217,7 @@ async def test_an_app_without_a_key_answers_500(framework: str, upstream: Upstre
     async with running(framework, tmp_path, upstream.base_url, key="") as app:
         got = await app.get()
     assert (got.status, got.retry_after) == (500, None)
-    assert got.body["error"].startswith("no account: give get_audiences() one")
+    assert got.body["error"].startswith("no account: pass one to get_audiences()")
     assert upstream.asked == []
 
 
