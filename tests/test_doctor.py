@@ -53,7 +53,7 @@ def test_all_is_well(run: Callable[..., Done], tmp_path: Path) -> None:
         (Answer(503), 5, "HTTP 503 Service Unavailable", "try again later"),
         (Answer(200, "<html>"), 1, "the reply cannot be read", "the service may have changed"),
         (Answer(failure="reset"), 5, "before a reply came", "any proxy in between"),
-        (Answer(delay=60), 5, "no whole reply within", "try again later"),
+        (Answer(delay=60), 5, "no complete reply within", "try again later"),
     ],
 )
 def test_a_request_that_fails(

@@ -89,7 +89,7 @@ async def test_a_failure_that_may_pass(
             await client.get_audiences(account)
         assert (caught.value.stop_reason, caught.value.account, flaky.asked) == ("attempts", "north", 3)
         assert type(caught.value.__cause__) is kind
-        assert re.search(rf"({way}.acquire|function for the API key).* raised {kind.__name__}", str(caught.value))
+        assert re.search(rf"({way}.acquire|API key function).* raised {kind.__name__}", str(caught.value))
         assert sandbox.requests == []
         assert len(await client.get_audiences(account)) == 2
     assert ([wait for wait in time.slept if wait], len(sandbox.requests)) == ([0.5, 1.0] * 2, 1)

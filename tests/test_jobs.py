@@ -263,7 +263,7 @@ async def test_whoever_still_iterates_when_the_stream_is_left_is_told() -> None:
     async with jobs.stream(numbers_of(2), work, 1) as results:
         consumer = asyncio.ensure_future(anext(results))
         await asyncio.sleep(0)
-    with pytest.raises(ClientClosedError, match="left before its end"):
+    with pytest.raises(ClientClosedError, match="closed before its end"):
         await consumer
 
 
@@ -365,5 +365,5 @@ async def test_a_token_task_that_somebody_cancelled_is_an_accounts_failure(
     failed, fetched = await client.fetch_all([Account("bad", provider), north])
     assert isinstance(failed, Failed)
     assert type(failed.error) is TransportError
-    assert str(failed.error).startswith("account 'bad': the function for the API key raised CancelledError; gave up")
+    assert str(failed.error).startswith("account 'bad': the API key function raised CancelledError; gave up")
     assert fetched.ok

@@ -30,7 +30,7 @@ from audiences_async.structuring import MAX_PROBLEMS, decode, decoding, record
 STATIC = {"id": "1", "name": "one", "created_time": "2025-10-01T09:10:00Z", "user_count": 7, "type": "Static"}
 DYNAMIC = {"id": "2", "name": "two", "created_time": "2025-10-01T09:10:00Z", "type": "Dynamic"}
 WHEN = datetime(2025, 10, 1, 9, 10, tzinfo=UTC)
-MORE = "$: there may be more; these are the first"
+MORE = "$: there may be more problems; only the first are reported"
 
 
 def body(*data: Any, **envelope: Any) -> bytes:

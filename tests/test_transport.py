@@ -765,7 +765,7 @@ async def test_a_proxy_that_refuses(raw: StartRaw) -> None:
     async with AudiencesClient("key", base_url="https://localhost:1/", proxy=proxy, retry=ONCE) as client:
         error = await error_of(client)
     assert isinstance(error, ConnectionFailedError)
-    assert error.message == "the proxy answered 407 and made no connection"
+    assert error.message == "the proxy refused the connection with status 407"
 
 
 async def test_a_dropped_tls_connection_is_gone_at_once(raw: StartRaw) -> None:
@@ -870,7 +870,7 @@ async def test_requests_that_are_abandoned_time_out(raw: StartRaw) -> None:
         await asyncio.wait_for(asked.wait(), 5)
         assert client._wire is not None
         client._wire[0].abandon()
-        with pytest.raises(AttemptTimeoutError, match="none to any other request, waiting for the reply"):
+        with pytest.raises(AttemptTimeoutError, match="nor to any other request, waiting for the reply"):
             await call
 
 

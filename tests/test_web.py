@@ -193,7 +193,7 @@ async def test_each_outcome_has_its_status(framework: str, sandbox: Sandbox, tmp
         (Answer(501), 502, None, "HTTP 501 Not Implemented"),
         (Answer(200, f"no JSON, but {KEY}"), 502, None, "the reply cannot be read"),
         (Answer(failure="reset"), 502, None, "before a reply came"),
-        (Answer(delay=1.0), 504, None, "no whole reply within attempt_timeout=0.5 s"),
+        (Answer(delay=1.0), 504, None, "no complete reply within attempt_timeout=0.5 s"),
         (Answer(429), 429, None, "HTTP 429 Too Many Requests"),
         (Answer(429, {"status": 429, "description": KEY}, retry_after=7.95), 429, "8", "HTTP 429 Too Many Requests"),
         (Answer(), 429, "8", "which does not fit into the call's timeout"),  # never asked for: the account is paused
