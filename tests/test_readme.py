@@ -182,7 +182,7 @@ def test_the_defaults_are_true() -> None:
 
 def test_the_table_of_replies_names_real_errors() -> None:
     """Each error that README names exists, and none that a reply can come to is left out."""
-    named = set(re.findall(r"`(\w+Error)`", section("What each reply comes to")))
+    named = set(re.findall(r"`(\w+Error)`", section("How responses are handled")))
     assert all(issubclass(getattr(audiences_async, name), AudiencesError) for name in named)
     every = {name for name in audiences_async.__all__ if name.endswith("Error")}
     assert every - named == {"ConfigurationError", "ClientClosedError", "TransportError"}
