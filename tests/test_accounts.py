@@ -1,4 +1,4 @@
-"""Accounts from files: three formats, read as streams, and errors that tell the place and never a key."""
+"""Account files: three formats, read as streams, and errors with the place and never a key."""
 
 import traceback
 from pathlib import Path
@@ -42,7 +42,7 @@ api_key_env = "SOUTH_KEY"
 )
 @pytest.mark.parametrize("start", ["", "\ufeff"])
 def test_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, start: str) -> None:
-    """Names and keys come as they stand, keys also from the environment, as often as one asks."""
+    """Names and keys are read unchanged, keys also from the environment, at every iteration."""
     monkeypatch.setenv("SOUTH_KEY", "another key")
     file = tmp_path / name
     file.write_bytes((start + text).encode())
@@ -91,7 +91,7 @@ def test_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 def test_errors_tell_the_place_and_no_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: bytes, told: str
 ) -> None:
-    """What cannot be used is told with its line and column when the file is opened; a misplaced key is not repeated."""
+    """A problem is reported with its line and column when the file is opened; a misplaced key is not repeated."""
     monkeypatch.setenv("EMPTY", "")
     file = tmp_path / name
     file.write_bytes(text.replace(b"%k", KEY.encode()))
@@ -105,7 +105,7 @@ def test_errors_tell_the_place_and_no_key(
 
 
 async def test_without_keys(tmp_path: Path) -> None:
-    """Read for its names alone, the file needs no keys, and its accounts cannot be asked for."""
+    """Read for its names alone, the file needs no keys, and the accounts have none."""
     path = tmp_path / "accounts.csv"
     path.write_text("name,api_key_env\nnorth,NOT_SET\n")
     (account,) = AccountFile(path, with_keys=False)
@@ -116,13 +116,13 @@ async def test_without_keys(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    """A file that is not there is a usage error as any other."""
+    """A missing file is a usage error like any other."""
     with pytest.raises(ConfigurationError, match="none.csv: cannot be read: No such file or directory"):
         AccountFile(tmp_path / "none.csv")
 
 
 def test_a_large_file_is_read_as_a_stream(tmp_path: Path) -> None:
-    """The accounts come while the file is still being read: a row that goes bad later does not hide the first ones."""
+    """Accounts are yielded while the file is being read: a row that goes bad later does not hide the first ones."""
     file = tmp_path / "a.csv"
     file.write_text("name,api_key\n" + "".join(f"a{number},key\n" for number in range(5_000)))
     accounts = AccountFile(file)
