@@ -287,14 +287,14 @@ class AudiencesClient:
         """
         fetch = self._job(accounts, concurrency, timeout)
         checks.seconds("patience", patience)
-        given = [account async for account in jobs.checked(accounts)]
+        items = [account async for account in jobs.checked(accounts)]
 
         async def numbered(item: tuple[int, Account], place: jobs.Place) -> tuple[int, Outcome]:
             return item[0], await fetch(item[1], place)
 
-        async with self._watched(jobs.stream(jobs.each(enumerate(given)), numbered, concurrency, patience)) as outcomes:
+        async with self._watched(jobs.stream(jobs.each(enumerate(items)), numbered, concurrency, patience)) as outcomes:
             by_number = {number: outcome async for number, outcome in outcomes}
-        return [by_number[number] for number in range(len(given))]
+        return [by_number[number] for number in range(len(items))]
 
     def invalidate(self, account: Account | None = None) -> None:
         """Discard the account's cached answer; requests already in flight are not cached. No effect without a cache.

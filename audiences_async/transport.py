@@ -169,15 +169,15 @@ class _Trust:
         """Record that a connection of a caller's session was used here."""
         self._used.add(transport)
 
-    def lose(self, given: aiohttp.BaseConnector | None) -> None:
+    def lose(self, pool: aiohttp.BaseConnector | None) -> None:
         """Record that a connection has failed; connections that are idle now are likely to be dead too.
 
         Args:
-            given: The pool of a caller's session; ``None`` for the client's own.
+            pool: The pool of a caller's session; ``None`` for the client's own.
         """
         self._failed_at = self.now()
         # aiohttp has no public list of its idle connections.
-        for idle in list(getattr(given, "_conns", {}).values()):
+        for idle in list(getattr(pool, "_conns", {}).values()):
             self._lost.update(protocol.transport for protocol, *_ in idle if protocol.transport is not None)
 
 

@@ -222,7 +222,7 @@ class Fault:
     """One fault and the promise.
 
     Attributes:
-        name: What is wrong.
+        name: The fault.
         serve: The server's side; called again and again on each connection until it leaves it.
         outcome: Result of the call.
         requests: Number of requests sent.

@@ -95,7 +95,7 @@ async def turns(reached: Callable[[], object], most: int) -> int:
 async def in_time(reached: Callable[[], object], *, seconds: float = 5.0) -> None:
     """Let other tasks run until *reached* is true."""
     async with asyncio.timeout(seconds):
-        while not reached():  # noqa: ASYNC110 - nothing tells of what happens inside a call
+        while not reached():  # noqa: ASYNC110 - no event is set inside a call
             await asyncio.sleep(0)
 
 

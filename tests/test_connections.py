@@ -81,7 +81,7 @@ async def reset(connection: RawConnection) -> None:
     connection.writer.transport.abort()
 
 
-# --- numbers that no Python number can hold, and statuses that are none
+# --- numbers that no Python number can hold, and invalid statuses
 
 NUMBERS = pytest.mark.parametrize("number", [b"1e999", b"-1e400", b"9" * 5000], ids=["1e999", "-1e400", "digits"])
 STATIC = {"id": "a", "name": "A", "created_time": "2025-10-01T09:10:00Z", "user_count": 1, "type": "Static"}

@@ -57,7 +57,7 @@ async def test_fault(fault: Fault, thread: ServerThread, request: pytest.Fixture
         assert len(error.attempts) == (fault.requests if fault.tries is None else fault.tries)
     assert not any(b"\r\ncookie:" in head.lower() for head in server.heads)
     async with asyncio.timeout(1.0):  # the event loop closes sockets in its next turns
-        while open_sockets() - sockets:  # noqa: ASYNC110 - no event tells of that
+        while open_sockets() - sockets:  # noqa: ASYNC110 - there is no event for it
             await asyncio.sleep(0)
 
 

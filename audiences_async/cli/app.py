@@ -193,7 +193,7 @@ def fetch(
     allow_partial
         Exit with 0 even if accounts failed.
     docket
-        URL of a Redis: the workers of `audiences worker` fetch, with their own settings.
+        URL of a Redis: `audiences worker` processes fetch the accounts, with their own settings.
     parts
         With --docket: directory that the workers write to; by default the output's name with .parts appended.
     """
