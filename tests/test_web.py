@@ -271,7 +271,7 @@ async def test_who_leaves_and_a_shutdown_end_no_other_call(framework: str, upstr
 async def test_500_handlers_of_which_250_are_left_alone(
     upstream: Upstream, tmp_path: Path, client: str, requests: int
 ) -> None:
-    """Of 500 concurrent handlers 250 end as their clients disconnect; the others are answered, by one call with a cache."""
+    """Of 500 handlers 250 end as their clients disconnect; the others are answered, with a cache by one call."""
     changes = {
         "timeout=3.0": "timeout=30.0",
         CLIENT: client,
