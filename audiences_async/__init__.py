@@ -1,4 +1,4 @@
-"""The asyncio client for ``GET /audiences`` of the CommBox API: a complete answer, or an error that says why not."""
+"""Asyncio client for ``GET /audiences`` of the CommBox API: a complete answer, or an error that explains why not."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -83,8 +83,8 @@ __all__ = [
     "__version__",
 ]
 
-# Where each name is defined. It is imported when it is first used: a program that only has this package among its
-# pytest plugins, or looks at its version, does not pay for aiohttp and cattrs.
+# Module of each name. Names are imported on first use, so that a program that only loads the pytest plugin or reads the
+# version does not pay for aiohttp and cattrs.
 _NAMES = {
     "caching": ("CachePolicy",),
     "client": ("AudiencesClient", "ClientSnapshot"),

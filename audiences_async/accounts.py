@@ -1,4 +1,4 @@
-"""Accounts from files: TOML, CSV or NDJSON, checked as a whole before the first one is used."""
+"""Read accounts from TOML, CSV or NDJSON files, which are checked as a whole first."""
 
 import csv
 import json
@@ -21,37 +21,37 @@ _TOML_PLACE: Final = re.compile(r" \(at (line \d+, column \d+|end of document)\)
 
 
 class AccountFile:
-    """The accounts of a file, to be iterated any number of times; ``len()`` tells how many there are.
+    """The accounts of a file. Iterable any number of times; ``len()`` is the number of accounts.
 
     Each account has a ``name`` and either ``api_key`` or ``api_key_env``, the name of an environment variable that
-    holds the key; other fields are ignored. The ending of the file's name tells its format:
+    holds the key; other fields are ignored. The file name's extension selects the format:
 
-    - ``.csv``: a header line that names the columns, then one line for each account;
-    - ``.ndjson`` or ``.jsonl``: one JSON object a line;
-    - ``.toml``: one ``[[accounts]]`` table for each account.
+    - ``.csv``: a header line with the column names, then one line per account;
+    - ``.ndjson`` or ``.jsonl``: one JSON object per line;
+    - ``.toml``: one ``[[accounts]]`` table per account.
 
-    CSV and NDJSON are read line by line at each iteration, one account in memory at a time; TOML is read whole.
+    Each iteration reads CSV and NDJSON line by line, with one account in memory at a time. TOML is read at once.
 
     Args:
         path: The file; UTF-8, with or without a byte order mark.
-        with_keys: Whether the keys are wanted. Without them the environment variables need not be set here, and the
-            accounts are good for nothing but their names, as on the submitting side of a distributed job.
+        with_keys: Whether to read the keys. Without them the environment variables need not be set, and the accounts
+            are usable only for their names, as on the submitting side of a distributed job.
 
     Raises:
-        ConfigurationError: The file cannot be read, has no accounts, or has one that cannot be used or whose name
-            comes twice; the message tells the line and the column, and never a key.
+        ConfigurationError: The file cannot be read or has no accounts; an account is invalid; or two accounts have the
+            same name. The message has the line and the column, and never a key.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, with_keys: bool = True) -> None:
         self._path = Path(path)
         self._with_keys = with_keys
         if self._path.suffix.lower() not in _FORMATS:
-            raise self._error("", f"the name of an accounts file ends in one of {', '.join(_FORMATS)}")
+            raise self._error("", f"unsupported file type; the name must end in one of {', '.join(_FORMATS)}")
         self._count = self._checked()
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """Path of the file."""
         return self._path
 
     def __len__(self) -> int:
@@ -62,20 +62,20 @@ class AccountFile:
             yield account
 
     def _checked(self) -> int:
-        """How many accounts there are, all of them usable and of different names."""
+        """Check every account and return their number; names must be unique."""
         seen: dict[str, str] = {}
         for row, account in self._accounts():
             if account.name in seen:
-                problem = f"'{printable(account.name)}' comes twice, first in {seen[account.name]}"
+                problem = f"duplicate name '{printable(account.name)}', first defined in {seen[account.name]}"
                 raise self._error(row.at("name"), problem)
             seen[account.name] = row.place
         if not seen:
-            raise self._error("", "there are no accounts in it")
+            raise self._error("", "contains no accounts")
         return len(seen)
 
     def _accounts(self) -> Iterator[tuple["_Row", Account]]:
         rows = self._rows()
-        # Errors are raised here, where no frame on the way holds a key in plain text: tracebacks may print locals.
+        # Errors are raised here, where no frame holds a key in plain text: tracebacks may print locals.
         while (row := _advance(rows)) is not None:
             if isinstance(row, _Problem):
                 raise self._error(row.place, row.text)
@@ -94,25 +94,25 @@ class AccountFile:
 
 
 class _Problem(NamedTuple):
-    """Where something is wrong, empty for the file as a whole, and what."""
+    """A problem and its place in the file; the place is empty if it concerns the whole file."""
 
     place: str
     text: str
 
 
 class _MalformedError(Exception):
-    """The file's own syntax is broken; the arguments are a problem's."""
+    """The file's syntax is invalid; the arguments are those of `_Problem`."""
 
 
 @frozen
 class _Row:
-    """What a file says of one account, and where.
+    """One account's fields and their place in the file.
 
     Attributes:
-        number: Place among the accounts, from 0.
-        line: Line of the file, from 1; 0 where it cannot be told.
-        columns: Line and column of each field, from 1; the column counts characters, or fields in a CSV file.
-        fields: What it says; never printed.
+        number: Index of the account, from 0.
+        line: Line of the file, from 1; 0 if unknown.
+        columns: Line and column of each field, from 1. The column counts characters, or fields in a CSV file.
+        fields: Field values; never printed.
     """
 
     number: int
@@ -132,7 +132,7 @@ class _Row:
 
 
 def _advance(rows: Iterator[_Row]) -> _Row | _Problem | None:
-    """The next row, or what is wrong; ``None`` at the end."""
+    """Return the next row, or a problem; ``None`` at the end."""
     try:
         return next(rows, None)
     except _MalformedError as error:
@@ -144,38 +144,42 @@ def _advance(rows: Iterator[_Row]) -> _Row | _Problem | None:
 
 
 def _account(row: _Row, *, with_key: bool) -> Account | _Problem:
-    """The account of a row, or what is wrong with it. A value is never repeated: what is misplaced may be a key."""
-    given = {name: row.fields[name] for name in _FIELDS if row.fields.get(name) is not None}
-    for name, value in given.items():
+    """Return the account of a row, or its problem. Values are never repeated: a misplaced one may be a key."""
+    fields = {name: row.fields[name] for name in _FIELDS if row.fields.get(name) is not None}
+    for name, value in fields.items():
         if not isinstance(value, str):
             return _Problem(row.at(name), f"expected text, got {type(value).__name__}")
-    problem = _name_problem(given.get("name", ""))
+    problem = _name_problem(fields.get("name", ""))
     if problem:
         return _Problem(row.at("name"), problem)
     if not with_key:
-        return Account(given["name"], no_key)
-    if ("api_key" in given) == ("api_key_env" in given):
+        return Account(fields["name"], no_key)
+    if ("api_key" in fields) == ("api_key_env" in fields):
         return _Problem(row.at("api_key"), "an account needs one of api_key and api_key_env")
-    source = "api_key" if "api_key" in given else "api_key_env"
-    key = given["api_key"] if source == "api_key" else _variable(given["api_key_env"])
+    source = "api_key" if "api_key" in fields else "api_key_env"
+    key = fields["api_key"] if source == "api_key" else _variable(fields["api_key_env"])
     try:
-        return Account(given["name"], key or "")
+        return Account(fields["name"], key or "")
     except ConfigurationError as error:
         unset = key is None
         return _Problem(row.at(source), "names an environment variable that is not set" if unset else error.message)
 
 
 def _variable(name: str) -> str | None:
-    """Return an environment variable; ``None`` if it is not set, or cannot exist."""
+    """Return an environment variable; ``None`` if it is unset or its name is invalid."""
     try:
         return os.environ.get(name)
-    except ValueError:  # of a surrogate
+    except ValueError:  # the name has a surrogate
         return None
 
 
 def no_key() -> str:
-    """The key of an account that is known by its name alone."""
-    raise LookupError("keys are the workers' alone")
+    """Stand in for the key function of an account known only by name.
+
+    Raises:
+        LookupError: Always.
+    """
+    raise LookupError("keys are available on the workers only")
 
 
 def _name_problem(name: str) -> str:
@@ -215,16 +219,16 @@ def _csv(file: BinaryIO) -> Iterator[_Row]:
         if len(cells) != len(columns):
             place = f"line {start}, column {min(len(cells), len(columns)) + 1}"
             raise _MalformedError(place, f"expected {len(columns)} fields as in the header, got {len(cells)}")
-        # An empty cell is how CSV leaves a field out.
+        # CSV leaves a field out by an empty cell.
         fields = {name: cells[column - 1] or None for name, column in columns.items()}
         yield _Row(number, start, {name: (start, column) for name, column in columns.items()}, fields)
         number += 1
 
 
 def _check_header(columns: Mapping[str, int], cells: list[str], line: int) -> None:
-    # Not by name: where the header is missing, what stands there may be a key.
+    # Without the names: if the header is missing, the first line may contain a key.
     if len(columns) != len(cells):
-        raise _MalformedError(f"line {line}", "a column's name comes twice in the header")
+        raise _MalformedError(f"line {line}", "duplicate column name in the header")
     if "name" not in columns or not columns.keys() & {"api_key", "api_key_env"}:
         raise _MalformedError(f"line {line}", "the header must name the columns name and api_key or api_key_env")
 
@@ -240,7 +244,7 @@ def _ndjson(file: BinaryIO) -> Iterator[_Row]:
             raise _MalformedError(f"line {line_number}, column {error.colno}", error.msg) from None
         except RecursionError:
             raise _MalformedError(f"line {line_number}", "is nested too deeply") from None
-        except ValueError:  # what `json` gives to `int`, which has a limit
+        except ValueError:  # `int` limits the number of digits
             raise _MalformedError(f"line {line_number}", "has a number of too many digits") from None
         if not isinstance(fields, dict):
             raise _MalformedError(f"line {line_number}, column 1", f"expected an object, got {type(fields).__name__}")
@@ -258,19 +262,19 @@ def _toml(file: BinaryIO) -> Iterator[_Row]:
         raise _MalformedError(place[1] if place else "", _TOML_PLACE.sub("", str(error))) from None
     except RecursionError:
         raise _MalformedError("", "is nested too deeply") from None
-    except ValueError:  # what `tomllib` gives to `int`, which has a limit
+    except ValueError:  # `int` limits the number of digits
         raise _MalformedError("", "has a number of too many digits") from None
     if not isinstance(accounts, list) or not all(isinstance(account, dict) for account in accounts):
         raise _MalformedError("", "expected one [[accounts]] table for each account")
     tables = _toml_tables(text)
     for number, fields in enumerate(accounts):
-        # Tables written inline have no header line to find.
+        # Inline tables have no header line to find.
         line, columns = tables[number] if len(tables) == len(accounts) else (0, {})
         yield _Row(number, line, columns, fields)
 
 
 def _toml_tables(text: str) -> list[tuple[int, dict[str, tuple[int, int]]]]:
-    """Where each table and its fields begin; the parser does not tell."""
+    """Return the line and columns of each table; `tomllib` does not report them."""
     tables: list[tuple[int, dict[str, tuple[int, int]]]] = []
     for number, line in enumerate(text.splitlines(), 1):
         if _TOML_TABLE.match(line):

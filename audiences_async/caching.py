@@ -1,4 +1,4 @@
-"""One request for all who ask at the same time, and its answer for those who ask soon after."""
+"""Share one request between concurrent callers, and cache its answer."""
 
 import asyncio
 import copy
@@ -25,27 +25,27 @@ from audiences_async.models import Account, AudiencesResponse
 from audiences_async.pacing import Place
 from audiences_async.wire import Result
 
-# As RFC 5861, section 4 has it: an outage, and not an answer that refuses.
+# Outages only, as in RFC 5861, section 4: an answer such as 403 is not one.
 _OUTAGES: Final = (TransportError, ServerError, TooManyRequestsError, DeadlineExceededError)
 
 
 @frozen
 class CachePolicy:
-    """How long an answer is good for. A frozen value: share it freely.
+    """How long an answer may be reused. A frozen value that can be shared freely.
 
-    Calls of one account at the same time always share one request. Answers are told apart by what the account's key
-    is, never by its name, and are never another account's. Errors are not kept.
+    Concurrent calls of one account always share one request. The cache is keyed by the account's API key, never by its
+    name, so that no account gets the answer of another. Errors are not cached.
 
     Attributes:
-        ttl: Seconds for which an answer is given again; 0 means that only calls at the same time share it.
-        stale_while_revalidate: Seconds after that, for which it is still given while a new one is fetched behind it;
-            0 means not at all (https://www.rfc-editor.org/rfc/rfc5861, section 3).
-        stale_if_error: Seconds after *ttl*, for which it is given in place of an outage: no answer, a 5xx, a 429, or no
-            time left; 0 means not at all (section 4).
-        max_accounts: Answers that are kept, the last used ones.
+        ttl: Seconds for which an answer is reused; 0 means that only concurrent calls share it.
+        stale_while_revalidate: Seconds after *ttl* for which the old answer is returned while a new one is fetched in
+            the background; 0 disables this (https://www.rfc-editor.org/rfc/rfc5861, section 3).
+        stale_if_error: Seconds after *ttl* for which the old answer replaces an outage: no answer, a 5xx, a 429, or no
+            time left; 0 disables this (section 4).
+        max_accounts: Maximum number of cached answers; the least recently used are evicted.
 
     Raises:
-        ConfigurationError: A number out of its range.
+        ConfigurationError: A number is out of range.
     """
 
     ttl: float = field(validator=checks.is_not_negative)
@@ -56,7 +56,7 @@ class CachePolicy:
 
 @frozen(eq=False)
 class _Kept:
-    """An answer and when it came."""
+    """A cached answer and the time it arrived."""
 
     response: AudiencesResponse
     at: float
@@ -65,7 +65,7 @@ class _Kept:
 
 @define(eq=False)
 class _Flight:
-    """A request under way, and how many wait for it; the client itself counts as one while it refreshes."""
+    """A request in flight and the number of its waiters. During a refresh, the client counts as one."""
 
     call: Call
     generation: int
@@ -74,20 +74,20 @@ class _Flight:
     task: asyncio.Task[Result] = field(init=False)
 
     def extend(self, timeout: float) -> None:
-        """Whoever joins has so many seconds: no shorter time of somebody else's ends the request before."""
+        """Extend the request's deadline so that a joining caller gets its full *timeout*."""
         self.call.time.extend(timeout)
 
 
 class Cache:
-    """What one client keeps, on one event loop.
+    """The cache of one client, on one event loop.
 
     Args:
-        policy: For how long.
-        clock: Where the time comes from.
-        base_url: Where the answers come from.
-        begin: Makes a call for an account that has so many seconds.
-        run: Runs it.
-        timeout: Seconds for a request that nobody waits for.
+        policy: How long answers are reused.
+        clock: Source of the time.
+        base_url: URL of the service, part of the cache key.
+        begin: Creates a call for an account, a timeout in seconds and a place in a job.
+        run: Runs a call.
+        timeout: Seconds for a background refresh.
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class Cache:
         self._flights: dict[bytes, _Flight] = {}
         self._tasks: set[asyncio.Task[Result]] = set()
         self._digests: OrderedDict[Account, bytes] = OrderedDict()
-        self._generation = 0  # counts what has been invalidated
-        self._invalidated: dict[str, int] = {}  # by name, of accounts whose key a function gives
+        self._generation = 0  # incremented by each invalidation
+        self._invalidated: dict[str, int] = {}  # by account name, for accounts with a key function
 
     async def get(
         self,
@@ -122,14 +122,14 @@ class Cache:
         on_call: Callable[[Call], object],
         place: Place | None = None,
     ) -> Result:
-        """The account's answer, kept or new, or the error.
+        """Return the account's answer, cached or new, or the error.
 
         Args:
-            account: Whose it is.
-            key: Its key right now.
-            timeout: Seconds that the caller has; keeping to them is the caller's own matter.
-            on_call: Called with the call that it waits for.
-            place: The caller's place in a job; ``None`` if it is of no job.
+            account: The account.
+            key: Its current key.
+            timeout: Seconds that the caller has left; the caller enforces them.
+            on_call: Called with the call that the caller waits for.
+            place: The caller's place in a job; ``None`` outside a job.
         """
         digest = self._digest(key)
         self._remember(account, digest)
@@ -147,12 +147,12 @@ class Cache:
         return result if stale is None else stale
 
     def in_place_of(self, error: AudiencesError, account: Account) -> AudiencesResponse | None:
-        """What is given instead of the error; ``None`` where that is nothing."""
+        """Return the cached answer that replaces *error*; ``None`` if there is no such answer."""
         digest = self._digests.get(account)
         return None if digest is None else self._in_place_of(error, account, digest)
 
     def invalidate(self, account: Account) -> None:
-        """Keep no answer of this account that was asked for before now."""
+        """Discard the account's answer, and do not cache the answers of requests in flight."""
         if isinstance(account.credential, ApiKey):
             self._forget(self._digest(account.credential))
             return
@@ -170,9 +170,9 @@ class Cache:
             flight.keep = False
 
     def _is_valid(self, held: _Kept | _Flight | None, account: Account) -> bool:
-        """Whether it was asked for after the account was last invalidated.
+        """Return whether *held* was requested after the account was last invalidated.
 
-        Which key a function gave before is not known, and two functions do not compare: such accounts go by name.
+        Earlier keys of a key function are unknown, and functions cannot be compared. Accounts with one go by name.
         """
         if held is None:
             return False
@@ -183,7 +183,7 @@ class Cache:
         return kept if self._is_valid(kept, account) else None
 
     async def close(self) -> None:
-        """End what is under way."""
+        """Cancel all requests and wait until they have ended."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -227,12 +227,12 @@ class Cache:
             await asyncio.wait({flight.task})
         result = flight.task.result()
         if joined and isinstance(result, DeadlineExceededError) and self._now() + (result.retry_after or 0) < until:
-            # Where it waited for its turn, it had no more time than the first who asked.
+            # It waited for its turn with the shorter deadline of the first caller.
             return await self._joined(digest, account, until - self._now(), on_call, place)
         if joined and place is not None and isinstance(result, AudiencesError) and result.stop_reason == "budget":
-            # Begun by a call of no job, which does not wait for tokens.
+            # It was begun outside a job, so it did not wait for tokens.
             return await self._joined(digest, account, until - self._now(), on_call, place)
-        return _of(result, account) if isinstance(result, AudiencesError) else result
+        return _copy_for(result, account) if isinstance(result, AudiencesError) else result
 
     @contextmanager
     def _waiting(self, digest: bytes, flight: _Flight) -> Iterator[None]:
@@ -247,7 +247,7 @@ class Cache:
 
     def _start(self, digest: bytes, account: Account, timeout: float, place: Place | None = None) -> _Flight:
         flight = _Flight(self._begin(account, timeout, place), self._generation)
-        self._flights[digest] = flight  # before the task, which may be an eager one
+        self._flights[digest] = flight  # before creating the task, which may start eagerly
         flight.task = asyncio.get_running_loop().create_task(self._fly(digest, account, flight))
         self._tasks.add(flight.task)
         flight.task.add_done_callback(self._tasks.discard)
@@ -259,7 +259,7 @@ class Cache:
         finally:
             self._land(digest, flight)
         if flight.keep and isinstance(result, AudiencesResponse) and flight.call.key is not None:
-            answered = self._digest(flight.call.key)  # perhaps by a fresh key, after a 401
+            answered = self._digest(flight.call.key)  # the key may be a fresh one, after a 401
             self._remember(account, answered)
             self._keep(answered, _Kept(result, self._now(), flight.generation))
         return result
@@ -275,9 +275,9 @@ class Cache:
             self._kept.popitem(last=False)
 
 
-def _of(error: AudiencesError, account: Account) -> AudiencesError:
-    """Each caller's own error: an exception that is raised twice shows the frames of both."""
-    own = copy.copy(error)
-    own.__cause__ = error.__cause__
-    own.account = account.name
-    return own
+def _copy_for(error: AudiencesError, account: Account) -> AudiencesError:
+    """Return a copy of the error for one caller: an exception that is raised twice shows the frames of both."""
+    copied = copy.copy(error)
+    copied.__cause__ = error.__cause__
+    copied.account = account.name
+    return copied

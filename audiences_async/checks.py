@@ -1,4 +1,4 @@
-"""Checks of arguments: a clear `ConfigurationError` before anything is sent."""
+"""Argument checks: raise a clear `ConfigurationError` before anything is sent."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
@@ -8,11 +8,11 @@ from audiences_async.errors import ConfigurationError
 if TYPE_CHECKING:
     from attrs import Attribute
 
-_LARGEST: Final = 1e9  # 31 years of seconds; a comparison refuses nan, inf and integers beyond floats
+_LARGEST: Final = 1e9  # 31 years of seconds; this comparison also rejects nan, inf and integers too large for a float
 
 
 def number(name: str, value: Any, *, zero: bool = False, unit: str = "") -> float:
-    """A finite number above zero, or from zero up where *zero* says so."""
+    """Return a finite number above 0, or from 0 up if *zero* is true."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not -_LARGEST < value < _LARGEST or value < 0 or (value == 0 and not zero):
         bound = "of 0 or more" if zero else "above 0"
@@ -21,7 +21,7 @@ def number(name: str, value: Any, *, zero: bool = False, unit: str = "") -> floa
 
 
 def seconds(name: str, value: Any, *, zero: bool = False) -> float:
-    """As `number`, of seconds."""
+    """Return a number of seconds; see `number`."""
     return number(name, value, zero=zero, unit="of seconds ")
 
 
@@ -33,7 +33,7 @@ def count(name: str, value: Any, *, least: int = 1) -> int:
 
 
 def is_count(_: object, attribute: "Attribute[int]", value: int) -> None:
-    """As `count`, for a field of an attrs class."""
+    """Validate an attrs field as `count` does."""
     count(attribute.name, value)
 
 
@@ -43,26 +43,26 @@ def is_count_or_zero(_: object, attribute: "Attribute[int]", value: int) -> None
 
 
 def is_positive(_: object, attribute: "Attribute[float]", value: float) -> None:
-    """As `number`, for a field of an attrs class."""
+    """Validate an attrs field as `number` does."""
     number(attribute.name, value)
 
 
 def is_not_negative(_: object, attribute: "Attribute[float]", value: float) -> None:
-    """As `number`, for a field of an attrs class that may be zero."""
+    """Validate an attrs field as `number` does; 0 is allowed."""
     number(attribute.name, value, zero=True)
 
 
 def statuses(name: str, values: Iterable[Any]) -> frozenset[int]:
-    """A set of HTTP statuses that can stand for a failure."""
-    given = list(values) if isinstance(values, Iterable) else [values]
-    for value in given:
+    """Return a set of HTTP statuses from 300 to 599."""
+    listed = list(values) if isinstance(values, Iterable) else [values]
+    for value in listed:
         if not isinstance(value, int) or not 300 <= value <= 599:
-            raise ConfigurationError(f"{name} must hold HTTP statuses from 300 to 599, got {value!r}")
-    return frozenset(given)
+            raise ConfigurationError(f"{name} must contain only HTTP statuses from 300 to 599, got {value!r}")
+    return frozenset(listed)
 
 
 def instance(name: str, value: Any, *kinds: type) -> None:
-    """One of the classes that are meant here."""
+    """Check that *value* is an instance of one of *kinds*."""
     if not isinstance(value, kinds):
-        meant = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise ConfigurationError(f"{name} must be {meant}, got {type(value).__name__}")
+        expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ConfigurationError(f"{name} must be {expected}, got {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""The client: settings, lifecycle, and the bounds around each call."""
+"""The client: settings, lifecycle, and the limits on each call."""
 
 import asyncio
 import os
@@ -46,17 +46,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEFAULT_ACCOUNT: Final = "default"
-"""The name of the account whose key the client itself was given."""
+"""Name of the account that uses the client's own ``api_key``."""
 
 
 @frozen
 class ClientSnapshot:
-    """What a client does right now.
+    """State of a client at one moment.
 
     Attributes:
-        accounts: The accounts in use, and how each is paced.
-        budget_left: Tokens left of the `RetryBudget`; ``inf`` if there is none.
-        service: How the service holds all accounts together; ``None`` before the client's first use.
+        accounts: The accounts in use and their pace.
+        budget_left: Tokens left of the `RetryBudget`; ``inf`` if the client has no budget.
+        service: State of the limits that all accounts share; ``None`` before the client's first use.
     """
 
     accounts: tuple[AccountPace, ...]
@@ -65,44 +65,45 @@ class ClientSnapshot:
 
 
 class AudiencesClient:
-    """A client for ``GET /audiences``: every audience of an account, or an error that says why not.
+    """A client for ``GET /audiences``: every audience of an account, or an error that explains why not.
 
-    One client serves any number of tasks of one event loop, and any number of accounts. It may be made anywhere,
-    binds to the event loop of its first use, and opens its session then::
+    One client serves any number of accounts, and any number of tasks on one event loop. It can be created anywhere; on
+    first use it binds to the running event loop and opens its session::
 
         async with AudiencesClient("api-key") as client:
             response = await client.get_audiences()
 
     Args:
-        api_key: The default account's key; else the environment's ``AUDIENCES_API_KEY``. With neither, every call
+        api_key: The default account's key; by default the environment's ``AUDIENCES_API_KEY``. With neither, every call
             needs an `Account`.
-        base_url: Where the service is; else ``AUDIENCES_BASE_URL``, else production, https://api.commbox.io/.
-        allow_http: Whether a plain ``http://`` URL may lead to a host that is not loopback; the key is then readable
-            on the way.
+        base_url: URL of the service; by default ``AUDIENCES_BASE_URL``, else production, https://api.commbox.io/.
+        allow_http: Whether a plain ``http://`` URL may name a host other than loopback; the key is then sent
+            unencrypted.
         timeout: Seconds for a whole call: queueing, every attempt and every wait. Above 0.
         attempt_timeout: Seconds for one attempt: sending, headers and the whole body. Above 0.
-        retry: What is retried, how often and after how long.
-        budget: How many retries all calls of this client may make together; ``None`` means no such bound.
-        rate_limit: The rate of each account where it is known, or a `Limiter` that knows; ``None`` means that it is
-            learned from the service's 429s. A 429 pauses its account in any case.
-        service_rate_limit: The rate of all accounts together where it is known, or a `Limiter` that knows; ``None``
-            means no such limit. In a job, waiting for it takes nothing of an account's time.
-        cache: For how long answers are kept, and shared by those who ask; ``None`` means that every call goes out.
+        retry: Which failures are retried, how often and after which delay.
+        budget: Limit on the retries of all calls of this client together; ``None`` means no such limit.
+        rate_limit: Known rate of each account, or a `Limiter`; ``None`` means that the rate is learned from the
+            service's 429s. A 429 pauses its account in any case.
+        service_rate_limit: Known rate of all accounts together, or a `Limiter`; ``None`` means no such limit. In a job,
+            waiting for it does not count towards an account's timeout.
+        cache: How long answers are kept and shared between callers; ``None`` means that every call sends a request.
         max_connections: Connections of the client's own session; ``None`` means 100.
-        max_body_bytes: The largest body that is read, in bytes after inflating. Decoded, it takes several times as much
-            memory. A single record of it is decoded at a stretch; so is the whole looked at once, up to 5 ms a MiB.
-        ssl: The TLS context of the client's own session, for a CA or a client certificate of your own; ``None`` means
-            the system's CAs.
-        proxy: URL of an HTTP proxy for the client's own session; ``None`` means none, whatever the environment says.
-        session: A session of yours to send on; it stays yours and is never closed here. One that keeps cookies serves
-            a single account. What comes on its idle connections is aiohttp's to read; a connection that has had any is
-            not used, which costs an attempt. ``ssl``, ``proxy`` and ``max_connections`` are then your session's matter.
-        on_event: Called with each `Event` as it happens, inside the event loop: it must not block. What it raises is
-            logged and goes no further.
-        clock: Time and randomness, to be stepped in tests.
+        max_body_bytes: Largest body that is read, in bytes after decompression. The decoded audiences take several
+            times as much memory. Two steps block the event loop: decoding one record, and one scan of the body, up to 5
+            ms per MiB.
+        ssl: TLS context of the client's own session, for your own CA or client certificate; ``None`` means the system's
+            CAs.
+        proxy: URL of an HTTP proxy for the client's own session; ``None`` means no proxy. The environment is ignored.
+        session: Your own session to send on; the client never closes it. A session that keeps cookies can serve only
+            one account. aiohttp itself reads what arrives on its idle connections; a connection that received anything
+            is not used, which costs an attempt. Configure TLS, proxy and connections on the session: ``ssl``, ``proxy``
+            and ``max_connections`` cannot be combined with it.
+        on_event: Called with each `Event`, on the event loop: it must not block. Its exceptions are logged and ignored.
+        clock: Time and randomness; tests can replace it.
 
     Raises:
-        ConfigurationError: An argument or an environment variable that cannot be used.
+        ConfigurationError: An argument or an environment variable is invalid.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class AudiencesClient:
         on_event: EventHook | None = None,
         clock: Clock = Clock(),  # noqa: B008 - a frozen value
     ) -> None:
-        # What may hold a secret leaves this frame's locals before anything can raise: tracebacks may print locals.
+        # Secrets leave this frame's locals before anything can raise: tracebacks may print locals.
         key = None if api_key is None else ApiKey(api_key)
         base, via = Secret(_base_url(base_url)), None if proxy is None else Secret(proxy)
         del api_key, base_url, proxy
@@ -173,7 +174,7 @@ class AudiencesClient:
 
     def __repr__(self) -> str:
         if not hasattr(self, "_closed"):
-            return "<AudiencesClient refused>"  # a traceback with the locals of __init__ prints it half made
+            return "<AudiencesClient refused>"  # for tracebacks that print the locals of a failed __init__
         state = "closed" if self._closed else "open"
         return f"<AudiencesClient {self._transport_settings.endpoint} {state}>"
 
@@ -187,22 +188,22 @@ class AudiencesClient:
         await self.aclose()
 
     async def get_audiences(self, account: Account | None = None, *, timeout: float | None = None) -> AudiencesResponse:
-        """Every audience of one account.
+        """Return every audience of one account.
 
         Args:
-            account: The account to ask for; ``None`` means the client's own.
-            timeout: Seconds for this whole call; ``None`` means the client's.
+            account: The account to fetch; ``None`` means the client's own.
+            timeout: Seconds for this whole call; ``None`` means the client's ``timeout``.
 
         Raises:
-            ConfigurationError: No account and no key, or a key that cannot be used; or the function that gives it
-                failed, perhaps after a 401.
-            ClientClosedError: The client is closed, was closed meanwhile, or belongs to another event loop.
-            StatusError: The service refused; its subclasses say how.
-            InvalidResponseError: The service answered in a way that cannot be read.
-            TransportError: No answer came.
-            DeadlineExceededError: ``timeout`` ran out while queueing or inside an attempt, or the account's next turn
-                comes later than that. Where the *wait* after an attempt does not fit, that attempt's error is raised at
-                once, with ``stop_reason="deadline"``.
+            ConfigurationError: There is no account or no key, the key is invalid, or its key function failed, perhaps
+                after a 401.
+            ClientClosedError: The client is closed, was closed during the call, or belongs to another event loop.
+            StatusError: The service answered with an error status; see its subclasses.
+            InvalidResponseError: The service's answer is unreadable.
+            TransportError: No answer arrived.
+            DeadlineExceededError: ``timeout`` ran out in the queue or during an attempt, or the account's next turn
+                comes after it. If the *wait* after an attempt does not fit, that attempt's error is raised at once
+                instead, with ``stop_reason="deadline"``.
         """
         self._open()
         account = self._checked(account)
@@ -212,7 +213,7 @@ class AudiencesClient:
             try:
                 raise result
             finally:
-                del result  # its traceback has this frame, and would keep it and itself
+                del result  # its traceback refers to this frame: a reference cycle
         return result
 
     async def _answer(self, account: Account, limit: float, place: Place | None) -> Result:
@@ -228,34 +229,35 @@ class AudiencesClient:
         timeout: float | None = None,
         patience: float = 900.0,
     ) -> AbstractAsyncContextManager[AsyncIterator[Outcome]]:
-        """Outcomes of many accounts, as each completes; exactly one for every account given.
+        """Return a context manager that yields the outcomes of many accounts, in order of completion.
 
-        To be entered, and iterated once::
+        There is exactly one outcome per account given. Enter it, and iterate once::
 
             async with client.stream(accounts) as outcomes:
                 async for outcome in outcomes:
                     ...
 
-        An account that fails is an outcome, never the end of the job. At most *concurrency* tasks run, and at most
-        twice as many outcomes and calls are held: a consumer that is slow slows the job. Leaving the block, by whatever
-        way, ends every task at once.
+        An account that fails is an outcome and never ends the job. At most *concurrency* tasks run, and at most twice
+        as many outcomes and calls are held, so that a slow consumer slows the job down. However the block is left, all
+        tasks end at once.
 
         Args:
-            accounts: Any iterable or async iterable, read as there is room, by one task after the other: it cannot hold
-                a task group or a timeout open while it yields. A sync one must not block. It stays yours, and is not
-                closed where the block is left early. Names are labels: one that comes twice gives two outcomes. If it
-                raises, what was begun is delivered first, and the error then.
-            concurrency: Accounts under way at the same time, those that only wait to retry not counted; more than the
-                client's connections do not help.
-            timeout: Seconds for each account's call; ``None`` means the client's. What the service holds back does not
-                count: its outages, a rate that all accounts share, and its load.
-            patience: Seconds in a row in which the service answers nobody, after which the remaining accounts fail with
-                ``stop_reason="patience"``. Until then one probe at a time goes out, and the other accounts wait.
+            accounts: Any iterable or async iterable, read when there is room, by one task after another: it cannot hold
+                a task group or a timeout open across a ``yield``. A sync iterable must not block. The client does not
+                close it if the block is left early. Names are labels: a name that occurs twice has two outcomes. If the
+                iterable raises, the outcomes of the accounts already read are delivered before the error.
+            concurrency: Maximum number of accounts in flight, without those that only wait for a retry. More than the
+                client's connections brings no gain.
+            timeout: Seconds for each account's call; ``None`` means the client's ``timeout``. Delays caused by the
+                service as a whole do not count: its outages, a rate limit shared by all accounts, and its load.
+            patience: Longest outage in seconds: after that long without an answer to any account, the remaining
+                accounts fail with ``stop_reason="patience"``. Until then one probe at a time is sent, and the other
+                accounts wait.
 
         Raises:
-            ConfigurationError: An argument that cannot be used; while iterating, something that is no `Account`.
-            ClientClosedError: The client is closed, or belongs to another event loop; while iterating, the block has
-                been left. Where the client is closed meanwhile, the outcomes say so.
+            ConfigurationError: An argument is invalid; while iterating, an item is not an `Account`.
+            ClientClosedError: The client is closed or belongs to another event loop; while iterating, the block has
+                been left. If the client is closed during the job, the outcomes carry the error.
         """
         fetch = self._job(accounts, concurrency, timeout)
         checks.seconds("patience", patience)
@@ -269,9 +271,9 @@ class AudiencesClient:
         timeout: float | None = None,
         patience: float = 900.0,
     ) -> list[Outcome]:
-        """The outcomes of many accounts, in the order given; exactly one for every account.
+        """Return the outcomes of many accounts, exactly one per account, in the order given.
 
-        The accounts are all read before anything is sent, so that nothing is lost where that fails.
+        All accounts are read before the first request, so that no outcome is lost if reading fails.
 
         Args:
             accounts: Any iterable or async iterable; a sync one must not block.
@@ -280,35 +282,35 @@ class AudiencesClient:
             patience: As in `stream`.
 
         Raises:
-            ConfigurationError: An argument that cannot be used, or something that is no `Account`.
+            ConfigurationError: An argument is invalid, or an item is not an `Account`.
             ClientClosedError: The client is closed, or belongs to another event loop.
         """
         fetch = self._job(accounts, concurrency, timeout)
         checks.seconds("patience", patience)
-        given = [account async for account in jobs.checked(accounts)]
+        items = [account async for account in jobs.checked(accounts)]
 
         async def numbered(item: tuple[int, Account], place: jobs.Place) -> tuple[int, Outcome]:
             return item[0], await fetch(item[1], place)
 
-        async with self._watched(jobs.stream(jobs.each(enumerate(given)), numbered, concurrency, patience)) as outcomes:
+        async with self._watched(jobs.stream(jobs.each(enumerate(items)), numbered, concurrency, patience)) as outcomes:
             by_number = {number: outcome async for number, outcome in outcomes}
-        return [by_number[number] for number in range(len(given))]
+        return [by_number[number] for number in range(len(items))]
 
     def invalidate(self, account: Account | None = None) -> None:
-        """Have the account's next call go out: what was asked for before now is not kept. Without a cache, nothing.
+        """Discard the account's cached answer; requests already in flight are not cached. No effect without a cache.
 
         Args:
-            account: Whose answer; ``None`` means the client's own account.
+            account: The account to invalidate; ``None`` means the client's own.
 
         Raises:
-            ConfigurationError: No account, and the client has none of its own.
+            ConfigurationError: There is neither an *account* nor an account of the client's own.
         """
         account = self._checked(account)
         if self._cache is not None:
             self._cache.invalidate(account)
 
     def snapshot(self) -> ClientSnapshot:
-        """Why calls wait right now: the pace of each account in use, and what is left of the retry budget."""
+        """Return why calls wait right now: the pace of each account in use, and what is left of the retry budget."""
         if self._wire is None:
             return ClientSnapshot((), self._tokens.left, None)
         pacer = self._wire[1]
@@ -316,9 +318,9 @@ class AudiencesClient:
         return ClientSnapshot(tuple(pacer.snapshot()), self._tokens.left, service)
 
     async def aclose(self) -> None:
-        """Close the client, and its session if that is its own. Calls still running end with `ClientClosedError`.
+        """Close the client and its own session. Calls in flight end with `ClientClosedError`.
 
-        May be called again, and at the same time.
+        May be called more than once, and concurrently.
         """
         if self._wire is None:
             self._closed = True
@@ -363,7 +365,7 @@ class AudiencesClient:
         try:
             running = asyncio.get_running_loop()
         except RuntimeError:
-            problem = "no asyncio event loop runs here; AudiencesClient works with asyncio only"
+            problem = "no running asyncio event loop; AudiencesClient works with asyncio only"
             raise ConfigurationError(f"{problem}, inside asyncio.run() or anyio's asyncio backend") from None
         if self._loop is None:
             self._loop = running
@@ -379,7 +381,7 @@ class AudiencesClient:
     def _job(
         self, accounts: jobs.Accounts, concurrency: int, timeout: float | None
     ) -> Callable[[Account, jobs.Place], Awaitable[Outcome]]:
-        """What to do with each account of a job whose arguments can be used."""
+        """Check the arguments of a job and return the function that fetches one of its accounts."""
         self._open()
         checks.instance("accounts", accounts, Iterable, AsyncIterable)
         checks.count("concurrency", concurrency)
@@ -392,9 +394,9 @@ class AudiencesClient:
                 self._open()
                 result = await self._answer(self._checked(account), limit, place)
             except AudiencesError as error:
-                # Without its frames: they would hold the call and its body for as long as the outcome is kept.
+                # Without its frames, which would keep the call and its body alive as long as the outcome.
                 result = error.with_traceback(None)
-            except Exception as error:  # noqa: BLE001 - a mistake in one account's call costs the job no other account
+            except Exception as error:  # noqa: BLE001 - one account's failure must not end the job
                 log_unexpected(error, account.name)
                 result = _unexpected(error, account)
             if isinstance(result, AudiencesError):
@@ -404,7 +406,7 @@ class AudiencesClient:
         return fetch
 
     def _begin(self, account: Account, limit: float, place: Place | None = None) -> Call:
-        """A call that has so many seconds; in a job, if it has a place there."""
+        """Create a call with a deadline in *limit* seconds; *place* is its place in a job, if any."""
         transport, pacer, deadlines = self._open()
         now = self._call_settings.clock.monotonic
         return Call(
@@ -438,7 +440,7 @@ class AudiencesClient:
                 key = credential if isinstance(credential, ApiKey) else await credential.get(account=account.name)
                 scope.check()
                 return await cache.get(account, key, limit, calls.append, place)
-        except TransportError as failure:  # of the key function, so that there is no key to look for in the cache
+        except TransportError as failure:  # the key function failed, so there is no key to look up
             return await self._run(self._begin(account, limit, place), failure.with_traceback(None))
         except TimeoutError:
             error, reason = self._out_of_time(limit)
@@ -456,7 +458,7 @@ class AudiencesClient:
         if account is None:
             account = self._default
         if account is None:
-            raise ConfigurationError("no account: give get_audiences() one, or the client an api_key")
+            raise ConfigurationError("no account: pass one to get_audiences(), or an api_key to the client")
         checks.instance("account", account, Account)
         if self._transport_settings.session is not None:
             check_cookies(self._transport_settings.session, account)
@@ -466,12 +468,12 @@ class AudiencesClient:
         credential = account.credential
         if isinstance(credential, ApiKey):
             return credential
-        # Lives as long as a call holds it, so that calls at the same time share one key and one refresh.
+        # Kept as long as a call refers to it, so that concurrent calls share one key and one refresh.
         return self._key_sources.setdefault((account.name, id(credential)), KeySource(credential))
 
 
 def _unexpected(error: Exception, account: Account) -> AudiencesError:
-    """Return the error in the place of one that is none of ours."""
+    """Return the `AudiencesError` that stands for an unexpected exception."""
     failure = AudiencesError(f"the call raised {type(error).__name__}; see its cause", account=account.name)
     failure.__cause__ = error
     return failure
@@ -483,8 +485,8 @@ def _default_account(key: ApiKey | None) -> Account | None:
     return None if key is None else Account(DEFAULT_ACCOUNT, key.reveal())
 
 
-def _base_url(given: str | None) -> str:
-    return given if given is not None else os.environ.get("AUDIENCES_BASE_URL") or PRODUCTION
+def _base_url(url: str | None) -> str:
+    return url if url is not None else os.environ.get("AUDIENCES_BASE_URL") or PRODUCTION
 
 
 def _check_pool(
@@ -493,12 +495,15 @@ def _check_pool(
     ssl: tls.SSLContext | None,
     proxy: Secret | None,
 ) -> None:
-    own = {"max_connections": max_connections, "ssl": ssl, "proxy": proxy}
-    given = [name for name, value in own.items() if value is not None]
-    if session is not None and given:
-        raise ConfigurationError(f"{' and '.join(given)} together with session: set this on your session instead")
+    settings = {"max_connections": max_connections, "ssl": ssl, "proxy": proxy}
+    conflicts = [name for name, value in settings.items() if value is not None]
+    if session is not None and conflicts:
+        names = " and ".join(conflicts)
+        raise ConfigurationError(f"{names} cannot be combined with session; configure the session instead")
     if max_connections is not None:
         checks.count("max_connections", max_connections)
     checks.instance("ssl", ssl, tls.SSLContext, type(None))
     if ssl is not None and not (ssl.verify_mode is tls.CERT_REQUIRED and ssl.check_hostname):
-        raise ConfigurationError("ssl does not verify certificates and host names; load your CA into it instead")
+        raise ConfigurationError(
+            "ssl must verify certificates and host names; load your own CA into it instead of disabling this"
+        )

@@ -1,4 +1,4 @@
-"""Time and chance, in one value, so that a test can step the one and script the other."""
+"""Time and randomness in one value, so that tests can control both."""
 
 import asyncio
 import random
@@ -10,12 +10,12 @@ from attrs import field, frozen
 
 @frozen
 class Clock:
-    """Where the client reads the time, sleeps between attempts and draws jitter. The defaults are the real ones.
+    """Source of time, sleep and jitter for the client. The defaults are the real ones.
 
     Attributes:
-        monotonic: Seconds that never go back.
-        wall: Seconds since 1970 in UTC; only for a ``Retry-After`` date in a reply without a ``Date``.
-        sleep: Waits so many seconds.
+        monotonic: Returns seconds that never go backwards.
+        wall: Returns seconds since 1970 in UTC; used only for a ``Retry-After`` date in a response without a ``Date``.
+        sleep: Waits for the given number of seconds.
         random: Draws from [0, 1).
     """
 

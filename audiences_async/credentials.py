@@ -1,4 +1,4 @@
-"""The API key: behind a mask, and fresh where a function gives it."""
+"""API keys: masked when printed, and refreshed by a function if the account has one."""
 
 import asyncio
 import base64
@@ -15,22 +15,22 @@ from audiences_async.deadlines import is_cancelled
 from audiences_async.errors import ConfigurationError, callback_error
 
 KeyProvider: TypeAlias = Callable[[], str | Awaitable[str]]
-"""A function, sync or async, that gives the current API key. A sync one must not block."""
+"""A function, sync or async, that returns the current API key. A sync one must not block."""
 
 MASK: Final = "***"
 
-_TELLING: Final = 4  # characters of a key that may stand at a cut without telling anything
-# Letters and digits stand for themselves in every text; what else a key has may be escaped, and escaped once more.
+_SHORTEST_CUT: Final = 4  # shortest beginning of a key that is masked at a cut; fewer characters reveal nothing
+# Letters and digits are never escaped; any other character of a key may be, even twice.
 _RUN: Final = re.compile("[A-Za-z0-9]+")
 _PIECES: Final = re.compile(r"[A-Za-z0-9]+|\\+|.", re.DOTALL)
 _BACKSLASHES: Final = r"\\*+"
-_WAYS: Final = 16  # in which one character is spelled
+_SPELLINGS: Final = 16  # spellings per character
 
 
 class Secret:
-    """A text that does not print; `reveal` is the only way to it.
+    """A text that is masked when printed; only `reveal` returns it.
 
-    Not a ``str``: slices and joins of one would be plain text again.
+    Not a ``str``, because slices and joins of a ``str`` would be plain text again.
     """
 
     __slots__ = ("_text",)
@@ -57,17 +57,17 @@ class Secret:
         return _not_pickled, ()
 
     def reveal(self) -> str:
-        """The text itself."""
+        """Return the plain text."""
         return self._text
 
 
 def _not_pickled() -> KeyProvider:
-    """What takes the place of a secret in a pickle."""
+    """Return the key provider that a pickled secret is restored as."""
     return _without_key
 
 
 def _without_key() -> str:
-    raise LookupError("API keys are not pickled; make the account anew where its key is known")
+    raise LookupError("API keys are not pickled; create the account again with its key")
 
 
 class ApiKey(Secret):
@@ -78,21 +78,21 @@ class ApiKey(Secret):
     def __init__(self, text: str, *, before: "ApiKey | None" = None) -> None:
         super().__init__(text)
         self.before: ApiKey | None = before
-        """The key that this one took the place of; a late reply may still echo it."""
+        """The key that this one replaced; a late response may still echo it."""
 
     def digest(self, salt: bytes, *more: str) -> bytes:
-        """What tells this key, together with more, from any other, and nobody what it is."""
+        """Return a keyed digest that identifies the key, together with *more*, without revealing it."""
         return blake2b("\0".join((self._text, *more)).encode(), key=salt, digest_size=16).digest()
 
     def redact(self, text: str) -> str:
-        """The same text with every occurrence of the key masked, however a server may have escaped it."""
+        """Return *text* with every occurrence of the key masked, even if the server has escaped it."""
         lowered = text.lower()
         if any(part in lowered for part in _parts(self._text)):
             text = _finder(self._text).sub(MASK, text)
         return text if self.before is None else self.before.redact(text)
 
     def redact_start(self, body: bytes, limit: int) -> bytes:
-        """The first *limit* bytes of a body, as `redact`; a key that is cut off at their end is masked too."""
+        """Return the first *limit* bytes of *body*, redacted; a key that is cut off at their end is masked too."""
         start = body[:limit]
         for encoding in ("utf-16-le", "utf-16-be"):
             start = start.replace(self._text.encode(encoding), MASK.encode(encoding))
@@ -103,16 +103,16 @@ class ApiKey(Secret):
     def _without_cut_key(self, text: str) -> str:
         end = text[-2 * max(map(len, _forms(self._text))) :].lower()
         for form in _forms(self._text):
-            for length in range(min(len(form) - 1, len(end)), _TELLING - 1, -1):
+            for length in range(min(len(form) - 1, len(end)), _SHORTEST_CUT - 1, -1):
                 if end.endswith(form[:length]):
                     return text[:-length] + MASK
         return text
 
     def validate(self, *, account: str | None) -> None:
-        """Refuse what cannot be a bearer token.
+        """Refuse a key that cannot be a bearer token.
 
         Raises:
-            ConfigurationError: The key is no text, is empty, is padded with white space, or has control characters.
+            ConfigurationError: The key is not text, is empty, has white space around it, or has control characters.
         """
         problem = self._problem()
         if problem:
@@ -121,13 +121,13 @@ class ApiKey(Secret):
     def _problem(self) -> str | None:
         text: object = self._text
         if not isinstance(text, str):
-            return f"must be text or a function that gives text, got {type(text).__name__}"
+            return f"must be text or a function that returns text, got {type(text).__name__}"
         if not text:
             return "is empty"
         if any(character < " " or "\x7f" <= character <= "\x9f" for character in text):
-            return "has a line break or another control character; was it read from a file with its last newline?"
+            return "has a line break or another control character; strip the newline if it was read from a file"
         if text != text.strip():
-            return "has white space around it"
+            return "has leading or trailing white space"
         if any("\ud800" <= character <= "\udfff" for character in text):
             return "has a character that UTF-8 cannot encode"
         return None
@@ -135,7 +135,7 @@ class ApiKey(Secret):
 
 @lru_cache(maxsize=64)
 def _parts(text: str) -> tuple[str, ...]:
-    """In lower case, what stands in every text that has the key in it, in one form or another."""
+    """Return, in lower case, parts of which one occurs in every text that contains the key in any form."""
     longest = max(_RUN.findall(text), key=len, default="")
     return (longest.lower(), _base64(text).lower(), _base64(text, url=True).lower())
 
@@ -143,7 +143,7 @@ def _parts(text: str) -> tuple[str, ...]:
 @lru_cache(maxsize=64)
 def _finder(text: str) -> re.Pattern[str]:
     spelled = "".join(map(_pattern, _PIECES.findall(text)))
-    # Once, at the start of a run of backslashes: no text takes more than linear time.
+    # Matched once, at the start of a run of backslashes, so that matching takes linear time.
     start = r"(?<!\\)" if text.startswith("\\") else ""
     forms = (start + spelled.removeprefix(_BACKSLASHES), re.escape(_base64(text)), re.escape(_base64(text, url=True)))
     return re.compile("|".join(forms), re.IGNORECASE)
@@ -151,13 +151,13 @@ def _finder(text: str) -> re.Pattern[str]:
 
 @lru_cache(maxsize=64)
 def _forms(text: str) -> tuple[str, ...]:
-    """In lower case, the forms in which a key may be cut off: escaped once, each character in the same way."""
-    ways = zip(*(_spellings(character) for character in text), strict=True)
-    return tuple({"".join(way).lower() for way in ways})
+    """Return, in lower case, the forms in which a key may be cut off: escaped once, all characters alike."""
+    spelled = zip(*(_spellings(character) for character in text), strict=True)
+    return tuple({"".join(characters).lower() for characters in spelled})
 
 
 def _pattern(piece: str) -> str:
-    """A pattern for a piece of the key, which may have been escaped more than once."""
+    """Return a pattern for a piece of the key, which may have been escaped more than once."""
     if _RUN.fullmatch(piece):
         return piece
     if piece.startswith("\\"):
@@ -169,10 +169,10 @@ def _pattern(piece: str) -> str:
 
 
 def _spellings(character: str) -> tuple[str, ...]:
-    """The character as it is, and as servers escape it in JSON, JavaScript, URLs, HTML and Python's ``repr``."""
+    """Return the character's spellings: plain, and escaped for JSON, JavaScript, URLs, HTML and Python's ``repr``."""
     if _RUN.fullmatch(character):
-        return (character,) * _WAYS
-    import html.entities  # noqa: PLC0415 - a millisecond of every program's start, for what only a refusal needs
+        return (character,) * _SPELLINGS
+    import html.entities  # noqa: PLC0415 - takes 1 ms, and only errors need it
 
     named = html.entities.codepoint2name.get(ord(character), "apos")
     utf16 = character.encode("utf-16-be").hex()
@@ -198,13 +198,13 @@ def _spellings(character: str) -> tuple[str, ...]:
 
 
 def _base64(text: str, *, url: bool = False) -> str:
-    """Without the characters at the end that depend on what follows."""
+    """Return *text* in Base64 without the last characters, which depend on what follows."""
     encoded = base64.b64encode(text.encode(), altchars=b"-_" if url else None).decode()
     return encoded.rstrip("=")[: len(text.encode()) * 4 // 3]
 
 
 class KeySource:
-    """The key that a function gives, shared by the calls of one account that run at the same time."""
+    """The key from a key function, shared by concurrent calls of one account."""
 
     def __init__(self, provider: KeyProvider) -> None:
         self._provider = provider
@@ -212,13 +212,13 @@ class KeySource:
         self._key: ApiKey | None = None
 
     async def get(self, *, account: str, refused: ApiKey | None = None) -> ApiKey:
-        """The current key; a fresh one where the current one is *refused*.
+        """Return the current key; a fresh one if the current one is *refused*.
 
-        A lock and not a shared task: a caller that is cancelled while it asks leaves the asking to the next one.
+        A lock instead of a shared task: if the caller that holds it is cancelled, the next one takes over.
 
         Raises:
-            ConfigurationError: The function made a mistake, or gave what cannot be a key.
-            TransportError: The function failed for a reason that may pass.
+            ConfigurationError: The function has a programming error, or returned an invalid key.
+            TransportError: The function failed for a reason that may be transient.
         """
         async with self._lock:
             if self._key is None or self._key is refused:
@@ -233,7 +233,7 @@ async def _ask(provider: KeyProvider, account: str, before: ApiKey | None) -> Ap
     except (Exception, asyncio.CancelledError) as error:
         if isinstance(error, asyncio.CancelledError) and is_cancelled():
             raise
-        raise callback_error("the function for the API key", error) from error
+        raise callback_error("the API key function", error) from error
     del answer  # the plain key leaves this frame before anything else can raise
     key.validate(account=account)
     return key

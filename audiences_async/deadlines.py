@@ -1,6 +1,6 @@
 """Deadlines of many calls on one timer of the event loop.
 
-As `asyncio.timeout`, which sets a timer for each: two of those take more of a call's time than all else that is ours.
+`asyncio.timeout` sets a timer for each; two of those would cost more than the rest of this package's work on a call.
 """
 
 import asyncio
@@ -10,20 +10,20 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, Self
 
-_TICK: Final = 0.002  # s between two looks, so that thousands of calls that end at the same time do not crowd the loop
+_TICK: Final = 0.002  # s between two checks, so that thousands of calls with one deadline do not crowd the loop
 
 
 def is_cancelled() -> bool:
-    """Whether somebody has cancelled this task; a `CancelledError` may also come out of what it waits for."""
+    """Return whether this task was cancelled; otherwise a `CancelledError` came out of an awaitable."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
 class Deadlines:
-    """The scopes under way on one event loop."""
+    """The active scopes of one event loop."""
 
     def __init__(self) -> None:
-        """Must run inside the event loop that will use it."""
+        """Create it inside the event loop that will use it."""
         self._loop = asyncio.get_running_loop()
         self._scopes: set[Scope] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -38,7 +38,7 @@ class Deadlines:
         return Scope(self, self._loop.time() + seconds, on_expire)
 
     def at(self, seconds: float) -> float:
-        """The event loop's time in so many seconds."""
+        """Return the event loop's time *seconds* from now."""
         return self._loop.time() + seconds
 
     def left(self, when: float) -> float:
@@ -46,28 +46,28 @@ class Deadlines:
         return when - self._loop.time()
 
     async def end(self) -> None:
-        """Let every scope expire now, and return when all have been left.
+        """Expire every scope now, and return when all have been left.
 
-        A key function may close the client that asks it: its own scope is not waited for.
+        If a key function closes the client that called it, its own scope is not awaited.
         """
-        own = [scope for scope in self._scopes if scope.task is asyncio.current_task()]
-        for scope in self._scopes.difference(own):
+        current = [scope for scope in self._scopes if scope.task is asyncio.current_task()]
+        for scope in self._scopes.difference(current):
             scope.expire()
-        for scope in own:  # a task that cancels itself here and now would be cancelled wherever it goes
+        for scope in current:  # the current task must not cancel itself here: its scope expires at the next check
             scope.ends_at = -math.inf
         self._look_at(self._loop.time())
-        if self._scopes and not own:
+        if self._scopes and not current:
             self._idle = self._idle or asyncio.Event()
             await self._idle.wait()
 
     def add(self, scope: "Scope") -> None:
-        """Begin to watch a scope."""
+        """Watch a scope."""
         self._scopes.add(scope)
         if scope.ends_at < self._next_look:
             self._look_at(scope.ends_at)
 
     def remove(self, scope: "Scope") -> None:
-        """Watch it no longer. The timer stays: the next scope will hardly end before it."""
+        """Stop watching a scope. The timer stays, because the next scope rarely ends before it."""
         self._scopes.discard(scope)
         if self._idle is not None and not self._scopes:
             self._idle.set()
@@ -112,21 +112,21 @@ class Scope:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._deadlines.remove(self)
-        # Whoever else has cancelled the task meanwhile goes first, as with asyncio's own.
+        # An outside cancellation takes precedence, as in `asyncio.timeout`.
         if self.expired and self.task.uncancel() <= self._cancelling and exc_type is asyncio.CancelledError:
             raise TimeoutError from exc
 
     def extend(self, seconds: float) -> None:
-        """It may take so long from now, or longer if it could before."""
+        """Extend the deadline to at least *seconds* from now."""
         self.ends_at = max(self.ends_at, self._deadlines.at(seconds))
 
     def check(self) -> None:
-        """Raise the `TimeoutError` that somebody else's code may have kept to itself."""
+        """Raise the `TimeoutError` if the scope has expired but foreign code swallowed the cancellation."""
         if self.expired:
             raise TimeoutError
 
     def expire(self) -> None:
-        """End it now."""
+        """End the scope now."""
         if not self.expired:
             self.expired = True
             self.ends_at = math.inf
@@ -136,7 +136,7 @@ class Scope:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Let no time pass for the length of the block."""
+        """Stop the clock inside the block."""
         left = self._deadlines.left(self.ends_at)
         self.ends_at = math.inf
         try:
@@ -148,13 +148,13 @@ class Scope:
 
 
 class CallTime:
-    """The time of one call: a deadline on the client's clock, and the scope that ends the call there.
+    """The time of one call: a deadline on the client's clock, and the scope that enforces it.
 
     Args:
         monotonic: The client's clock.
-        scope: What the caller runs the call in.
+        scope: The scope in which the caller runs the call.
         timeout: Seconds for the call.
-        stands_still: Whether the time that the service holds the call back does not count, as in a job.
+        stands_still: Whether delays caused by the service as a whole do not count, as in a job.
     """
 
     __slots__ = ("_monotonic", "deadline", "scope", "stands_still", "started", "timeout")
@@ -167,7 +167,7 @@ class CallTime:
         self.started: float = monotonic()
         self.deadline: float = self.started + timeout
         self.timeout: float = timeout
-        """Seconds that the call has in all."""
+        """Seconds for the whole call."""
         self.stands_still: bool = stands_still
 
     def extend(self, timeout: float) -> None:
@@ -178,7 +178,7 @@ class CallTime:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Let no time pass for the length of the block."""
+        """Stop the clock inside the block."""
         left, self.deadline = self.deadline - self._monotonic(), math.inf
         try:
             with self.scope.suspended():

@@ -1,8 +1,8 @@
-"""A GET on aiohttp's pool without aiohttp's session, which works out anew for each request what never changes.
+"""GET requests on aiohttp's pool without its session, which recomputes for each request what never changes.
 
-The pool, the parser and the reply stay aiohttp's own, and the request's head is what aiohttp would write. Left out are
-proxies, cookies, redirects, timeouts and middlewares, none of which an attempt uses: together with them a call costs a
-third more (``benchmarks/call.py``).
+Pool, parser and response are aiohttp's own, and the request head is the one that aiohttp would write. Left out are
+proxies, cookies, redirects, timeouts and middlewares, which an attempt does not use: with them, a call costs a third
+more (``benchmarks/call.py``).
 """
 
 import asyncio
@@ -20,43 +20,43 @@ if TYPE_CHECKING:
     from aiohttp.connector import Connection
 
 NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
-"""Our own deadlines rule: aiohttp's round up to whole seconds above 5 s, and count the wait for a connection."""
+"""Our own deadlines apply: aiohttp's round up to whole seconds above 5 s, and include the wait for a connection."""
 
 DISCONNECTED: Final = "the connection was closed or reset before a reply came"
 
 
-class NotAgainError(Exception):
-    """The request may have been sent, and to send it again is for the client to decide, not for aiohttp."""
+class ResendError(Exception):
+    """The request may have been sent; the client, not aiohttp, decides whether to send it again."""
 
 
-_WRITTEN: Final[Any] = SimpleNamespace(output_size=0)  # a request without a body is written when its head is
+_WRITTEN: Final[Any] = SimpleNamespace(output_size=0)  # without a body, a request ends with its head
 
-# Mocks and tracers put their own in the place of one of these, before this import or after it.
+# Mocks and tracers replace one of these, before this import or after it.
 _REQUEST: Final = getattr(aiohttp.ClientSession, "request", None)
 _REQUEST_BEHIND: Final = getattr(aiohttp.ClientSession, "_request", None)
 
 
 def direct_requests(session: aiohttp.ClientSession, url: URL) -> "DirectRequests | None":
-    """Return what sends requests directly; ``None`` if this aiohttp has not the members and signatures it takes.
+    """Return an object that sends requests directly; ``None`` if this aiohttp lacks the members or signatures it needs.
 
-    How a session uses its pool is no promise of aiohttp's. One that does it in another way is asked in public.
+    How a session uses its pool is private to aiohttp. Other versions are used through the public session.
     """
     try:
         return DirectRequests(session, url) if _is_known() else None
-    except Exception:  # noqa: BLE001 - whatever an aiohttp of the future raises, it is not known
+    except Exception:  # noqa: BLE001 - any failure means an unknown version of aiohttp
         return None
 
 
 def _is_known() -> bool:
-    """Look when a client starts and not at import: the first time takes a while, and what is mocked may change."""
+    """Check at a client's start and not at import: the first check is slow, and mocks may come and go."""
     try:
-        return _has_members() and all(_takes(*call) for call in _calls()) and all(map(_is_original, _passed_by()))
-    except Exception:  # noqa: BLE001 - a member that is gone, or is no function
+        return _has_members() and all(_takes(*call) for call in _calls()) and all(map(_is_original, _bypassed()))
+    except Exception:  # noqa: BLE001 - a member is missing or not a function
         return False
 
 
 def _has_members() -> bool:
-    from aiohttp.client_proto import ResponseHandler  # noqa: PLC0415 - no promise of aiohttp's, so not at import
+    from aiohttp.client_proto import ResponseHandler  # noqa: PLC0415 - private to aiohttp, so not at import
     from aiohttp.connector import Connection  # noqa: PLC0415
 
     members = (
@@ -72,7 +72,7 @@ def _has_members() -> bool:
 
 
 def _calls() -> tuple[tuple[Any, ...], ...]:
-    """All that is called here: the number of positional arguments, and the names of the others."""
+    """Return all calls made here: function, number of positional arguments, and names of the keyword arguments."""
     from aiohttp.client_proto import ResponseHandler  # noqa: PLC0415
 
     response = ("writer", "continue100", "timer", "request_info", "traces", "loop", "session", "stream_writer")
@@ -85,12 +85,12 @@ def _calls() -> tuple[tuple[Any, ...], ...]:
     )
 
 
-def _passed_by() -> tuple[object, ...]:
-    """What a session calls and this does not: nobody may have put his own in its place."""
+def _bypassed() -> tuple[object, ...]:
+    """Return the functions of aiohttp's session that are bypassed here; a mock or a tracer may have replaced them."""
     return _REQUEST, _REQUEST_BEHIND, aiohttp.ClientRequest.send
 
 
-@lru_cache(16)  # of functions, not of their names: another in the place of one is looked at anew
+@lru_cache(16)  # keyed by function, so that a replacement is checked again
 def _takes(function: Callable[..., object], positional: int, *keywords: str) -> bool:
     """Return whether aiohttp's own *function* takes these arguments by these names, and needs no others."""
     if not _is_original(function):
@@ -100,20 +100,20 @@ def _takes(function: Callable[..., object], positional: int, *keywords: str) -> 
         signature.bind(*[None] * positional, **dict.fromkeys(keywords))
     except TypeError:
         return False
-    return signature.parameters.keys() >= set(keywords)  # and does not merely swallow them
+    return signature.parameters.keys() >= set(keywords)  # and does not merely accept any keyword
 
 
 def _is_original(function: object) -> bool:
-    """Return whether it is a function of aiohttp's: one that wraps it has the name, but not the module's variables."""
+    """Return whether *function* is aiohttp's own. A wrapper has its name, but not its module's globals."""
     return type(function) is FunctionType and function.__globals__["__name__"].startswith("aiohttp.")
 
 
 class DirectRequests:
-    """Requests of one session to one URL, which differ in the key alone."""
+    """Requests of one session to one URL, which differ only in the key."""
 
     def __init__(self, session: aiohttp.ClientSession, url: URL) -> None:
-        """Must run inside the event loop that will use it."""
-        from aiohttp.helpers import TimerNoop  # noqa: PLC0415 - no promise of aiohttp's, so not at import
+        """Create it inside the event loop that will use it."""
+        from aiohttp.helpers import TimerNoop  # noqa: PLC0415 - private to aiohttp, so not at import
 
         assert session.connector is not None
         self._session = session
@@ -124,30 +124,30 @@ class DirectRequests:
             hdrs.METH_GET, url, headers=session.headers, loop=self._loop, session=session, traces=[]
         )
         self._info = self._request.request_info
-        self._response()  # which a changed aiohttp refuses here, where it can still be asked in public
+        self._response()  # raises here, in time to fall back to the public session, if aiohttp has changed
         fields = [f"{name}: {value}" for name, value in self._request.headers.items()]
         self._head = "\r\n".join([f"GET {url.raw_path_qs} HTTP/1.1", *fields, "Authorization: "])
 
     @property
     def usable(self) -> bool:
-        """Whether nobody would miss the session: no tracer and no mock stands in the way of its requests."""
+        """Whether the session can be bypassed: no trace configs, no patched methods."""
         session = aiohttp.ClientSession
         is_untouched = session.request is _REQUEST and getattr(session, "_request", None) is _REQUEST_BEHIND
         return is_untouched and not self._session.trace_configs
 
     async def send(self, authorization: str) -> aiohttp.ClientResponse:
-        """Send one, and give the reply when its head has come.
+        """Send one request, and return the response once its head has arrived.
 
         Raises:
-            NotAgainError: The connection was lost before that.
-            aiohttp.ClientError: As a session does.
+            ResendError: The connection was lost before that.
+            aiohttp.ClientError: As from a session.
         """
         connection = await self._connector.connect(self._request, [], NO_TIMEOUT)
         try:
             return await self._exchange(connection, f"{self._head}{authorization}\r\n\r\n".encode())
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
             connection.close()
-            raise NotAgainError(DISCONNECTED) from None
+            raise ResendError(DISCONNECTED) from None
         except BaseException:
             connection.close()
             raise

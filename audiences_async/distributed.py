@@ -1,10 +1,11 @@
-"""Many accounts over several machines, on Docket and Redis (extra ``docket``).
+"""Fetch many accounts on several machines, with Docket and Redis (extra ``docket``).
 
-The task is a chunk of account *names*. A worker looks up their keys in its own accounts file, so that no key is ever in
-Redis; it writes the outcomes as one NDJSON part, whole, into a directory that all machines share. A chunk that is
-repeated, because a worker died or was slow, overwrites its own part: delivery at least once gives each account once.
+A task is a chunk of account *names*. A worker looks up their keys in its own accounts file, so that no key is ever
+stored in Redis. It writes the outcomes as one NDJSON part, atomically, into a directory shared by all machines. A chunk
+that is repeated, because a worker died or was slow, overwrites its own part: delivery at least once gives each account
+one outcome.
 
-Whoever can write to the Redis can run code in the workers, as with any task queue that pickles.
+Anyone who can write to the Redis can run code in the workers, as with any task queue that pickles.
 """
 
 import asyncio
@@ -34,26 +35,26 @@ from audiences_async.rates import RateLimit
 from audiences_async.results import OutcomeFile
 
 CHUNK_SIZE: Final = 100
-"""Accounts of a chunk."""
+"""Accounts per chunk."""
 
 _NAME: Final = "audiences"
 _TASK: Final = "fetch_chunk"
 _UNDER_WAY: Final = frozenset({ExecutionState.SCHEDULED, ExecutionState.QUEUED, ExecutionState.RUNNING})
-_CHUNKS_AT_ONCE: Final = 2  # of a worker: while the last accounts of one are awaited, the next one is under way
-_CONNECTIONS: Final = 16  # to Redis, that a docket's own loops need at the most, and some for each chunk
-# A worker renews its hold on a chunk four times in this, and others look as often for what nobody holds any more. So a
-# killed worker's chunk is taken up within 10 to 13 s.
+_CHUNKS_AT_ONCE: Final = 2  # per worker: the next chunk begins while the last accounts of one are awaited
+_CONNECTIONS: Final = 16  # to Redis: the maximum for a docket's own loops, plus some for each chunk
+# A worker renews its lease on a chunk four times in this time, and others look for expired leases as often: a killed
+# worker's chunk is taken over within 10 to 13 s.
 _TAKEOVER: Final = timedelta(seconds=10)
-_LOOK_EVERY: Final = 0.2  # s between two looks for parts
-_ASK_EVERY: Final = 2.0  # s between two looks at what has become of the chunks
+_LOOK_EVERY: Final = 0.2  # s between two checks for parts
+_ASK_EVERY: Final = 2.0  # s between two checks for lost chunks
 _RETRY_AFTER: Final = timedelta(seconds=1)
-_ATTEMPTS: Final = 3  # for a chunk whose part is not written, or not there
+_ATTEMPTS: Final = 3  # per chunk whose part was not written or is missing
 
 
 class DocketError(TransportError):
-    """Redis cannot be reached, or not used."""
+    """Redis is unreachable or unusable."""
 
-    hint = "check the URL of the Redis, and that it runs"
+    hint = "check the Redis URL, and that Redis is running"
 
 
 async def work(
@@ -65,19 +66,20 @@ async def work(
     concurrency: int = 100,
     patience: float = 900.0,
 ) -> None:
-    """Take chunks until cancelled; what is under way then is finished first.
+    """Fetch chunks until cancelled; accounts in flight are finished first.
 
     Args:
-        url: Of the Redis.
-        accounts: By name. A chunk's name that is not among them becomes an error in its place.
-        out: The directory for the parts, the same for all workers and whoever submits.
-        client: One for the process; opened here, and closed at the end.
-        concurrency: Accounts under way at the same time.
-        patience: Seconds in a row in which the service may answer nobody, before a chunk's remaining accounts fail.
+        url: URL of the Redis.
+        accounts: Accounts by name. A name in a chunk that is missing here has an error as its outcome.
+        out: Directory for the parts, shared by all workers and the submitting machine.
+        client: The process's client; opened here, and closed at the end.
+        concurrency: Maximum number of accounts in flight.
+        patience: Longest outage in seconds: after that long without an answer to any account, a chunk's remaining
+            accounts fail.
 
     Raises:
-        ConfigurationError: A number or a URL that cannot be used.
-        DocketError: Redis cannot be reached at the start; later, it is waited for.
+        ConfigurationError: A number or the URL is invalid.
+        DocketError: Redis is unreachable at the start. Later, the worker waits for it.
     """
     checks.count("concurrency", concurrency)
     await asyncio.to_thread(out.mkdir, parents=True, exist_ok=True)
@@ -85,13 +87,13 @@ async def work(
     async def fetch_chunk(
         part: str,
         names: list[str],
-        retry: Retry = Retry(attempts=_ATTEMPTS, delay=_RETRY_AFTER),  # noqa: B008 - how Docket is told
+        retry: Retry = Retry(attempts=_ATTEMPTS, delay=_RETRY_AFTER),  # noqa: B008 - Docket reads it from the signature
     ) -> None:
         known = [accounts[name] for name in names if name in accounts]
         with results.successor(out / part) as file:
             for name in names:
                 if name not in accounts:
-                    file.write(_no_answer(name, "the worker's accounts file does not have it"))
+                    file.write(_failed_line(name, "missing from the worker's accounts file"))
             async with client.stream(
                 known, concurrency=-(-concurrency // _CHUNKS_AT_ONCE), patience=patience
             ) as outcomes:
@@ -115,29 +117,30 @@ async def submit(
     on_merged: Callable[[results.Line], None],
     on_idle: Callable[[], None],
 ) -> None:
-    """Have workers fetch what the file does not have yet, and merge what they write into it, until it is whole.
+    """Have workers fetch the accounts missing from *file*, and merge their parts into it until it is complete.
 
-    May be ended at any time and called again: chunks under way are not doubled, and parts written meanwhile are merged.
+    May be ended at any time and called again: chunks in flight are not submitted twice, and parts written meanwhile are
+    merged.
 
     Args:
-        url: Of the Redis.
-        names: Of all accounts of the job, in the same order each time.
-        parts: The directory that the workers write to.
-        file: Where the outcomes go.
-        resume: Whether parts that are there already are taken in; else they are removed, for they may be old.
-        chunk_size: Accounts of a chunk, from 1 up.
-        on_merged: Called with each line that is merged.
-        on_idle: Called once, where no worker is there.
+        url: URL of the Redis.
+        names: Names of all accounts of the job, in the same order each time.
+        parts: Directory that the workers write to.
+        file: File for the outcomes.
+        resume: Whether to merge parts that already exist; otherwise they are deleted, because they may be outdated.
+        chunk_size: Accounts per chunk, from 1 up.
+        on_merged: Called with each merged line.
+        on_idle: Called once if there is no worker.
 
     Raises:
-        ConfigurationError: A number or a URL that cannot be used, or a part that is none.
-        DocketError: Redis cannot be reached while the chunks are submitted; later, it is waited for.
+        ConfigurationError: A number or the URL is invalid, or a part is not an outcome file.
+        DocketError: Redis is unreachable while the chunks are submitted. Later, this waits for it.
         OSError: The parts cannot be read, or the file cannot be written.
     """
     checks.count("chunk_size", chunk_size)
     await asyncio.to_thread(parts.mkdir, parents=True, exist_ok=True)
     async with _opened(url) as docket:
-        docket.register(_elsewhere, names=[_TASK])
+        docket.register(_submit_only, names=[_TASK])
         job = _Job(docket, parts, file, on_merged)
         await job.submit(_chunks(names, chunk_size), resume=resume)
         await job.finish(on_idle)
@@ -148,8 +151,8 @@ class _Chunk:
     """Accounts that are fetched together.
 
     Attributes:
-        part: Name of the file with their outcomes, and the chunk's key; follows from all the names.
-        names: Of the accounts that are still to be fetched.
+        part: Name of the file with their outcomes, and the chunk's key; derived from all names of the chunk.
+        names: Names of the accounts that are still to be fetched.
     """
 
     part: str
@@ -164,7 +167,7 @@ def _chunks(names: Iterable[str], size: int) -> Iterator[_Chunk]:
 
 
 class _Job:
-    """The chunks of one job that are under way."""
+    """The chunks of one job that are in flight."""
 
     def __init__(
         self, docket: Docket, parts: Path, file: OutcomeFile, on_merged: Callable[[results.Line], None]
@@ -177,9 +180,9 @@ class _Job:
         self._submitted: Counter[str] = Counter()
 
     async def submit(self, chunks: Iterable[_Chunk], *, resume: bool) -> None:
-        """Have the chunks fetched, but for what is there already."""
+        """Submit the chunks without the accounts that already have an outcome."""
         for chunk in chunks:
-            for line in self._taken(chunk):  # of a job that was ended
+            for line in self._taken(chunk):  # of an earlier run
                 if line.ok and resume:
                     self._append(line)
             missing = [name for name in chunk.names if name not in self._file.fetched]
@@ -187,7 +190,7 @@ class _Job:
                 await self._add(_Chunk(chunk.part, missing))
 
     async def finish(self, on_idle: Callable[[], None]) -> None:
-        """Merge the parts as they come."""
+        """Merge the parts as they appear; return when all are merged."""
         asked = time.monotonic()
         idle = False
         while self._waiting:
@@ -195,7 +198,7 @@ class _Job:
                 self._merge(self._waiting[part])
             if time.monotonic() - asked > _ASK_EVERY:
                 asked = time.monotonic()
-                with suppress(RedisError, DocketError):  # parts are written, and tell, also while Redis is away
+                with suppress(RedisError, DocketError):  # parts are merged even while Redis is unreachable
                     await self._look_after_lost_chunks()
                     if not idle and not await self._docket.workers():
                         idle = True
@@ -208,7 +211,7 @@ class _Job:
         return {path.name for path in self._parts.iterdir()}
 
     def _tidy(self) -> None:
-        """Remove what killed workers have left half written."""
+        """Delete incomplete files of killed workers."""
         for path in self._parts.glob(".*.tmp"):
             if path.name.removeprefix(".").partition(".tmp")[0].rpartition(".")[0] in self._submitted:
                 path.unlink(missing_ok=True)
@@ -220,7 +223,7 @@ class _Job:
             await self._docket.add(_TASK, key=chunk.part)(chunk.part, chunk.names)
 
     def _taken(self, chunk: _Chunk) -> Iterator[results.Line]:
-        """The part's lines of accounts that the file does not have yet; the part is gone afterwards."""
+        """Yield the part's lines of accounts that the file does not have yet; then delete the part."""
         path = self._parts / chunk.part
         if path.exists():
             missing = set(chunk.names) - self._file.fetched
@@ -241,13 +244,13 @@ class _Job:
         for line in self._taken(chunk):
             missing.discard(line.account)
             self._append(line)
-        self._give_up(chunk, missing, "its chunk's part does not have it")
+        self._give_up(chunk, missing, "missing from its chunk's part")
 
     def _give_up(self, chunk: _Chunk, names: Iterable[str], reason: str) -> None:
-        """The chunk is over: these names of it have come to nothing."""
+        """Drop the chunk; the accounts in *names* fail."""
         del self._waiting[chunk.part]
         for name in names:
-            self._append(results.Line(name, ok=False, text=_no_answer(name, reason)))
+            self._append(results.Line(name, ok=False, text=_failed_line(name, reason)))
 
     async def _look_after_lost_chunks(self) -> None:
         for chunk in tuple(self._waiting.values()):
@@ -257,42 +260,40 @@ class _Job:
                 continue
             if state is ExecutionState.FAILED or self._submitted[chunk.part] >= _ATTEMPTS:
                 error = None if execution is None else execution.error
-                self._give_up(
-                    chunk, chunk.names, f"no worker could write its chunk: {error or 'the part is not there'}"
-                )
+                self._give_up(chunk, chunk.names, f"no worker could write its chunk: {error or 'the part is missing'}")
             else:
                 await self._add(chunk)  # forgotten by Redis, or merged by another job
 
 
-async def _elsewhere(part: str, names: list[str]) -> None:
-    """Stands for the task where it is only submitted."""
+async def _submit_only(part: str, names: list[str]) -> None:
+    """Stand in for the task on the submitting side, which never runs it."""
 
 
-def _no_answer(name: str, reason: str) -> bytes:
+def _failed_line(name: str, reason: str) -> bytes:
     return results.line(Failed(Account(name, no_key), 0.0, ConfigurationError(reason, account=name)))
 
 
 def connect(url: str, connections: int) -> Redis:
-    """A client of the Redis, such as a `RedisLimiter` wants; the caller closes it.
+    """Return a client of the Redis, for `RedisLimiter`; the caller closes it.
 
     Raises:
-        ConfigurationError: A URL that cannot be used.
+        ConfigurationError: The URL is invalid.
     """
     with suppress(ValueError):
         return Redis.from_url(url, max_connections=connections)
-    raise _unusable_url()
+    raise _invalid_url()
 
 
 @asynccontextmanager
 async def _opened(url: str) -> AsyncIterator[Docket]:
-    """A docket that can be reached, whose pool has the connections that it needs unless the URL says how many."""
+    """Yield a connected docket. Its pool has the connections that it needs, unless the URL sets a number."""
     docket = None
     with suppress(ValueError), _reached():
         query = urlsplit(url).query
         size = "" if "max_connections" in parse_qs(query) else f"{'&' if query else '?'}max_connections={_CONNECTIONS}"
         docket = await Docket(_NAME, f"{url}{size}").__aenter__()
     if docket is None:
-        raise _unusable_url()
+        raise _invalid_url()
     try:
         with _reached():
             await docket.workers()
@@ -301,9 +302,9 @@ async def _opened(url: str) -> AsyncIterator[Docket]:
         await docket.__aexit__(None, None, None)
 
 
-def _unusable_url() -> ConfigurationError:
-    # Without the reason's own words, which may repeat a password.
-    return ConfigurationError("the URL of the Redis cannot be used; it looks like redis://host:6379/0")
+def _invalid_url() -> ConfigurationError:
+    # Without the original message, which may repeat a password.
+    return ConfigurationError("invalid Redis URL; expected a form such as redis://host:6379/0")
 
 
 @contextmanager
@@ -311,17 +312,18 @@ def _reached() -> Iterator[None]:
     try:
         yield
     except (RedisError, OSError) as error:
-        raise DocketError(f"Redis cannot be used: {printable(str(error))}") from error
+        raise DocketError(f"Redis is unavailable: {printable(str(error))}") from error
 
 
 class RedisLimiter:
-    """A `Limiter` for ``AudiencesClient(rate_limit=...)``: one rate for each account, whichever processes call it.
+    """A `Limiter` for ``AudiencesClient(rate_limit=...)``: one rate per account, shared by several processes.
 
-    The generic cell rate algorithm; all that Redis keeps is when each account's next request is due, by its own clock.
+    It uses the generic cell rate algorithm. Redis stores only when each account's next request is due, by its own
+    clock.
 
     Args:
-        redis: A client with a connection for each account that asks at the same time; stays the caller's.
-        limit: What each account may send.
+        redis: A client with a connection for each account that waits at the same time; the caller closes it.
+        limit: Rate of each account.
     """
 
     def __init__(self, redis: Redis, limit: RateLimit) -> None:
@@ -330,10 +332,10 @@ class RedisLimiter:
         self._next: Callable[..., Awaitable[Any]] = redis.register_script(_NEXT)
 
     async def acquire(self, account_name: str) -> None:
-        """Return when the account may send.
+        """Wait until the account may send.
 
         Raises:
-            redis.exceptions.RedisError: Redis cannot be asked.
+            redis.exceptions.RedisError: The request to Redis failed.
         """
         wait = await self._next(keys=[f"{_NAME}:pace:{account_name}"], args=self._microseconds)
         await asyncio.sleep(int(wait) / 1e6)

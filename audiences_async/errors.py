@@ -1,15 +1,15 @@
-"""Every error of this package.
+"""Exceptions raised by this package.
 
 AudiencesError
-├── ConfigurationError (ValueError)        wrong arguments; before any I/O
-├── ClientClosedError (RuntimeError)       used after close, or from a foreign event loop
+├── ConfigurationError (ValueError)        invalid arguments; raised before any I/O
+├── ClientClosedError (RuntimeError)       used after close, or from another event loop
 ├── DeadlineExceededError (TimeoutError)   the whole call ran out of time
 ├── TransportError                         no answer: try later
 │   ├── ConnectionFailedError              DNS, refused, TLS, reset, cut short
 │   └── AttemptTimeoutError
-├── InvalidResponseError                   an answer nobody can read: the service changed
+├── InvalidResponseError                   an unreadable answer: the service changed
 │   └── ResponseTooLargeError
-└── StatusError                            an answer that refuses (any status from 300 up)
+└── StatusError                            an error status (any status from 300 up)
     ├── BadRequestError 400, UnauthorizedError 401, ForbiddenError 403, NotFoundError 404
     ├── TooManyRequestsError 429
     └── ServerError 5xx
@@ -29,28 +29,28 @@ _SHOWN_PROBLEMS: Final = 3
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """The text on one line: what a terminal would act on is escaped, the rest beyond *limit* characters is cut."""
+    """Return *text* on one line: control characters are escaped, and it is cut after *limit* characters."""
     cut = text if len(text) <= limit else text[:limit] + "…"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
 
 
 class AudiencesError(Exception):
-    """Base of every error here. Picklable; never holds an API key.
+    """Base class of this package's errors. Picklable; never holds an API key.
 
     Attributes:
-        message: What was wrong with the last attempt, or with the arguments.
-        account: The account's name, or ``None`` where the error is not about one.
-        attempts: One record for each request on the wire, the first included.
+        message: The failure of the last attempt, or the problem with the arguments.
+        account: The account's name; ``None`` if the error does not concern one account.
+        attempts: One record per request sent, the first included.
         elapsed: Seconds since the call began.
-        retry_after: Seconds to let pass before the next call: what the service asked for, or else the wait that did
-            not fit into ``timeout``; ``None`` where there is neither.
-        stop_reason: Why no further attempt was made: ``"final"`` (it would not help), ``"attempts"`` (used up),
+        retry_after: Seconds to wait before the next call: the wait that the service asked for, else the wait that did
+            not fit into ``timeout``; ``None`` if neither is known.
+        stop_reason: Why no further attempt was made: ``"final"`` (a retry would not help), ``"attempts"`` (all used),
             ``"deadline"`` (the next wait, or the attempt, did not fit into ``timeout``), ``"budget"`` (the client's
-            `RetryBudget` was used up), ``"patience"`` (in a job: the service answered nobody for that long).
+            `RetryBudget` was exhausted), ``"patience"`` (in a job: no account had an answer for *patience* seconds).
     """
 
     hint: ClassVar[str] = ""
-    """What the reader can do about it."""
+    """Suggested action for the user; may be empty."""
 
     def __init__(
         self,
@@ -72,21 +72,21 @@ class AudiencesError(Exception):
 
     @property
     def summary(self) -> str:
-        """On one line: where, what was expected and what came, and how hard we tried."""
+        """One line with the account, the failure and the number of attempts, without the hint."""
         where = f"account '{printable(self.account)}': " if self.account is not None else ""
         return f"{where}{self.message}{self._details()}{self._effort()}"
 
     @property
     def gateway_status(self) -> int:
-        """The status that a web app answers with if its own request failed because of this error: 429, 500, 502 or 504.
+        """HTTP status for a web app to return if its own request failed because of this error: 429, 500, 502 or 504.
 
-        A turn that does not fit into the deadline is a 429: the caller may come back after ``retry_after``.
+        A call whose turn comes after its deadline is a 429: the client may come back after ``retry_after``.
         """
         return 502
 
     @property
     def gateway_headers(self) -> dict[str, str]:
-        """The headers that go with `gateway_status`: ``Retry-After``, in whole seconds, if it is known."""
+        """Headers to send with `gateway_status`: ``Retry-After`` in whole seconds, if known."""
         return {} if self.retry_after is None else {"Retry-After": str(math.ceil(self.retry_after))}
 
     def __str__(self) -> str:
@@ -99,13 +99,13 @@ class AudiencesError(Exception):
         return ""
 
     def _effort(self) -> str:
-        """How hard we tried, where there was more than one plain attempt to it."""
+        """Return the number of attempts and why they ended; empty if there were none."""
         if not self.attempts:
             return ""
         count = f"{len(self.attempts)} attempt{'s' if len(self.attempts) > 1 else ''}"
         parts = [f"; gave up after {count} in {self.elapsed:.1f} s"]
         if self.stop_reason == "deadline":
-            parts.append("out of time; a larger timeout allows more")
+            parts.append("out of time (a larger timeout allows more)")
         if self.stop_reason == "budget":
             parts.append("the client's retry budget is used up")
         if self.retry_after is not None:
@@ -121,40 +121,41 @@ def _restore(cls: type[_E], args: tuple[Any, ...], state: dict[str, Any]) -> _E:
 
 
 class ConfigurationError(AudiencesError, ValueError):
-    """An argument, an environment variable or a key that cannot be used; raised before anything is sent."""
+    """An argument, an environment variable or a key is invalid. Raised before anything is sent."""
 
     @property
     def gateway_status(self) -> int:
-        """500: the web app itself is wrong."""
+        """500: the web app itself is misconfigured."""
         return 500
 
 
 class ClientClosedError(AudiencesError, RuntimeError):
-    """The client was used after it was closed or from a foreign event loop, or was closed while the call ran."""
+    """The client was used after it was closed or on another event loop, or it was closed during the call."""
 
     @property
     def gateway_status(self) -> int:
-        """500: the web app itself is wrong, or ends."""
+        """500: the web app is shutting down, or misuses the client."""
         return 500
 
 
 class DeadlineExceededError(AudiencesError, TimeoutError):
-    """The whole call ran out of its ``timeout`` while it queued, or while an attempt was under way.
+    """The call exceeded its ``timeout`` while it was queued or during an attempt.
 
-    Raised at once if the account's pace lets the call's turn come too late; ``retry_after`` then says when it would.
+    Raised at once if the account's next turn comes after the deadline; ``retry_after`` is then the time until that
+    turn.
     """
 
     @property
     def gateway_status(self) -> int:
-        """429 if the turn would come later, else 504."""
+        """429 if ``retry_after`` is known, else 504."""
         return 504 if self.retry_after is None else 429
 
 
 class TransportError(AudiencesError):
-    """No answer came. Whether the service saw the request is not known; a GET is safe to send again.
+    """No answer arrived. The service may or may not have seen the request; a GET is safe to send again.
 
     Attributes:
-        transient: Whether another attempt may help; ``False`` for a certificate that is not trusted.
+        transient: Whether a retry may help; ``False`` for an untrusted certificate.
     """
 
     hint = "try again later"
@@ -165,11 +166,11 @@ class TransportError(AudiencesError):
 
 
 class ConnectionFailedError(TransportError):
-    """No readable HTTP reply: name not found, refused, TLS, reset, malformed, cut short, or a corrupt encoding.
+    """No readable HTTP response: name not found, refused, TLS, reset, malformed, cut short, or a corrupt encoding.
 
     Attributes:
         stale_connection: Whether the peer had closed a pooled connection before it saw the request.
-        unsent: Whether this machine could not open a socket, so that the service knows nothing of the request.
+        unsent: Whether this machine could not open a socket, so that the request never left it.
     """
 
     hint = "check base_url, the network and any proxy in between, or try again later"
@@ -181,7 +182,7 @@ class ConnectionFailedError(TransportError):
 
 
 class AttemptTimeoutError(TransportError):
-    """One attempt took longer than ``attempt_timeout``; the message says what it was doing then."""
+    """One attempt took longer than ``attempt_timeout``. The message names the phase that timed out."""
 
     @property
     def gateway_status(self) -> int:
@@ -190,10 +191,10 @@ class AttemptTimeoutError(TransportError):
 
 
 class InvalidResponseError(AudiencesError):
-    """An answer came that nobody can read: not JSON, or not of the documented shape.
+    """The answer is unreadable: not JSON, or not of the documented shape.
 
     Attributes:
-        problems: What is wrong and where, such as ``$.data[3].user_count: expected an integer, got 'abc'``.
+        problems: Each problem with its path, such as ``$.data[3].user_count: expected an integer, got 'abc'``.
         body: The first 64 KiB of the body, without the key.
     """
 
@@ -211,20 +212,20 @@ class InvalidResponseError(AudiencesError):
 
 
 class ResponseTooLargeError(InvalidResponseError):
-    """The inflated body is above ``max_body_bytes``; the rest was not read."""
+    """The decompressed body exceeds ``max_body_bytes``; the rest was not read."""
 
     hint = "raise max_body_bytes if the account really has this many audiences"
 
 
 class StatusError(AudiencesError):
-    """An answer that refuses: any status from 300 up, of HTTP or in the envelope of a 200.
+    """The service answered with a status of 300 or more, in HTTP or in the envelope of a 200.
 
     Attributes:
-        status: The status that decided.
-        description: The envelope's text, without the key; empty where there was none.
-        response_time: The service's clock when it answered, aware and in UTC; ``None`` where not sent.
-        headers: The reply's headers, without the key; names are case-insensitive.
-        body: The first 64 KiB of the inflated body, without the key.
+        status: The status: the envelope's, if a 200 carries one from 300 up.
+        description: The envelope's description, without the key; empty if the service sent none.
+        response_time: The service's clock when it answered, aware and in UTC; ``None`` if the service did not send it.
+        headers: The response headers, without the key; names are case-insensitive.
+        body: The first 64 KiB of the decompressed body, without the key.
     """
 
     def __init__(
@@ -257,7 +258,7 @@ class UnauthorizedError(StatusError):
 
 
 class ForbiddenError(StatusError):
-    """403: the API key is known, and may not do this."""
+    """403: the API key is known but not permitted to do this."""
 
     hint = "check what the account's API key may do in the management console"
 
@@ -269,23 +270,23 @@ class NotFoundError(StatusError):
 
 
 class TooManyRequestsError(StatusError):
-    """429: the account asked too often."""
+    """429: the account sent too many requests."""
 
     hint = "ask less often, or wait longer with a larger timeout"
 
     @property
     def gateway_status(self) -> int:
-        """429: so did the web app's caller."""
+        """429: the web app's client asked too often as well."""
         return 429
 
 
 class ServerError(StatusError):
-    """5xx: the service, or a proxy before it, failed."""
+    """5xx: the service, or a proxy in front of it, failed."""
 
     hint = "try again later"
 
 
-# What only a change of the caller's program mends. Anything else that a callback raises may pass.
+# Mistakes in the callback's own code, which a retry cannot fix. Any other exception of a callback may be transient.
 _MISTAKES: Final = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, NotImplementedError,
     StopAsyncIteration, StopIteration, TypeError, ValueError,
@@ -297,7 +298,7 @@ def callback_error(what: str, error: BaseException) -> ConfigurationError | Tran
 
     Args:
         what: The callback's name, for the message.
-        error: What it raised: a mistake of its author is final, anything else may pass and is worth a retry.
+        error: The callback's exception. A programming error is final; any other exception is retried.
     """
     message = f"{what} raised {type(error).__name__}"
     return ConfigurationError(message) if isinstance(error, _MISTAKES) else TransportError(message)
@@ -313,10 +314,10 @@ _BY_STATUS: Final[Mapping[int, type[StatusError]]] = {
 
 
 def status_error(status: int, description: str, **context: Any) -> StatusError:
-    """The error for a status from 300 up, with the service's own words in its message."""
+    """Return the error for a status of 300 or more, with the service's *description* in its message."""
     cls = _BY_STATUS.get(status, ServerError if 500 <= status <= 599 else StatusError)
-    said = f": {printable(description)}" if description else ""
-    return cls(f"HTTP {status} {phrase(status)}".rstrip() + said, status=status, description=description, **context)
+    detail = f": {printable(description)}" if description else ""
+    return cls(f"HTTP {status} {phrase(status)}".rstrip() + detail, status=status, description=description, **context)
 
 
 # Python before 3.13 has the names of RFC 2616 and RFC 4918: https://www.rfc-editor.org/rfc/rfc9110#section-15.5.
@@ -329,7 +330,7 @@ _RENAMED: Final[Mapping[int, str]] = {
 
 
 def phrase(status: int) -> str:
-    """Return RFC 9110's reason phrase of a status; empty if there is none."""
+    """Return RFC 9110's reason phrase for *status*; empty for an unknown status."""
     try:
         return _RENAMED.get(status) or HTTPStatus(status).phrase
     except ValueError:

@@ -1,6 +1,6 @@
-"""What happened, as frozen values: for logs, metrics and the records on errors.
+"""Events and attempt records as frozen values, for logs, metrics and errors.
 
-Every time is in seconds. Nothing here ever holds an API key.
+Every time is in seconds. No event ever holds an API key.
 """
 
 import logging
@@ -11,28 +11,29 @@ from typing import Final, Literal, TypeAlias
 from attrs import frozen
 
 StopReason: TypeAlias = Literal["final", "attempts", "deadline", "budget", "patience"]
-"""Why a call made no further attempt: it would not help, or the attempts, the time, the retry budget, or a job's
-patience with a service that answers nobody were used up."""
+"""Why a call made no further attempt.
+
+A retry would not help; all attempts were used; the deadline came first; the retry budget was used up; or an outage
+outlasted a job's patience.
+"""
 
 _log: Final = logging.getLogger("audiences_async")
-_log.addHandler(logging.NullHandler())  # where nobody has set up logging, nothing is printed
+_log.addHandler(logging.NullHandler())  # without logging configured, print nothing
 
 
 @frozen
 class Attempt:
-    """What one request on the wire came to.
+    """The record of one request.
 
     Attributes:
         number: 1 for the first attempt of the call.
-        status: The status that decided: of HTTP, or of the envelope where a 200 carries an error. ``None`` where no
-            readable reply came.
-        error: What was wrong, in a few words; ``None`` where nothing was.
+        status: The HTTP status, or the envelope's if a 200 carries an error. ``None`` if no readable response arrived.
+        error: A short description of the failure; ``None`` on success.
         elapsed: Seconds from sending to the last byte read.
-        wait: Seconds waited before the next attempt; 0.0 where it followed at once or there was none.
-        reason: Why that wait: ``"backoff"``, ``"retry-after"``, ``"pace"`` (it waits for its turn in the account's
-            pace), ``"stale-connection"`` or ``"fresh-key"``, or ``"probe"`` (in a job, while the service is closed: it
-            does not count for ``max_attempts``); or why there was no next attempt: ``"success"`` or the
-            call's ``stop_reason``.
+        wait: Seconds waited before the next attempt; 0.0 if it followed at once or was the last one.
+        reason: Why it waited: ``"backoff"``, ``"retry-after"``, ``"pace"`` (for its turn in the account's pace),
+            ``"stale-connection"`` or ``"fresh-key"``, or ``"probe"`` (in a job, while the service is paused; it does
+            not count towards ``max_attempts``). After the last attempt: ``"success"`` or the call's ``stop_reason``.
     """
 
     number: int
@@ -45,7 +46,7 @@ class Attempt:
 
 @frozen
 class Event:
-    """Something that happened to a call; the base of all events.
+    """Base class of all events.
 
     Attributes:
         account: The account's name.
@@ -56,19 +57,19 @@ class Event:
 
 @frozen
 class CallStarted(Event):
-    """A call begins. Told, as all that follows of the call, inside the task that makes it.
+    """A call begins. This and the call's later events are emitted inside the task that makes the call.
 
-    That task is its caller's own; with a `CachePolicy`, one of the client's, in the context of the first who asked.
+    That task is the caller's own; with a `CachePolicy`, it is one of the client's, in the context of the first caller.
     """
 
 
 @frozen
 class AttemptStarted(Event):
-    """A request goes out.
+    """A request is sent.
 
     Attributes:
         number: 1 for the first attempt of the call.
-        waited: Seconds that it has waited for its turn: for its account's pace, and for a connection to be free.
+        waited: Seconds waited for the account's pace and for a free connection.
     """
 
     number: int
@@ -77,10 +78,10 @@ class AttemptStarted(Event):
 
 @frozen
 class AttemptFinished(Event):
-    """An attempt ended, and what follows is decided: an answer, a wait or an error.
+    """An attempt ended, and the next step is decided: an answer, a wait or an error.
 
     Attributes:
-        attempt: The attempt's record, the wait that follows included.
+        attempt: The attempt's record, including the wait that follows.
     """
 
     attempt: Attempt
@@ -88,12 +89,12 @@ class AttemptFinished(Event):
 
 @frozen
 class CallFinished(Event):
-    """A call ended, well or with an error.
+    """A call ended, with an answer or an error.
 
     Attributes:
-        attempts: The number of requests on the wire, the first included.
+        attempts: Number of requests sent, the first included.
         elapsed: Seconds for the whole call, every wait included.
-        error: The error's class name, ``CancelledError`` where the caller cancelled; ``None`` for an answer.
+        error: The error's class name; ``CancelledError`` if the caller cancelled; ``None`` for an answer.
     """
 
     attempts: int
@@ -103,11 +104,11 @@ class CallFinished(Event):
 
 @frozen
 class AccountPaused(Event):
-    """The account's requests stop for a while, because the service said that it asked too often.
+    """The account's requests pause because the service reported that it sent too many.
 
     Attributes:
-        seconds: How long; one request then goes ahead, and the others follow if it is answered.
-        asked: Whether the service named the time, by ``Retry-After`` or ``RateLimit`` headers.
+        seconds: Length of the pause; then one probe is sent, and the other requests follow if it is answered.
+        asked: Whether the service gave the time, by ``Retry-After`` or ``RateLimit`` headers.
     """
 
     seconds: float
@@ -116,12 +117,12 @@ class AccountPaused(Event):
 
 @frozen
 class AccountResumed(Event):
-    """After a pause a request was answered: the account's other requests follow."""
+    """A probe was answered after a pause; the account's other requests follow."""
 
 
 @frozen
 class RateLearned(Event):
-    """A new measure of what the service grants to the account.
+    """A new estimate of the rate that the service grants to the account.
 
     Attributes:
         rate: Requests per second.
@@ -132,12 +133,12 @@ class RateLearned(Event):
 
 @frozen
 class ServicePaused(Event):
-    """The requests of all accounts stop for a while; ``account`` is empty.
+    """The requests of all accounts pause; ``account`` is empty.
 
     Attributes:
-        seconds: How long; one request then goes ahead, and the others follow if it is answered.
-        asked: Whether the service named the time.
-        state: ``"limited"`` if it refused all accounts for going too fast, ``"out"`` if it answered none.
+        seconds: Length of the pause; then one probe is sent, and the other requests follow if it is answered.
+        asked: Whether the service gave the time.
+        state: ``"limited"`` if all accounts together sent too many requests, ``"out"`` if no account was answered.
     """
 
     seconds: float
@@ -147,12 +148,12 @@ class ServicePaused(Event):
 
 @frozen
 class ServiceResumed(Event):
-    """After a pause of the service a request was answered: the others follow; ``account`` is empty."""
+    """A probe was answered after a pause of the service; the other requests follow. ``account`` is empty."""
 
 
 @frozen
 class ServiceRateLearned(Event):
-    """A new measure of what the service grants to all accounts together; ``account`` is empty.
+    """A new estimate of the rate that the service grants to all accounts together; ``account`` is empty.
 
     Attributes:
         rate: Requests per second.
@@ -165,19 +166,19 @@ EventHook: TypeAlias = Callable[[Event], None]
 
 
 def log_unexpected(error: Exception, account: str) -> None:
-    """Log the traceback of an error that is none of ours, and that a job goes on after."""
+    """Log the traceback of an unexpected exception, after which a job continues."""
     with suppress(Exception):
         _log.error("account %r: the call raised %s", account, type(error).__name__, exc_info=error)
 
 
 def is_watched(hook: EventHook | None) -> bool:
-    """Whether anybody wants to know."""
+    """Return whether a hook or the log at DEBUG receives events."""
     return hook is not None or _log.isEnabledFor(logging.DEBUG)
 
 
 def emit(hook: EventHook | None, event: Event) -> None:
-    """Log the event, and tell the hook; one that raises is logged too, and never hurts the call."""
-    # Hooks and the log's filters are somebody else's code, on the path of a call that must go on.
+    """Log *event* and pass it to *hook*. Exceptions of either never reach the call."""
+    # Hooks and log filters are foreign code on the path of a call.
     with suppress(Exception):
         _log.debug("%r", event)
     if hook is None:

@@ -1,4 +1,4 @@
-"""Many accounts: outcomes as they complete, in bounded memory, and exactly one for every account."""
+"""Jobs over many accounts: outcomes as they complete, in bounded memory, exactly one per account."""
 
 import asyncio
 import math
@@ -11,15 +11,15 @@ from audiences_async.errors import ClientClosedError
 from audiences_async.models import Account
 
 Accounts: TypeAlias = Iterable[Account] | AsyncIterable[Account]
-"""Where a job's accounts come from; read one by one, as there is room for them."""
+"""The accounts of a job; read one by one, when there is room for them."""
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Times the concurrency:
-_HELD: Final = 2  # calls in their places, and results that the consumer has not taken yet
-_AWAY: Final = 10  # calls that wait to retry, without a place
-_UNPAID: Final = 10  # the part of the concurrency that retries without tokens have
+# Multiples of the concurrency:
+_HELD: Final = 2  # calls in their places, plus results that the consumer has not taken yet
+_AWAY: Final = 10  # calls that wait for a retry, without a place
+_UNPAID: Final = 10  # divisor: the share of the concurrency for retries without tokens
 
 
 @asynccontextmanager
@@ -29,14 +29,13 @@ async def stream(
     concurrency: int,
     patience: float = math.inf,
 ) -> AsyncIterator["Results[T, R]"]:
-    """Results as they complete; whichever way the block is left, every task has ended by then.
+    """Yield results as they complete; when the block is left, in any way, all tasks have ended.
 
     Args:
-        items: What to work on.
-        work: Called once for each item, with its place in the job; must turn what goes wrong with the item into a
-            result.
-        concurrency: Items under way at the same time, those that wait without a place not counted.
-        patience: Seconds that an item waits while the service answers nobody.
+        items: The items to work on.
+        work: Called once per item, with its place in the job; must turn an item's failure into a result.
+        concurrency: Maximum number of items in flight, without those that wait without a place.
+        patience: Seconds that an item waits during an outage.
     """
     results = Results(items, work, concurrency, patience)
     try:
@@ -46,21 +45,21 @@ async def stream(
 
 
 async def checked(accounts: Accounts) -> AsyncGenerator[Account, None]:
-    """The same accounts, one by one.
+    """Yield the accounts one by one.
 
     Raises:
-        ConfigurationError: Something among them is no `Account`.
+        ConfigurationError: An item is not an `Account`.
     """
     number = 0
-    async with aclosing(each(accounts)) as given:
-        async for account in given:
+    async with aclosing(each(accounts)) as items:
+        async for account in items:
             checks.instance(f"accounts[{number}]", account, Account)
             yield account
             number += 1
 
 
 async def each(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]:
-    """The same items, one by one."""
+    """Yield the items one by one, from a sync or async iterable."""
     if isinstance(items, AsyncIterable):
         async for item in items:
             yield item
@@ -70,11 +69,11 @@ async def each(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]
 
 
 class Place:
-    """One item's place in a job: it leaves while it only waits, and another item is begun.
+    """One item's place in a job. The item gives it up while it only waits, so that another item can start.
 
     Args:
         job: The job.
-        patience: Seconds that it waits while the service answers nobody.
+        patience: Seconds that the item waits during an outage.
     """
 
     def __init__(self, job: "Results[Any, Any]", patience: float) -> None:
@@ -84,34 +83,34 @@ class Place:
         self._borrows = False
 
     def leave(self) -> None:
-        """Let another item take the place; keep it if too many wait already."""
+        """Give up the place to another item; keep it if too many items wait already."""
         if self.held and self._job.vacate():
             self.held = False
 
     async def enter(self) -> None:
-        """Return when there is a place again; at once if it is held."""
+        """Wait for a place; return at once if the item still has one."""
         if not self.held:
             await self._job.occupy()
             self.held = True
 
     async def borrow(self) -> None:
-        """Return when one of the job's places for retries without tokens is free.
+        """Wait for one of the job's places for retries without tokens.
 
-        Return at once if the item could not leave its own place: those who have borrowed wait for one.
+        Return at once if the item could not give up its own place, because borrowers wait for a place of the job too.
         """
         if not self.held:
             await self._job.unpaid.acquire()
             self._borrows = True
 
     def give_back(self) -> None:
-        """Let the next retry without tokens go, if this item has borrowed."""
+        """Return the borrowed place, if any, to the next retry without tokens."""
         if self._borrows:
             self._borrows = False
             self._job.unpaid.release()
 
 
 class Results(AsyncIterator[R], Generic[T, R]):
-    """Results as they complete, to be iterated once, by one task or by several."""
+    """Results in order of completion; iterate once, from one task or from several."""
 
     def __init__(
         self,
@@ -120,7 +119,7 @@ class Results(AsyncIterator[R], Generic[T, R]):
         concurrency: int,
         patience: float,
     ) -> None:
-        """Must run inside the event loop that will use it."""
+        """Create it inside the event loop that will use it."""
         self.unpaid: asyncio.Semaphore = asyncio.Semaphore(max(1, concurrency // _UNPAID))
         self._items = items
         self._work = work
@@ -144,26 +143,26 @@ class Results(AsyncIterator[R], Generic[T, R]):
     async def __anext__(self) -> R:
         result = await self._done.get()
         if result is None:
-            self._done.put_nowait(None)  # for whoever else asks, or asks again
+            self._done.put_nowait(None)  # for the other consumers, and for later calls
             failure = self._failure
             if failure is None:
                 raise StopAsyncIteration
             # An exception that is raised twice shows the frames of both.
-            self._failure = ClientClosedError("the stream ended before its end; another consumer was told why")
+            self._failure = ClientClosedError("the stream failed before its end; another consumer has the error")
             raise failure
         self._room.release()
         return result[0]
 
     async def leave(self) -> None:
-        """End every task at once. Whoever still iterates is told that the results are not whole."""
-        self._is_left = True  # also for a worker whose cancellation is lost in somebody else's code
+        """End every task at once. Consumers that still iterate get a `ClientClosedError`."""
+        self._is_left = True  # in case a worker's cancellation is lost in foreign code
         for semaphore in (self.unpaid, self._room, self._places):
-            for _ in range(self._away):  # a request that others share goes on, and waits for no place of this job
+            for _ in range(self._away):  # a shared request continues, and must not wait for a place of this job
                 semaphore.release()
         for worker in self._workers:
             worker.cancel()
         if self._workers:
-            self._failure = ClientClosedError("the stream was left before its end")
+            self._failure = ClientClosedError("the stream was closed before its end")
             await asyncio.wait(self._workers)
         await self._items.aclose()
 
@@ -171,13 +170,13 @@ class Results(AsyncIterator[R], Generic[T, R]):
         return self._is_left
 
     def _start_worker(self) -> None:
-        # Never an eager one, which would start the next before it counts itself.
+        # Never an eager task, which would start the next one before it counts itself.
         worker = asyncio.Task(self._run())
         self._workers.add(worker)
         worker.add_done_callback(self._finished)
 
     def vacate(self) -> bool:
-        """Give up a place; ``False`` if too many items wait without one."""
+        """Give up a place; return ``False`` if too many items wait without one."""
         if self._away >= _AWAY * self._concurrency:
             return False
         self._away += 1
@@ -207,16 +206,16 @@ class Results(AsyncIterator[R], Generic[T, R]):
                 self._room.release()
                 return
             if len(self._workers) - len(self._surplus) < self._concurrency + self._away:
-                self._start_worker()  # one by one: a job of three accounts starts no hundred tasks
+                self._start_worker()  # one by one: a job of three accounts does not start a hundred tasks
             place = Place(self, self._patience)
             result = await self._work(item[0], place)
             await place.enter()
             self._places.release()
             self._done.put_nowait((result,))
-            await asyncio.sleep(0)  # what else is ready goes first: replies are read together, and requests sent so
+            await asyncio.sleep(0)  # other tasks go first: responses are read, and requests sent, in batches
 
     def _is_surplus(self) -> bool:
-        """Return whether the worker that asks is one too many, since an item has come back to a place; it then ends."""
+        """Return whether this worker should end because an item has returned to a place."""
         if len(self._workers) - len(self._surplus) <= self._concurrency + self._away:
             return False
         task = asyncio.current_task()

@@ -1,4 +1,4 @@
-"""The values a caller gets: accounts, audiences and replies.
+"""The public values: accounts, audiences and responses.
 
 Field names are the service's own: https://api.commbox.io/ (GET /audiences).
 """
@@ -15,17 +15,16 @@ from audiences_async.errors import AudiencesError, ConfigurationError
 
 @frozen(init=False, repr=False)
 class Account:
-    """One account of the service: a label of yours and its API key.
+    """An account of the service: a label and its API key.
 
     Args:
-        name: A label for errors, events and outcomes; not empty. Two accounts may share one.
-        api_key: The bearer token, or a function (sync or async) that gives it. A function is asked once for each
-            call (calls of the same account that run at the same time share the answer), and once more when the
-            service answers 401. The key is in no ``repr``.
+        name: A label for errors, events and outcomes; not empty. Two accounts may have the same one.
+        api_key: The bearer token, or a function (sync or async) that returns it. The function is called once per call
+            of the client, and again if the service answers 401; concurrent calls of one account share the result. The
+            key never appears in a ``repr``.
 
     Raises:
-        ConfigurationError: An empty name, or a key that is empty, is padded with white space or has control
-            characters.
+        ConfigurationError: The name is empty, or the key is empty, has white space around it or has control characters.
     """
 
     name: str
@@ -42,25 +41,25 @@ class Account:
         self.__attrs_init__(name, credential)
 
     def __hash__(self) -> int:
-        return hash(self.name)  # of which there is one for each call; that of a key takes longer
+        return hash(self.name)  # computed for each call; hashing the key would take longer
 
     def __repr__(self) -> str:
-        # Half made where its arguments are refused: a traceback with locals must still be able to print it.
+        # The name is missing if __init__ raised: a traceback with locals must still be able to print it.
         return f"Account({getattr(self, 'name', '?')!r})"
 
     @property
     def api_key(self) -> str | KeyProvider:
-        """The key itself, or the function that gives it."""
+        """The API key, or the function that returns it."""
         return self._credential.reveal() if isinstance(self._credential, ApiKey) else self._credential
 
     @property
     def credential(self) -> ApiKey | KeyProvider:
-        """The key behind a mask, or the function that gives it."""
+        """The masked API key, or the function that returns it."""
         return self._credential
 
 
-class _Nothing(dict[str, Any]):
-    """A dict that is empty and stays so, for all audiences to share: 100,000 dicts keep the garbage collector busy."""
+class _EmptyDict(dict[str, Any]):
+    """An immutable empty dict, shared by all audiences: 100,000 dicts would keep the garbage collector busy."""
 
     __slots__ = ()
 
@@ -70,10 +69,10 @@ class _Nothing(dict[str, Any]):
     __setitem__ = __ior__ = setdefault = update = _refuse
 
     def __reduce__(self) -> str:
-        return "NOTHING"  # copied and pickled, it is the same one
+        return "NOTHING"  # copies and pickles are the same object
 
 
-NOTHING: Final[Mapping[str, Any]] = _Nothing()
+NOTHING: Final[Mapping[str, Any]] = _EmptyDict()
 
 
 @frozen(weakref_slot=False)
@@ -82,10 +81,10 @@ class StaticAudience:
 
     Attributes:
         id: The service's identifier; never empty.
-        name: The audience's name, as typed in by its owner.
-        created_time: When it was created; aware, in UTC, to the microsecond.
+        name: The audience's name, as entered by its owner.
+        created_time: Time of creation; aware, in UTC, to the microsecond.
         user_count: Users in the audience now; 0 or more.
-        extra: Fields the service sent beyond the documented ones, unchanged. Counts for ``==``, not for the hash.
+        extra: Undocumented fields, unchanged. Compared by ``==``, but not hashed.
     """
 
     type: ClassVar[Literal["Static"]] = "Static"
@@ -99,13 +98,13 @@ class StaticAudience:
 
 @frozen(weakref_slot=False)
 class DynamicAudience:
-    """An audience computed from rules, of which the service tells no user count.
+    """An audience computed from rules; the service reports no user count for it.
 
     Attributes:
         id: The service's identifier; never empty.
-        name: The audience's name, as typed in by its owner.
-        created_time: When it was created; aware, in UTC, to the microsecond.
-        extra: Fields the service sent beyond the documented ones, unchanged. Counts for ``==``, not for the hash.
+        name: The audience's name, as entered by its owner.
+        created_time: Time of creation; aware, in UTC, to the microsecond.
+        extra: Undocumented fields, unchanged. Compared by ``==``, but not hashed.
     """
 
     type: ClassVar[Literal["Dynamic"]] = "Dynamic"
@@ -118,14 +117,14 @@ class DynamicAudience:
 
 @frozen(weakref_slot=False)
 class UnknownAudience:
-    """An audience of a type that this version does not know: kept whole, never dropped.
+    """An audience of a type that this version does not know; kept whole, never dropped.
 
     Attributes:
         type: The type as sent; never empty.
-        id: The identifier, or ``None`` where it could not be read.
-        name: The name, or ``None`` where it could not be read.
-        created_time: Aware, in UTC, or ``None`` where it could not be read.
-        raw: The whole record as sent. Counts for ``==``, not for the hash.
+        id: The identifier; ``None`` if it is missing or unreadable.
+        name: The name; ``None`` if it is missing or unreadable.
+        created_time: Aware, in UTC; ``None`` if it is missing or unreadable.
+        raw: The whole record as sent. Compared by ``==``, but not hashed.
     """
 
     type: str
@@ -136,17 +135,17 @@ class UnknownAudience:
 
 
 Audience: TypeAlias = StaticAudience | DynamicAudience | UnknownAudience
-"""Any audience; tell them apart by class, or by ``type``."""
+"""Any audience; distinguish them by class or by ``type``."""
 
 
 @frozen
 class AudiencesResponse:
-    """Every audience of one account. Iterable, and its length is the number of audiences.
+    """Every audience of one account. Iterable; its length is the number of audiences.
 
     Attributes:
-        status: The status in the reply's own envelope, as an integer.
-        description: The envelope's text; empty where the service sent none.
-        response_time: The service's clock when it answered, aware and in UTC; ``None`` where it could not be read.
+        status: The status in the envelope, as an integer.
+        description: The envelope's description; empty if the service sent none.
+        response_time: The service's clock when it answered, aware and in UTC; ``None`` if it is missing or unreadable.
         data: The audiences in the order sent.
     """
 
@@ -164,11 +163,11 @@ class AudiencesResponse:
 
 @frozen
 class Fetched:
-    """An account that was answered.
+    """The outcome of an account that was fetched.
 
     Attributes:
-        account: The account as it was given.
-        elapsed: Seconds for its whole call, every wait included.
+        account: The account as given.
+        elapsed: Seconds for the whole call, every wait included.
         response: Every audience of the account.
         ok: Always ``True``.
     """
@@ -182,12 +181,12 @@ class Fetched:
 
 @frozen
 class Failed:
-    """An account that was not answered.
+    """The outcome of an account that failed.
 
     Attributes:
-        account: The account as it was given.
-        elapsed: Seconds for its whole call, every wait included.
-        error: Why; what `AudiencesClient.get_audiences` would have raised.
+        account: The account as given.
+        elapsed: Seconds for the whole call, every wait included.
+        error: The error that `AudiencesClient.get_audiences` would have raised.
         ok: Always ``False``.
     """
 
@@ -199,4 +198,4 @@ class Failed:
 
 
 Outcome: TypeAlias = Fetched | Failed
-"""What became of one account of many; tell them apart by class, or by ``ok``."""
+"""The outcome of one account of a job; distinguish them by class or by ``ok``."""

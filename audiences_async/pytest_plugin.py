@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def audiences_sandbox() -> "Iterator[Sandbox]":
-    """Yield a running `Sandbox` without accounts; a sync fixture works with any async plugin and any loop scope."""
+    """Yield a running `Sandbox` without accounts. A sync fixture works with any async plugin and loop scope."""
     from audiences_async.sandbox import Sandbox  # noqa: PLC0415
 
     with Sandbox() as sandbox:
@@ -24,7 +24,7 @@ def audiences_sandbox() -> "Iterator[Sandbox]":
 
 @pytest.fixture
 def audiences_time() -> "SteppedTime":
-    """Return a `SteppedTime`: a client with its clock waits for nothing."""
+    """Return a `SteppedTime`, whose clock makes a client wait for nothing."""
     from audiences_async.sandbox import SteppedTime  # noqa: PLC0415
 
     return SteppedTime()

@@ -1,4 +1,4 @@
-"""Host names to addresses: one look-up for all who ask at once, and failed addresses last."""
+"""Host name resolution: concurrent callers share one look-up, and addresses that failed come last."""
 
 import asyncio
 import socket
@@ -8,26 +8,27 @@ from weakref import WeakValueDictionary
 from aiohttp import DefaultResolver
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-_KEPT = 64  # failed addresses that are remembered
+_KEPT = 64  # number of failed addresses to remember
 
 
 class _LookUp:
-    """One look-up, and what it came to."""
+    """One look-up and its result."""
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
         self.found: list[ResolveResult] | None = None
-        self.failure: tuple[type[OSError], tuple[object, ...]] | None = None  # no error: its frames would hold this
+        # Not the exception: its frames would keep this object alive.
+        self.failure: tuple[type[OSError], tuple[object, ...]] | None = None
 
 
 class SharedResolver(AbstractResolver):
-    """aiohttp's resolver, asked once for concurrent callers. Nothing is cached: each look-up ends with its callers.
+    """aiohttp's resolver, called once for concurrent callers. Nothing is cached: each look-up ends with its callers.
 
-    A lock and no shared task: a caller that is cancelled while it asks leaves the asking to the next one.
+    A lock instead of a shared task: if the caller that holds it is cancelled, the next one takes over.
     """
 
     def __init__(self) -> None:
-        """Create it inside the event loop that will use it."""
+        """Create the resolver inside the event loop that will use it."""
         self._resolver: AbstractResolver = DefaultResolver()
         self._look_ups: WeakValueDictionary[tuple[str, int, int], _LookUp] = WeakValueDictionary()
         self._failed_at: dict[str, float] = {}
@@ -35,10 +36,10 @@ class SharedResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """Return the addresses of *host*, those that failed last at the end.
+        """Return the addresses of *host*; the most recently failed ones come last.
 
         Raises:
-            OSError: The name cannot be looked up.
+            OSError: The name cannot be resolved.
         """
         look_up = self._look_ups.setdefault((host, port, family), _LookUp())
         async with look_up.lock:
@@ -54,7 +55,7 @@ class SharedResolver(AbstractResolver):
         return sorted(look_up.found, key=lambda result: self._failed_at.get(result["host"], 0.0))
 
     def failed(self, address: str) -> None:
-        """Put *address* at the end of later look-ups: a connection to it has failed."""
+        """Move *address* to the end of later look-ups, because a connection to it has failed."""
         if len(self._failed_at) >= _KEPT:
             self._failed_at.clear()
         self._failed_at[address] = monotonic()

@@ -1,4 +1,4 @@
-"""Outcomes on disk: NDJSON, one account a line, which is also the checkpoint that a job goes on from."""
+"""Outcome files: NDJSON with one account per line, which is also the checkpoint of a job."""
 
 import os
 import re
@@ -16,25 +16,25 @@ from audiences_async.errors import AudiencesError, ConfigurationError, StatusErr
 from audiences_async.models import Fetched, Outcome
 from audiences_async.structuring import record
 
-_LONGEST_NAME: Final = 200  # bytes; of 255 that a file's name may have
+_LONGEST_NAME: Final = 200  # bytes, of the 255 that a file name may have
 _encode: Final = msgspec.json.Encoder().encode
-# How each line goes on after its name, up to where anything may stand.
+# Beginning of each line after the account's name; anything may follow.
 _STARTS: Final = (b'","ok":true,"elapsed":', b'","ok":false,"elapsed":')
 _NAME: Final = re.compile(rb'\{"account":"(?:[^"\\]|\\.)*\\?')
 
 
 def line(outcome: Outcome) -> bytes:
-    """The outcome as a line of NDJSON: the account with its audiences, or with its error."""
-    told: dict[str, Any] = {
+    """Return the outcome as a line of NDJSON: the account with its audiences or its error."""
+    fields: dict[str, Any] = {
         "account": outcome.account.name,
         "ok": outcome.ok,
         "elapsed": round(outcome.elapsed, 6),
     }
     if isinstance(outcome, Fetched):
-        told["audiences"] = [record(audience) for audience in outcome.response]
+        fields["audiences"] = [record(audience) for audience in outcome.response]
     else:
-        told["error"] = _error_record(outcome.error)
-    return _encode(told) + b"\n"
+        fields["error"] = _error_record(outcome.error)
+    return _encode(fields) + b"\n"
 
 
 def _error_record(error: AudiencesError) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def _error_record(error: AudiencesError) -> dict[str, Any]:
 
 
 class _Head(msgspec.Struct, forbid_unknown_fields=True):
-    """What a line says of its account; the rest of the line is not decoded."""
+    """The fields of a line that are decoded; audiences and errors stay as they are."""
 
     account: str
     ok: bool
@@ -59,12 +59,12 @@ class _Head(msgspec.Struct, forbid_unknown_fields=True):
 
 @frozen
 class Line:
-    """A line of a file of outcomes.
+    """A line of an outcome file.
 
     Attributes:
         account: The account's name.
-        ok: Whether it was fetched.
-        text: The line as it stands, with its line break.
+        ok: Whether the account was fetched.
+        text: The line as stored, with its line break.
     """
 
     account: str
@@ -73,10 +73,10 @@ class Line:
 
 
 def lines(path: Path) -> Iterator[Line]:
-    """Yield the whole lines of a file of outcomes; a last one that a crash has torn is left out.
+    """Yield the complete lines of an outcome file, without a last line that a crash has cut off.
 
     Raises:
-        ConfigurationError: A line that `line` does not write.
+        ConfigurationError: A line was not written by `line`.
         OSError: The file cannot be read.
     """
     with path.open("rb") as file:
@@ -97,7 +97,7 @@ _decode: Final = msgspec.json.Decoder(_Head).decode
 
 
 def _is_torn(text: bytes) -> bool:
-    """Return whether it is the beginning of a line that `line` writes."""
+    """Return whether *text* is the beginning of a line that `line` writes."""
     name = _NAME.match(text)
     if name is None:
         return b'{"account":"'.startswith(text)
@@ -106,27 +106,27 @@ def _is_torn(text: bytes) -> bool:
 
 
 class OutcomeFile:
-    """Outcomes appended to a file, each at once and whole; one process at a time.
+    """Append outcomes to a file, each one immediately and whole. Only one process can write it.
 
-    While it is open, the file ``.NAME.lock`` beside it is locked; it stays there.
+    While it is open, the file ``.NAME.lock`` beside it is locked; the lock file stays there.
 
     Args:
         path: The file; new or empty, unless *resume*.
-        resume: Continue what is there: accounts that were fetched are kept, and the others' lines and a torn last one
-            are taken out, in a single step that a crash leaves undone or done.
-        accounts: Names of the accounts that the file may have when it is resumed; ``None`` means any.
+        resume: Whether to continue an existing file: fetched accounts are kept; failed accounts and an incomplete last
+            line are removed, in one atomic step.
+        accounts: Names that a resumed file may contain; ``None`` means any.
 
     Attributes:
-        fetched: Names of the accounts that the file has.
+        fetched: Names of the accounts in the file that were fetched.
 
     Raises:
-        ConfigurationError: The file already exists, or is not the checkpoint of this job, or another process writes it.
-        OSError: It cannot be read or written.
+        ConfigurationError: The file already exists, is not the checkpoint of this job, or is open in another process.
+        OSError: The file cannot be read or written.
     """
 
     def __init__(self, path: Path, *, resume: bool = False, accounts: Collection[str] | None = None) -> None:
-        self._is_regular = not path.exists() or path.is_file()  # and no pipe or terminal
-        self._path = path.resolve() if self._is_regular else path  # a link stays where it is
+        self._is_regular = not path.exists() or path.is_file()  # not a pipe or terminal
+        self._path = path.resolve() if self._is_regular else path  # a symbolic link stays in place
         self._accounts = accounts
         self.fetched: set[str] = set()
         with ExitStack() as stack:
@@ -148,17 +148,17 @@ class OutcomeFile:
                 os.fsync(self._file.fileno())
 
     def write(self, outcome: Outcome) -> None:
-        """Append an outcome; it is there when this returns, also if the process is killed then."""
+        """Append an outcome. It survives a kill of the process once this returns."""
         self.append(line(outcome))
 
     def append(self, text: bytes) -> None:
-        """As `write`, of a line as it stands."""
+        """Append a complete line, as `write` does."""
         self._file.write(text)
         self._file.flush()
 
     def _resume(self) -> None:
         if not self._is_regular:
-            raise ConfigurationError(f"{printable(str(self._path))} is not a regular file, and cannot be resumed")
+            raise ConfigurationError(f"{printable(str(self._path))} is not a regular file and cannot be resumed")
         if not self._path.exists():
             return
         kept = sum(len(each.text) for each in self._fetched_lines())
@@ -181,9 +181,9 @@ class OutcomeFile:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    if not path.parent.is_dir():  # which filelock would create
+    if not path.parent.is_dir():  # filelock would create it
         raise FileNotFoundError(2, "No such directory", str(path.parent))
-    import filelock  # noqa: PLC0415 - of optional extras, and a twentieth of a second
+    import filelock  # noqa: PLC0415 - an optional dependency that takes 50 ms to import
 
     try:
         with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0):
@@ -193,10 +193,10 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def check_new(path: Path) -> None:
-    """Refuse a file that has something in it already.
+    """Refuse a file that already has content.
 
     Raises:
-        ConfigurationError: It has.
+        ConfigurationError: The file has content.
     """
     if path.is_file() and path.stat().st_size:
         raise ConfigurationError(
@@ -205,12 +205,12 @@ def check_new(path: Path) -> None:
 
 
 def write_whole(path: Path, chunks: Iterable[bytes], *, like: Path | None = None) -> None:
-    """Write a file at once: whoever looks, also after a crash, finds the one that was there, or the new one whole.
+    """Write a file atomically: readers see the old content or the new, even after a crash.
 
     Args:
-        path: The file; behind a link, what that leads to.
-        chunks: What it is to hold.
-        like: The file whose mode and owner it gets if it is new.
+        path: The file; a symbolic link is followed.
+        chunks: The new content.
+        like: File whose mode and owner a new file gets.
     """
     with successor(path.resolve(), like=like) as file:
         file.writelines(chunks)
@@ -218,8 +218,8 @@ def write_whole(path: Path, chunks: Iterable[bytes], *, like: Path | None = None
 
 @contextmanager
 def successor(path: Path, *, like: Path | None = None) -> Iterator[BinaryIO]:
-    """A new file, which takes the place of *path*, whole, where the block is left without an error."""
-    # Several machines may be at the same file, so a process's number does not tell them apart.
+    """Yield a new file, which replaces *path* if the block ends without an error."""
+    # A random name, because processes on several machines may share the directory and a process id is not unique.
     name = path.name if len(os.fsencode(path.name)) <= _LONGEST_NAME else ""
     temporary = path.with_name(f".{name}.{token_hex(8)}.tmp")
     file = _open_like(path if like is None or path.exists() else like, temporary)
@@ -230,24 +230,24 @@ def successor(path: Path, *, like: Path | None = None) -> Iterator[BinaryIO]:
         file.close()
         temporary.replace(path)
     except BaseException:
-        with suppress(OSError):  # of a full disk, once more
+        with suppress(OSError):  # a full disk fails again
             file.close()
         temporary.unlink(missing_ok=True)
         raise
 
 
 def _open_like(path: Path, temporary: Path) -> BinaryIO:
-    """Create a file with the mode and, where that is allowed, the owner of the one that it will replace."""
+    """Create *temporary* with the mode and, if permitted, the owner of the file that it will replace."""
     try:
         like = path.stat()
     except FileNotFoundError:
         return temporary.open("xb")
     mode = stat.S_IMODE(like.st_mode)
-    # Never readable by more people than the other, not even for a moment.
+    # Never readable by more users than the file it replaces, not even for a moment.
     file = os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode), "wb")
     with suppress(OSError):
         if hasattr(os, "chown"):
             os.chown(temporary, like.st_uid, like.st_gid)
     with suppress(OSError):
-        temporary.chmod(mode)  # which the umask has narrowed, and chown perhaps too
+        temporary.chmod(mode)  # restore what the umask, and perhaps chown, has removed
     return file

@@ -1,10 +1,10 @@
-"""The body of a 200 into models, by cattrs: strict, with the path of everything that is wrong.
+"""Decode the body of a 200 into models with cattrs: strictly, and reporting each problem with its path.
 
-The shape is the service's own: https://api.commbox.io/ (GET /audiences).
+The schema is the service's own: https://api.commbox.io/ (GET /audiences).
 
-The converter has two hooks for audiences. The union hook is the reference: it reads one record, whatever that holds.
-The hook for many reads *plain* records, of the documented fields alone, whose types msgspec has checked; that is what
-the service sends, and costs a fifth. What is not plain takes the reference, a piece of the body at a time.
+The converter has two hooks for audiences. The union hook is the reference: it reads one record of any content. The hook
+for many reads *plain* records, which have only documented fields, with types checked by msgspec. The service normally
+sends these, and they cost a fifth. All other records take the reference hook, one piece of the body at a time.
 """
 
 import re
@@ -36,14 +36,14 @@ _Hook: TypeAlias = Callable[[Any, Any], Any]
 _Many: TypeAlias = tuple[Audience, ...]
 
 MAX_PROBLEMS: Final = 20
-"""As many problems of one body are told; a body of 100,000 wrong records must not hold the event loop."""
+"""Maximum number of problems reported per body, so that 100,000 invalid records do not block the event loop."""
 
-_AT_ONCE: Final = 128 * 1024  # bytes that are decoded at a stretch: a millisecond for plain records, four for others
-_SHOWN_TEXT: Final = 40
+_AT_ONCE: Final = 128 * 1024  # bytes decoded without yielding: 1 ms for plain records, 4 ms for others
+_LONGEST_TEXT: Final = 40
 _BOM: Final = b"\xef\xbb\xbf"
 _NOT_JSON: Final = (MsgspecError, UnicodeDecodeError, RecursionError)
-# What msgspec takes for a time it reads alike, with two exceptions: it rounds to microseconds, which are cut off
-# here, and takes a T and a Z in lower case. Each pattern begins with a character that `re` finds fast.
+# msgspec reads times alike, with two exceptions: it rounds to microseconds, which are truncated here, and it accepts a
+# lower-case T or Z. Each pattern begins with a character that `re` finds fast.
 _BEYOND_MICROSECONDS: Final = re.compile(rb"\.[0-9]{7}").search
 _LOWER_T: Final = re.compile(rb"-[0-9]{2}t").search
 _LOWER_Z: Final = re.compile(rb'z(?<=[0-9]z)"').search
@@ -51,16 +51,20 @@ _ANY_OF_IT_ESCAPED: Final = re.compile(rb"\\u00(?:00|2[DdEe]|3[0-9]|7[4Aa])").se
 _SEEMING_END: Final = re.compile(rb"\}[ \t\n\r]*,").search
 _STATUS: Final = re.compile(r"[1-5][0-9]{2}")
 _ABSENT: Final = Raw()
-_MUCH: Final = 1024 * 1024  # bytes that may become many times as many
-_SHORTEST: Final = len('{"type":"a"},')  # bytes of an audience
-# Carries the fields beyond the documented ones to `extra`. cattrs writes it into source code: no quotes, no control
-# characters. A field of the service with this very name is in `extra` like any other.
+_EXPANSION_LIMIT: Final = 1024 * 1024  # above this size, many tiny values are rejected before they are split
+_SMALLEST_RECORD: Final = len('{"type":"a"},')  # bytes of the smallest audience
+# Carries the undocumented fields to `extra`. cattrs puts this name into source code: no quotes, no control characters.
+# A field of the service with this very name is in `extra` like any other.
 _EXTRA: Final = "audiences_async:extra"
 _MAX_DEPTH: Final = 200  # of an undocumented value; the JSON parser's own limit depends on the Python and its stack
 
 
 class _ProblemError(ValueError):
-    """What was expected of a value and what came, ``...`` for nothing; and where below the place that cattrs knows."""
+    """A value that breaks the schema.
+
+    The message has the expected and the actual value; ``...`` stands for a missing one. ``below`` is the path below the
+    place that cattrs knows.
+    """
 
     def __init__(self, expected: str, value: Any, below: str = "") -> None:
         super().__init__("missing" if value is ... else f"expected {expected}, got {_shown(value)}")
@@ -68,7 +72,7 @@ class _ProblemError(ValueError):
 
 
 class _OutOfRange(float):
-    """Stands for a number in JSON that no Python number can hold."""
+    """Stand-in for a JSON number that no Python number can hold."""
 
     def __repr__(self) -> str:
         return "a number out of range"
@@ -78,21 +82,22 @@ _OUT_OF_RANGE: Final = _OutOfRange("inf")
 
 
 def decode(body: bytes) -> AudiencesResponse:
-    """The audiences in the body of a 200.
+    """Return the audiences in the body of a 200.
 
     Args:
         body: UTF-8 JSON, with or without a byte order mark.
 
     Raises:
         StatusError: The envelope's own status is 300 or more.
-        InvalidResponseError: It is not JSON, or breaks the schema; every problem (up to 20) is told with its path.
+        InvalidResponseError: The body is not JSON, or breaks the schema; the first 20 problems are reported with their
+            paths.
     """
     response = decode_plain(body)
     return whole(decoding(body)) if response is None else response
 
 
 def whole(steps: Generator[None, None, _T]) -> _T:
-    """The result of what is done in steps, at a stretch."""
+    """Run a stepwise computation to completion without yielding to the event loop."""
     while True:
         try:
             next(steps)
@@ -102,7 +107,7 @@ def whole(steps: Generator[None, None, _T]) -> _T:
 
 
 def decode_plain(body: bytes) -> AudiencesResponse | None:
-    """As `decode`, of a body that is not large and has nothing but plain records in it; ``None`` for any other."""
+    """Do the same as `decode` for a small body with only plain records; return ``None`` for any other."""
     if len(body) > _AT_ONCE or not _has_plain_times(body):
         return None
     try:
@@ -110,52 +115,52 @@ def decode_plain(body: bytes) -> AudiencesResponse | None:
         status = _status(envelope.status)
         time = None if envelope.response_time is None else in_utc(envelope.response_time)
         data = _structure_many(envelope.data, _Many)
-    except Exception:  # noqa: BLE001 - the reference tells what is wrong, if anything
+    except Exception:  # noqa: BLE001 - the reference reports the problem, if there is one
         return None
     return AudiencesResponse(status, envelope.description or "", time, data) if status < 300 else None
 
 
 def decoding(body: bytes) -> Generator[None, None, AudiencesResponse]:
-    """As `decode`, in steps of a few milliseconds at most, for a body of any size."""
+    """Do the same as `decode` for a body of any size, in steps of a few milliseconds at most."""
     text = body.removeprefix(_BOM)
     problems: list[str] = []
     yield
     with _readable(text):
         if not text.isascii():
-            text.decode()  # also what is not looked at below, such as a member that comes once more
+            text.decode()  # members that are not decoded below, such as duplicates, must be UTF-8 too
             yield
         envelope, data = _envelope(text, problems)
         audiences = yield from _audiences(data, problems)
     if len(problems) >= MAX_PROBLEMS:
-        problems[MAX_PROBLEMS:] = ["$: there may be more; these are the first"]
+        problems[MAX_PROBLEMS:] = ["$: there may be more problems; only the first are reported"]
     if problems:
         raise _invalid(problems, text)
     return attrs.evolve(envelope, data=tuple(audiences))
 
 
 def parse(body: bytes) -> Any:
-    """JSON as Python values, integers of any size kept.
+    """Return the Python value of a JSON text, with integers of any size.
 
     Raises:
-        InvalidResponseError: It is empty, not UTF-8, not JSON, or nested too deeply.
+        InvalidResponseError: *body* is empty, not UTF-8, not JSON, or nested too deeply.
     """
     with _readable(body):
         return _any(body.removeprefix(_BOM))
 
 
 def description_of(envelope: Mapping[str, Any]) -> str:
-    """The envelope's text; empty where there is none."""
+    """Return the envelope's description; empty if it is missing or not a string."""
     description = envelope.get("description")
     return description if isinstance(description, str) else ""
 
 
 def response_time_of(envelope: Mapping[str, Any]) -> datetime | None:
-    """The envelope's time, aware and in UTC; ``None`` where it cannot be read."""
+    """Return the envelope's time, aware and in UTC; ``None`` if it is missing or unreadable."""
     return _read(_utc, envelope.get("response_time"))
 
 
 def record(audience: Audience) -> dict[str, Any]:
-    """The service's own record of an audience, ready for JSON; ``created_time`` in ISO 8601 with ``Z``."""
+    """Return the service's own record of an audience, ready for JSON; ``created_time`` in ISO 8601 with ``Z``."""
     if isinstance(audience, UnknownAudience):
         return dict(audience.raw)
     created = audience.created_time.isoformat().replace("+00:00", "Z")
@@ -184,7 +189,7 @@ class _Envelope(Struct, forbid_unknown_fields=True):
 
 
 class _Members(Struct):
-    """What an envelope has of the documented members, as it was sent; of any other, only that it is JSON."""
+    """The documented members of an envelope as raw JSON; other members are only parsed."""
 
     status: Raw = _ABSENT
     description: Raw = _ABSENT
@@ -193,7 +198,7 @@ class _Members(Struct):
 
 
 class _Typed(Struct, gc=False):
-    """The least that an audience is."""
+    """The minimum that an audience must have."""
 
     type: Annotated[str, Meta(min_length=1)]
 
@@ -209,7 +214,7 @@ _plain_records: Final = Decoder(list[_Record]).decode
 
 
 def _envelope(text: bytes, problems: list[str]) -> tuple[AudiencesResponse, Raw]:
-    """The envelope without its data; and these as they were sent."""
+    """Return the envelope without its data, and the data as raw JSON."""
     members = _members_of(text)
     named = {"status": members.status, "description": members.description, "response_time": members.response_time}
     sent = {name: _glimpse(value) for name, value in named.items() if value}
@@ -233,7 +238,7 @@ def _members_of(text: bytes) -> _Members:
 
 
 def _audiences(data: Raw, problems: list[str]) -> Generator[None, None, list[Audience]]:
-    """The audiences, or their problems, some at a time."""
+    """Return the audiences, one part at a time; append their problems to *problems*."""
     audiences: list[Audience] = []
     array = memoryview(data)
     if bytes(array[:1]) != b"[":
@@ -243,7 +248,7 @@ def _audiences(data: Raw, problems: list[str]) -> Generator[None, None, list[Aud
     while start < len(array) and len(problems) < MAX_PROBLEMS:
         plain, others, start = yield from _part(array, start, first, problems)
         if not (plain or others):
-            break  # there are none at all, or the part was refused as a whole
+            break  # an empty array, or the part was rejected as a whole
         audiences += plain
         for index, piece in _pieces(others, first + len(plain)):
             yield
@@ -257,10 +262,11 @@ def _audiences(data: Raw, problems: list[str]) -> Generator[None, None, list[Aud
 def _part(
     array: memoryview, start: int, first: int, problems: list[str]
 ) -> Generator[None, None, tuple[Sequence[Audience], Sequence[Raw], int]]:
-    """The next audiences, or all as they were sent where any is not plain; and where the array goes on.
+    """Return the next audiences, or all records as raw JSON if one is not plain, and where the array continues.
 
-    The part ends where a record seems to end. If none does, as within a text that has a brace, it is no array by
-    itself, and a longer one is tried; if it is an array, it has the very records that the whole has there.
+    The part ends where a record seems to end. If no record ends there, for example inside a string that has a brace,
+    the part is not a valid array, and a longer one is tried. If it is a valid array, it has the very records that the
+    whole array has there.
     """
     size = _AT_ONCE
     while True:
@@ -280,14 +286,14 @@ def _part(
 
 
 def _rows(part: bytes, first: int, problems: list[str]) -> Sequence[Raw]:
-    """The records of a part, as they were sent.
+    """Return the records of a part as raw JSON.
 
     Raises:
-        InvalidResponseError: It is no array by itself.
+        InvalidResponseError: The part is not a valid array.
     """
     with _readable(part):
-        # So many values, each of which would be kept apart, are no audiences, or not all of them.
-        if len(part) > _MUCH and part.count(b",") * _SHORTEST > len(part):
+        # So many values, each of which would be kept apart, cannot all be audiences.
+        if len(part) > _EXPANSION_LIMIT and part.count(b",") * _SMALLEST_RECORD > len(part):
             try:
                 _typed(part)
             except ValidationError as error:
@@ -299,7 +305,7 @@ def _rows(part: bytes, first: int, problems: list[str]) -> Sequence[Raw]:
 
 
 def _pieces(rows: Sequence[Raw], first: int) -> Iterator[tuple[int, Sequence[Raw]]]:
-    """As many rows at a time as are not too long together, and the index of the first of them."""
+    """Yield groups of rows of limited total size, each with the index of its first row."""
     if len(rows) > 1 and sum(map(len, rows)) > 2 * _AT_ONCE:
         half = len(rows) // 2
         yield from _pieces(rows[:half], first)
@@ -309,15 +315,15 @@ def _pieces(rows: Sequence[Raw], first: int) -> Iterator[tuple[int, Sequence[Raw
 
 
 def _plain(part: bytes) -> Sequence[Audience] | None:
-    """The audiences in an array that has nothing but plain records in it; ``None`` for any other."""
+    """Return the audiences of an array with only plain records; ``None`` for any other."""
     try:
         return _structure_many(_plain_records(part), _Many) if _has_plain_times(part) else None
-    except Exception:  # noqa: BLE001 - the reference tells what is wrong, if anything
+    except Exception:  # noqa: BLE001 - the reference reports the problem, if there is one
         return None
 
 
 def _piece(rows: Sequence[Raw], first: int, problems: list[str]) -> Sequence[Audience]:
-    """The audiences of some rows, the first of which has the index *first*; or their problems."""
+    """Return the audiences of *rows*, whose first index is *first*; append their problems to *problems*."""
     plain = _plain(b"[%b]" % b",".join(rows))
     if plain is not None:
         return plain
@@ -325,7 +331,7 @@ def _piece(rows: Sequence[Raw], first: int, problems: list[str]) -> Sequence[Aud
     for index, row in enumerate(rows, first):
         try:
             audiences.append(_structure(_record(row), Audience))
-        except Exception:  # noqa: BLE001 - cattrs raises what its hooks raise; the second look tells what and where
+        except Exception:  # noqa: BLE001 - cattrs raises whatever its hooks raise; the second pass finds what and where
             problems += _problems_of(row, f"$.data[{index}]")
             if len(problems) >= MAX_PROBLEMS:
                 break
@@ -333,28 +339,28 @@ def _piece(rows: Sequence[Raw], first: int, problems: list[str]) -> Sequence[Aud
 
 
 def _problems_of(row: Raw, path: str) -> list[str]:
-    """The second look, at a record that is known to be wrong: what is wrong, and where."""
+    """Return the problems of an invalid record with their paths, in a second, detailed pass."""
     try:
         _structure_detailed()(_record(row), Audience)
     except ValidationError:
         found = [f"{path}{below}: {problem}" for below, problem in _numbers_out_of_range(row)]
-        return found or [f"{path}: has a number out of range"]  # in a member that comes once more
+        return found or [f"{path}: has a number out of range"]  # in a duplicate member
     except _NOT_JSON as error:
         return [f"{path}: {_reason(error)}"]
     except _ProblemError as problem:
         return [f"{path}{problem.below}: {problem}"]
     except BaseValidationError as group:
-        told = transform_error(group, path, lambda error, _: _told(error))
-        return [f"{where}: {what}" for what, _, where in (line.rpartition(" @ ") for line in told)]
-    return [f"{path}: cannot be read"]  # at the first look; it must not be lost
+        messages = transform_error(group, path, lambda error, _: _message(error))
+        return [f"{where}: {what}" for what, _, where in (line.rpartition(" @ ") for line in messages)]
+    return [f"{path}: cannot be read"]  # only in the first pass, but it must not be lost
 
 
 def _record(row: Raw) -> Any:
     """Decode a record.
 
     Raises:
-        ValidationError: A number in it is out of range.
-        RecursionError: It is nested too deeply.
+        ValidationError: A number in the record is out of range.
+        RecursionError: The record is nested too deeply.
     """
     value = _any(row)
     opened = bytes(row).count(b"[") + bytes(row).count(b"{")
@@ -377,7 +383,7 @@ def _children(value: Any) -> Iterable[Any]:
 
 
 def _numbers_out_of_range(row: Raw) -> Iterator[tuple[str, _ProblemError]]:
-    """Find the fields of a record that hold a number which no Python can hold."""
+    """Yield the fields of a record with a number that no Python number can hold."""
     fields = _fields(row) if bytes(row).startswith(b"{") else {"": row}
     for name, value in fields.items():
         try:
@@ -386,13 +392,13 @@ def _numbers_out_of_range(row: Raw) -> Iterator[tuple[str, _ProblemError]]:
             yield f".{name}" if name else "", _ProblemError("a number in range", _OUT_OF_RANGE)
 
 
-def _told(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     return str(error) if isinstance(error, _ProblemError) else "missing"
 
 
 @contextmanager
 def _readable(text: bytes) -> Iterator[None]:
-    """What is no JSON is a problem at the root."""
+    """Report invalid JSON as a problem at `$`."""
     try:
         yield
     except _NOT_JSON as error:
@@ -411,7 +417,7 @@ def _reason(error: Exception) -> str:
 
 
 def _glimpse(sent: bytes | Raw) -> Any:
-    """A value where it does not matter what an array or an object has in it."""
+    """Decode a value; the content of an array or an object is left out."""
     text = bytes(_value(sent))
     try:
         return [] if text.startswith(b"[") else {} if text.startswith(b"{") else _any(text)
@@ -424,7 +430,7 @@ def _invalid(problems: list[str], body: bytes) -> InvalidResponseError:
 
 
 def _status(status: Any) -> int:
-    # Documented as a string in a 200 and as an integer in errors; both come.
+    # Documented as a string in a 200 and as an integer in errors; both occur.
     if isinstance(status, str) and _STATUS.fullmatch(status):
         status = int(status)
     if type(status) is not int or not 100 <= status <= 599:
@@ -467,13 +473,13 @@ def _read(hook: Callable[[Any, Any], _T], value: Any) -> _T | None:
 
 
 def _shown(value: Any) -> str:
-    """A value in a problem: whole or not at all, so that a part of a secret never shows."""
+    """Return a value for a message: whole or not at all, so that no part of a secret ever shows."""
     match value:
         case None:
             return "null"
         case bool():
             return "true" if value else "false"
-        case str() if len(value) > _SHOWN_TEXT:
+        case str() if len(value) > _LONGEST_TEXT:
             return f"a string of {len(value)} characters"
         case int() | float() | str():
             return repr(value)
@@ -492,7 +498,7 @@ _STRICT: Final[Mapping[str, _Hook]] = {
 
 
 def _model_hook(converter: Converter, cls: type[Any]) -> _Hook:
-    """A hook from a record to one class: strict for the documented fields, all others into ``extra``."""
+    """Return a hook that reads a record as *cls*: strict for documented fields, with all others in ``extra``."""
     documented = [attribute.name for attribute in attrs.fields(cls) if attribute.name in _STRICT]
     known = frozenset({*documented, "type"})
     overrides: dict[str, Any] = {name: override(struct_hook=_STRICT[name]) for name in documented}
@@ -519,9 +525,9 @@ def _unknown(sent: dict[str, Any]) -> UnknownAudience:
 
 
 def _twin(cls: type[Any]) -> type[Any]:
-    """A class of the same layout that is not frozen; what it makes then becomes a *cls*.
+    """Return a class of the same layout that is not frozen; its instances are then turned into *cls*.
 
-    A frozen ``__init__`` takes the long way around its own class for each field, and three times as long.
+    A frozen ``__init__`` goes through ``object.__setattr__`` for each field, which takes three times as long.
     """
     names = [attribute.name for attribute in attrs.fields(cls)]
     return attrs.make_class(cls.__name__, names, slots=True, weakref_slot=False, eq=False, repr=False)
@@ -551,7 +557,7 @@ def _many_hook(records: Sequence[_Record], _: Any) -> tuple[Audience, ...]:
 
 
 def _has_plain_times(text: bytes) -> bool:
-    """Whether msgspec reads every time in it as `_utc` does, or not at all."""
+    """Return whether msgspec reads every time in *text* as `_utc` does, or rejects it."""
     if _BEYOND_MICROSECONDS(text) or _LOWER_T(text) or _LOWER_Z(text):
         return False
     return b"\\" not in text or _ANY_OF_IT_ESCAPED(text) is None
@@ -576,12 +582,12 @@ def _converter(*, detailed: bool) -> Converter:
 
 
 _CONVERTER: Final = _converter(detailed=False)
-# Looked up now, so that no request pays for it.
+# At import, so that no request pays for it.
 _structure: Final[_Hook] = _CONVERTER.get_structure_hook(Audience)
 _structure_many: Final[_Hook] = _CONVERTER.get_structure_hook(_Many)
 
 
 @cache
 def _structure_detailed() -> _Hook:
-    # Made for the first body that is wrong: no program's start pays for it.
+    # On the first invalid body, to keep start-up fast.
     return _converter(detailed=True).get_structure_hook(Audience)

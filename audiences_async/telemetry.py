@@ -1,7 +1,7 @@
-"""OpenTelemetry from events (extra ``otel``): a span for each call, and metrics.
+"""OpenTelemetry spans and metrics from the client's events (extra ``otel``).
 
-Names follow the semantic conventions where these have one (https://opentelemetry.io/docs/specs/semconv/): the span is
-INTERNAL, for the requests are the business of an HTTP instrumentation, and no second client span stands beside its own.
+Names follow the semantic conventions if one applies (https://opentelemetry.io/docs/specs/semconv/). The span is
+INTERNAL, because an HTTP instrumentation already creates a client span for each request.
 """
 
 from contextvars import ContextVar, Token
@@ -21,7 +21,7 @@ _SPAN: Final = "get_audiences"
 _ACCOUNT: Final = "audiences.account.name"
 _ERROR_TYPE: Final = "error.type"
 _RESEND_COUNT: Final = "http.request.resend_count"
-# The default boundaries are meant for milliseconds. These are those of `http.client.request.duration`, and two more for
+# The default boundaries are meant for milliseconds. These are those of `http.client.request.duration`, plus two for
 # calls that wait: https://opentelemetry.io/docs/specs/semconv/http/http-metrics/.
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 30.0, 60.0)
 _STATUS_CODE: Final = "http.response.status_code"
@@ -29,7 +29,7 @@ _STATUS_CODE: Final = "http.response.status_code"
 
 @frozen
 class _Open:
-    """The span of the call that this task makes."""
+    """The span of the call that the current task makes."""
 
     span: trace.Span
     token: "Token[context.Context]"
@@ -40,18 +40,18 @@ _resend: ContextVar[int] = ContextVar("audiences_async_resend", default=0)
 
 
 class OpenTelemetry:
-    """Spans and metrics from a client's events: ``AudiencesClient(on_event=OpenTelemetry())``.
+    """Record spans and metrics from a client's events: ``AudiencesClient(on_event=OpenTelemetry())``.
 
-    For each call an INTERNAL span ``get_audiences``, current while the call runs, with an event for each attempt. It
-    names the account; nothing names the key. As metrics, in seconds where they are times:
+    Each call has an INTERNAL span ``get_audiences``, which is current while the call runs, with an event per attempt.
+    The span names the account, never the key. The metrics measure times in seconds:
 
-    - ``audiences.client.call.duration``, a histogram, with ``error.type`` where the call failed;
-    - ``audiences.client.pacing.wait``, a histogram of what each attempt waited for its turn;
+    - ``audiences.client.call.duration``, a histogram, with ``error.type`` if the call failed;
+    - ``audiences.client.pacing.wait``, a histogram of each attempt's wait for its turn;
     - ``audiences.client.retries``, a counter of attempts after the first of a call.
 
     Args:
-        tracer_provider: Where spans go; ``None`` means the global one.
-        meter_provider: Where metrics go; ``None`` means the global one.
+        tracer_provider: Provider for spans; ``None`` means the global one.
+        meter_provider: Provider for metrics; ``None`` means the global one.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class OpenTelemetry:
         self._waited = meter.create_histogram(
             "audiences.client.pacing.wait",
             "s",
-            "What attempts waited for their account's turn and a connection.",
+            "Wait of attempts for their account's turn and a connection.",
             explicit_bucket_boundaries_advisory=_SECONDS,
         )
         self._retries = meter.create_counter(
@@ -79,7 +79,7 @@ class OpenTelemetry:
         )
 
     def __call__(self, event: Event) -> None:
-        """Take in an event."""
+        """Handle one event."""
         match event:
             case CallStarted():
                 self._start(event)
@@ -101,7 +101,7 @@ class OpenTelemetry:
         failed: dict[str, Any] = {} if event.error is None else {_ERROR_TYPE: event.error}
         self._duration.record(event.elapsed, failed)
         opened = _open.get()
-        assert opened is not None  # a call's events come in order, in one task
+        assert opened is not None  # events of a call are ordered, in one task
         _open.set(None)
         opened.span.set_attribute("audiences.call.attempts", event.attempts)
         if event.error is not None:
@@ -112,16 +112,16 @@ class OpenTelemetry:
 
 
 def request_hook(span: trace.Span, _params: Any) -> None:
-    """Have the span of an HTTP instrumentation tell how often the call has sent the request before.
+    """Set ``http.request.resend_count`` on the span of an HTTP instrumentation.
 
-    For ``AioHttpClientInstrumentor().instrument(request_hook=request_hook)``, to be called before the client is made.
+    Pass it to ``AioHttpClientInstrumentor().instrument(request_hook=request_hook)`` before the client is created.
     """
     if span.is_recording() and _open.get() is not None and _resend.get():
         span.set_attribute(_RESEND_COUNT, _resend.get())
 
 
 def _attributes(attempt: Attempt) -> "Mapping[str, Any]":
-    told = {
+    values = {
         _RESEND_COUNT: attempt.number - 1,
         _STATUS_CODE: attempt.status,
         "audiences.attempt.error": attempt.error,
@@ -129,4 +129,4 @@ def _attributes(attempt: Attempt) -> "Mapping[str, Any]":
         "audiences.attempt.wait": attempt.wait,
         "audiences.attempt.reason": attempt.reason,
     }
-    return {name: value for name, value in told.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""The aiohttp session, and one attempt on it: send, headers, whole body, and every failure as one of our errors."""
+"""The aiohttp session, and one attempt on it: request, headers, whole body, and every failure as one of our errors."""
 
 import asyncio
 import errno
@@ -27,7 +27,7 @@ from yarl import URL
 from audiences_async import checks
 from audiences_async.credentials import ApiKey
 from audiences_async.deadlines import Deadlines, Scope, is_cancelled
-from audiences_async.direct import DISCONNECTED, NO_TIMEOUT, DirectRequests, NotAgainError, direct_requests
+from audiences_async.direct import DISCONNECTED, NO_TIMEOUT, DirectRequests, ResendError, direct_requests
 from audiences_async.errors import (
     AttemptTimeoutError,
     ClientClosedError,
@@ -41,10 +41,10 @@ from audiences_async.resolver import SharedResolver
 from audiences_async.wire import FIXED_HEADERS, MAX_ERROR_BODY, Reply, authorization
 
 DEFAULT_MAX_CONNECTIONS: Final = 100
-_ERROR_BODY_TIMEOUT: Final = 1.0  # s; the status has decided already
-_INFLATED_PIECE: Final = 256 * 1024
+_ERROR_BODY_TIMEOUT: Final = 1.0  # s; the status alone decides
+_PIECE_SIZE: Final = 256 * 1024
 _NO_SOCKETS: Final = {errno.EMFILE, errno.ENFILE}
-# What an attempt was doing when its time ran out.
+# What an attempt was doing when it timed out.
 _CONNECT: Final = "connecting"
 _LOOK_UP: Final = "looking up the name"
 _HANDSHAKE: Final = "in the TLS handshake"
@@ -55,16 +55,16 @@ _CODINGS: Final = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "
 
 @frozen(eq=False)
 class TransportSettings:
-    """What one attempt needs to know; see `AudiencesClient` for each.
+    """Settings of an attempt; see `AudiencesClient` for each.
 
     Attributes:
         endpoint: The URL of ``/audiences``.
         attempt_timeout: Seconds for one attempt.
-        max_body_bytes: The cap of an inflated 200.
-        max_connections: Connections of our own session.
-        ssl: The TLS context of our own session; ``None`` means the system's certificates.
-        proxy: The proxy of our own session; ``None`` means none.
-        session: A session that stays its owner's; ``None`` means our own.
+        max_body_bytes: Maximum size of a decompressed 200, in bytes.
+        max_connections: Connections of the client's own session.
+        ssl: TLS context of the client's own session; ``None`` means the system's CAs.
+        proxy: Proxy of the client's own session; ``None`` means no proxy.
+        session: The caller's session, which is never closed here; ``None`` means a session of the client's own.
     """
 
     endpoint: URL
@@ -77,23 +77,25 @@ class TransportSettings:
 
 
 def check_session(session: aiohttp.ClientSession) -> None:
-    """Refuse a session that would send the key, or another credential, in a way its owner did not mean.
+    """Refuse a session that would send the key, or another credential, in an unintended way.
 
     Raises:
-        ConfigurationError: It is no aiohttp session, reads ``.netrc`` and proxies from the environment, or has an
-            ``auth`` of its own.
+        ConfigurationError: *session* is not an aiohttp session, reads ``.netrc`` and proxies from the environment, or
+            has ``auth`` set.
         ClientClosedError: The session is closed.
     """
     checks.instance("session", session, aiohttp.ClientSession)
     if session.closed:
         raise ClientClosedError("the session given to the client is closed")
     if session.trust_env:
-        raise ConfigurationError("session has trust_env=True: .netrc would fight the API key; give one without")
-    if getattr(session, "auth", None) is not None:  # aiohttp 4 has none
-        raise ConfigurationError("session has an auth of its own, which would fight the API key; give one without")
+        raise ConfigurationError(
+            "session has trust_env=True, so .netrc could replace the API key; use a session without it"
+        )
+    if getattr(session, "auth", None) is not None:  # aiohttp 4 removed it
+        raise ConfigurationError("session has auth set, which conflicts with the API key; use a session without it")
 
 
-# Of the jar and not of a client: two clients may share one. (Nothing refers weakly to a session of aiohttp 4.)
+# By cookie jar, because two clients may share one. (Sessions of aiohttp 4 cannot be weakly referenced.)
 _sole_accounts: WeakKeyDictionary[AbstractCookieJar, Account] = WeakKeyDictionary()
 
 
@@ -111,34 +113,34 @@ def check_cookies(session: aiohttp.ClientSession, account: Account) -> None:
 
 
 _current: ContextVar["_Exchange"] = ContextVar("exchange")
-"""The exchange of this task, for where aiohttp tells nothing of it."""
+"""The current task's exchange; aiohttp's hooks do not pass it on."""
 
 
 async def _begin(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
-    """Innermost middleware, where the pool is not ours."""
+    """Run as the innermost middleware of a caller's session, whose pool is aiohttp's."""
     exchange = _current.get()
     exchange.begin("a middleware of the session would have sent the request twice")
-    name = "send" if hasattr(request, "send") else "_send"  # before aiohttp 4, and since
+    name = "send" if hasattr(request, "send") else "_send"  # aiohttp 4, and before
     write = getattr(request, name)
 
     async def checked(connection: "Connection") -> aiohttp.ClientResponse:
-        await exchange.take_given(connection)
+        await exchange.take_caller_connection(connection)
         return await write(connection)  # type: ignore[no-any-return]
 
-    setattr(request, name, checked)  # the connection is known to nothing else before it is written to
+    setattr(request, name, checked)  # no other code refers to the connection before it is written to
     while True:
         try:
             return await send(request)
         except _UnusableConnectionError:
             continue  # closed, and nothing was sent on it: the pool has another
         except aiohttp.ClientConnectorError:
-            raise  # never sent, and never sent again by aiohttp
+            raise  # never sent, and never retried by aiohttp
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
-            raise NotAgainError(DISCONNECTED) from None
+            raise ResendError(DISCONNECTED) from None
 
 
 class _UnusableConnectionError(Exception):
-    """A pooled connection that must not be used."""
+    """A pooled connection must not be used."""
 
 
 class _Trust:
@@ -147,15 +149,15 @@ class _Trust:
     def __init__(self) -> None:
         self.now = asyncio.get_running_loop().time
         self._failed_at = -math.inf
-        # Of a caller's session, whose connections are not ours to mark.
+        # Connections of a caller's session, which cannot be marked.
         self._used: WeakSet[asyncio.Transport] = WeakSet()
         self._lost: WeakSet[asyncio.Transport] = WeakSet()
 
     def has(self, idle_since: float) -> bool:
-        """Return whether a connection of our own that is idle since then may be used."""
+        """Return whether a connection of the client's own session, idle since *idle_since*, may be used."""
         return idle_since > self._failed_at
 
-    def has_given(self, transport: asyncio.Transport) -> bool:
+    def has_caller_connection(self, transport: asyncio.Transport) -> bool:
         """Return whether a connection of a caller's session may be used."""
         return transport not in self._lost
 
@@ -164,33 +166,33 @@ class _Trust:
         return transport in self._used
 
     def returned(self, transport: asyncio.Transport) -> None:
-        """Note that a connection of a caller's session was used here."""
+        """Record that a connection of a caller's session was used here."""
         self._used.add(transport)
 
-    def lose(self, given: aiohttp.BaseConnector | None) -> None:
-        """Note that a connection has failed: what is idle now is likely to be as dead.
+    def lose(self, pool: aiohttp.BaseConnector | None) -> None:
+        """Record that a connection has failed; connections that are idle now are likely to be dead too.
 
         Args:
-            given: The pool of a caller's session; ``None`` for our own.
+            pool: The pool of a caller's session; ``None`` for the client's own.
         """
         self._failed_at = self.now()
-        # aiohttp does not tell in public what is idle.
-        for idle in list(getattr(given, "_conns", {}).values()):
+        # aiohttp has no public list of its idle connections.
+        for idle in list(getattr(pool, "_conns", {}).values()):
             self._lost.update(protocol.transport for protocol, *_ in idle if protocol.transport is not None)
 
 
 def _ends(connection: Connection) -> tuple[ResponseHandler, asyncio.Transport]:
-    """The two ends of a connection on our side: the protocol is aiohttp's, the transport asyncio's."""
+    """Return the two objects at this end of a connection: aiohttp's protocol and asyncio's transport."""
     protocol = connection.protocol
     assert protocol is not None
-    if protocol.transport is None:  # lost within the moment since it was made
+    if protocol.transport is None:  # lost immediately after it was made
         connection.close()
         raise aiohttp.ServerDisconnectedError
     return protocol, protocol.transport
 
 
 def _arrivals(transport: asyncio.BaseTransport) -> Callable[[], Sequence[object]]:
-    """A function that tells whether anything has come which the event loop has not had the time to read."""
+    """Return a function that polls the socket for unread data."""
     socket = transport.get_extra_info("socket")
     if not hasattr(select, "poll"):  # on Windows, where select takes any socket
         return lambda: select.select([socket], [], [], 0)[0]
@@ -200,9 +202,9 @@ def _arrivals(transport: asyncio.BaseTransport) -> Callable[[], Sequence[object]
 
 
 class _Line(asyncio.Protocol):
-    """Our own pool's connection, between its transport and aiohttp's protocol, which reads also what nobody asked for.
+    """A connection of the client's own pool, between the transport and aiohttp's protocol; it rejects unsolicited data.
 
-    It would keep however much comes, and give it out as the answers to the next requests.
+    aiohttp would buffer such data without limit, and return it as the responses of the next requests.
     """
 
     def __init__(self, protocol: ResponseHandler, transport: asyncio.Transport) -> None:
@@ -210,7 +212,7 @@ class _Line(asyncio.Protocol):
         self.transport: asyncio.Transport = transport
         self.arrivals = _arrivals(transport)
         self.exchange: _Exchange | None = None
-        """The one under way."""
+        """The exchange in flight."""
         self.idle_since: float = math.inf
         transport.set_protocol(self)
 
@@ -230,7 +232,7 @@ class _Line(asyncio.Protocol):
 
 
 class _Resolver(SharedResolver):
-    """Lets each exchange know how far it is."""
+    """Record how far each exchange has come."""
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
@@ -244,18 +246,18 @@ class _Resolver(SharedResolver):
 
 
 def _new_socket(address: tuple[Any, ...]) -> socket.socket:
-    """Create a socket, and let the exchange look at it when its time runs out."""
+    """Create a socket and add it to the exchange, which checks it on a timeout."""
     made = socket.socket(*address[:3])
     _current.get().sockets.append(made)
     return made
 
 
 class _Connector(aiohttp.TCPConnector):
-    """A pool that lets each exchange know its connection, and gives it no second one."""
+    """A pool that passes its connection to the exchange, and never gives it a second one."""
 
     def __init__(self, ssl: tls.SSLContext | None, resolver: _Resolver, trust: _Trust, *, is_tls: bool) -> None:
-        # No limit here: the pacer's slots bound the connections, and waiting for one is no part of an attempt.
-        # No cache of names: its look-ups go on when the call that asked has been cancelled.
+        # No limit here: the pacer's slots limit the connections, and waiting for one is not part of an attempt. No DNS
+        # cache: its look-ups outlive a cancelled call.
         super().__init__(
             limit=0,
             use_dns_cache=False,
@@ -281,7 +283,7 @@ class _Connector(aiohttp.TCPConnector):
             if not isinstance(line, _Line):
                 exchange.take(_Line(protocol, transport))
                 return connection
-            # Something has come while it was idle, be it its end; or another that was idle then has failed.
+            # Unsolicited data or the end arrived while it was idle, or another connection idle at that time has failed.
             if protocol.should_close or not self._trust.has(line.idle_since) or line.arrivals():
                 connection.close()
                 continue
@@ -289,7 +291,7 @@ class _Connector(aiohttp.TCPConnector):
             exchange.take(line)
             return connection
 
-    # A forked process that ends would take the connections out of the epoll that it shares with its parent.
+    # A forked process must not remove the connections from the epoll instance that it shares with its parent.
 
     def _close(self, *, abort_ssl: bool = False) -> Any:
         return super()._close(abort_ssl=abort_ssl) if os.getpid() == self._process else []
@@ -299,10 +301,10 @@ class _Connector(aiohttp.TCPConnector):
 
 
 class Transport:
-    """One session on one event loop, and its connection slots."""
+    """One session on one event loop, and the size of its pool."""
 
     def __init__(self, settings: TransportSettings, deadlines: Deadlines) -> None:
-        """Must run inside the event loop that will use it."""
+        """Create it inside the event loop that will use it."""
         self._settings = settings
         self._deadlines = deadlines
         self._trust = _Trust()
@@ -311,7 +313,7 @@ class Transport:
         self._middlewares: tuple[aiohttp.ClientMiddlewareType, ...] = ()
         self._direct: DirectRequests | None = None
         if settings.session is None:
-            # The jar that keeps nothing: one account's cookie never goes out with another account's key.
+            # No cookies: one account's must never be sent with another account's key.
             self._session = aiohttp.ClientSession(
                 connector=_Connector(
                     settings.ssl, self._resolver, self._trust, is_tls=settings.endpoint.scheme == "https"
@@ -326,30 +328,30 @@ class Transport:
             connections = settings.max_connections
         else:
             self._session = settings.session
-            # aiohttp does not tell the loop of a session in public.
+            # aiohttp has no public attribute for a session's loop.
             if getattr(self._session, "_loop", None) not in {None, asyncio.get_running_loop()}:
                 raise ClientClosedError("the session given to the client belongs to another event loop")
             self._headers = dict(FIXED_HEADERS)
-            # Middlewares of a request replace those of the session, and aiohttp does not tell the latter in public.
+            # Middlewares of a request replace the session's, for which aiohttp has no public attribute.
             self._middlewares = (*getattr(settings.session, "_middlewares", ()), _begin)
             connections = _limit_of(settings.session.connector)
         self.connections: int = connections
-        """How many attempts may be under way at once; waiting for one is no part of it."""
+        """Maximum number of attempts in flight; waiting for a slot is not part of an attempt."""
 
     async def close(self) -> None:
-        """Close the session if it is our own. May be called again."""
+        """Close the session if it is the client's own. May be called more than once."""
         if self._settings.session is None:
             await self._session.close()
             await self._resolver.close()
 
     async def attempt(self, key: ApiKey, call: Scope | None = None) -> Reply | TransportError:
-        """Send the request once and read the whole reply.
+        """Send the request once and read the whole response.
 
-        Whatever goes wrong is a value, with none of aiohttp's frames on it: their locals hold the key.
+        Failures are returned as values, without aiohttp's frames, whose locals hold the key.
 
         Args:
             key: The API key to send.
-            call: The scope of the whole call, if there is one; its end is a failure of the connection, too.
+            call: The scope of the whole call, if any; its end counts as a failure of the connection.
         """
         if self._session.closed:
             raise ClientClosedError("the session given to the client was closed")
@@ -365,12 +367,12 @@ class Transport:
                 return await exchange.read(self._settings.max_body_bytes)
         except asyncio.CancelledError as cancelled:
             if not is_cancelled():
-                return ConnectionFailedError("the exchange was cancelled by another than its caller")
+                return ConnectionFailedError("the exchange was cancelled, but not by its caller")
             if call is not None and call.expired:
                 self._distrust(exchange)
             cancelled.__context__ = None
             raise cancelled.with_traceback(None) from None
-        except Exception as error:  # noqa: BLE001 - aiohttp raises far more than ClientError, bugs of its own included
+        except Exception as error:  # noqa: BLE001 - aiohttp raises far more than ClientError, including its own bugs
             if exchange.refused:
                 return exchange.reply()
             self._distrust(exchange)
@@ -382,18 +384,18 @@ class Transport:
             exchange.close()
 
     def abandon(self) -> None:
-        """Have every attempt under way time out now."""
+        """Time out every attempt in flight now."""
         for scope in tuple(self._under_way):
             scope.expire()
 
     def _timed_out(self, elapsed: float, phase: str) -> AttemptTimeoutError:
         limit = self._settings.attempt_timeout
         if elapsed < limit:
-            return AttemptTimeoutError(f"no whole reply within {elapsed:.3g} s, and none to any other request, {phase}")
-        return AttemptTimeoutError(f"no whole reply within attempt_timeout={limit:g} s, {phase}")
+            return AttemptTimeoutError(f"no complete reply within {elapsed:.3g} s, nor to any other request, {phase}")
+        return AttemptTimeoutError(f"no complete reply within attempt_timeout={limit:g} s, {phase}")
 
     def _distrust(self, exchange: "_Exchange") -> None:
-        """Have the next attempt go another way: not by a connection of the same age, nor to the same address."""
+        """Make the next attempt avoid this connection's generation, or its address."""
         if exchange.reused or self._settings.session is not None:
             self._trust.lose(None if self._settings.session is None else self._session.connector)
         elif exchange.address is not None:
@@ -415,7 +417,7 @@ class Transport:
 
 
 class _Exchange:
-    """One request and what has been read of its reply."""
+    """One request, and what has been read of its response."""
 
     __slots__ = (
         "_begun", "_body", "_line", "_transport", "_trust", "_unwatch",
@@ -431,66 +433,66 @@ class _Exchange:
         self._unwatch: Callable[[], object] | None = None
         self.response: aiohttp.ClientResponse | None = None
         self.reused: bool = False
-        """Whether it went out on a connection that another exchange has used before."""
+        """Whether it uses a connection that another exchange has used before."""
         self.phase: str = _CONNECT
-        """What it is doing, for the message of a timeout."""
+        """Its current phase, for the message of a timeout."""
         self.address: str | None = None
-        """Where it connects to first, if a name was looked up."""
+        """The first address it connects to, if a name was resolved."""
         self.sockets: list[socket.socket] = []
-        """What was made to connect with TLS."""
+        """Sockets created to connect with TLS."""
         self.lost_by: BaseException | None = None
-        """What ended its connection; ``None`` if that was closed in order, or is still there."""
+        """Exception that ended its connection; ``None`` if it was closed cleanly, or is still open."""
 
     def out_of_time(self) -> None:
-        """Note what it was doing; a moment later its sockets are closed."""
+        """Record the phase; its sockets are closed a moment later."""
         if self.phase == _CONNECT and any(map(_is_connected, self.sockets)):
             self.phase = _HANDSHAKE
 
     def begin(self, again: str) -> None:
-        """The request goes out now, which it may do once.
+        """Mark the request as sent, which may happen once.
 
         Raises:
-            NotAgainError: It has done so before, which means what *again* says.
+            ResendError: It was sent before; *again* is the message.
         """
         if self._begun:
-            raise NotAgainError(again)
+            raise ResendError(again)
         self._begun = True
 
     @property
     def refused(self) -> bool:
-        """Whether the status alone decides, however much of the body can be read."""
+        """Whether the status alone decides, even if the body is incomplete."""
         return self.response is not None and self.response.status != 200
 
     def reply(self, *, exceeded: int | None = None) -> Reply:
-        """What has been read."""
+        """Return the response as read so far."""
         assert self.response is not None
         return Reply(self.response.status, _headers(self.response), bytes(self._body), exceeded)
 
     def take(self, line: _Line) -> None:
-        """It goes out on a connection of our own pool."""
+        """Use a connection of the client's own pool."""
         self._line, self._transport = line, line.transport
         self.phase = _HEAD
         line.exchange = self
 
-    async def take_given(self, connection: Connection) -> None:
-        """It goes out on a connection of a given session.
+    async def take_caller_connection(self, connection: Connection) -> None:
+        """Use a connection of a caller's session.
 
         Raises:
-            _UnusableConnectionError: Something came on it that no request has asked for, or it may be dead.
+            _UnusableConnectionError: Unsolicited data arrived on it, or it may be dead.
         """
         protocol, transport = _ends(connection)
         arrivals = _arrivals(transport)
-        for _ in range(3):  # turns of the event loop, which reads it then; of TLS it may be nothing that matters
+        for _ in range(3):  # the event loop reads the data in its next turns; of TLS it may be harmless
             if arrivals():
                 await asyncio.sleep(0)
-        if protocol.should_close or not protocol.is_connected() or not self._trust.has_given(transport):
+        if protocol.should_close or not protocol.is_connected() or not self._trust.has_caller_connection(transport):
             raise _UnusableConnectionError
         self.reused = self._trust.knows(transport)
         self.phase = _HEAD
         self._transport = transport
         if (closed := protocol.closed) is not None:
-            closed.remove_done_callback(_hear)
-            closed.add_done_callback(_hear)
+            closed.remove_done_callback(_retrieve)
+            closed.add_done_callback(_retrieve)
             closed.add_done_callback(self._closed)
             self._unwatch = partial(closed.remove_done_callback, self._closed)
 
@@ -499,20 +501,22 @@ class _Exchange:
         self.lost(error if error is None else error.__cause__)
 
     def lost(self, error: BaseException | None) -> None:
-        """The connection is gone: aiohttp does not tell it a reader whose body it could not parse."""
+        """Record that the connection is gone. aiohttp does not inform the reader of a body that it could not parse."""
         self.lost_by = error
         if self.response is not None and not self.response.content.is_eof():
-            self.response.content.set_exception(aiohttp.ClientPayloadError("the connection ended within it"))
+            self.response.content.set_exception(
+                aiohttp.ClientPayloadError("the connection ended before the end of the body")
+            )
 
     def close(self) -> None:
-        """Drop the connection, unless the reply was read to its end: then the pool has it back already."""
+        """Drop the connection, unless the response was read to its end and the pool already has it back."""
         if self._line is not None and self._line.exchange is self:
             self._line.exchange = None
             self._line.idle_since = self._trust.now()
         if self._unwatch is not None:
             self._unwatch()
         response, transport = self.response, self._transport
-        # aiohttp takes a 101 without Upgrade for an answer, and the connection back for the next request.
+        # aiohttp treats a 101 without Upgrade as a response, and reuses the connection for the next request.
         is_whole = response is not None and response.connection is None and response.status >= 200
         if response is not None:
             response.close()
@@ -524,38 +528,38 @@ class _Exchange:
         self._body = bytearray()
 
     async def read(self, cap: int) -> Reply:
-        """The whole reply; of a 200 at most *cap* bytes."""
+        """Return the whole response; of a 200 at most *cap* bytes."""
         assert self.response is not None
         if self.response.version is not None and self.response.version.major != 1:
-            raise aiohttp.ClientError("it is not HTTP/1")
+            raise aiohttp.ClientError("not HTTP/1")
         if self.response.status == 200:
             is_below = await self._read(cap)
             has_end = {hdrs.CONTENT_LENGTH, hdrs.TRANSFER_ENCODING} & self.response.headers.keys()
             if self.lost_by is not None and not has_end:
-                raise aiohttp.ClientPayloadError("the connection was reset within it")
+                raise aiohttp.ClientPayloadError("the connection was reset before the end of the body")
             return self.reply(exceeded=None if is_below else cap)
         async with asyncio.timeout(_ERROR_BODY_TIMEOUT):
             await self._read(MAX_ERROR_BODY)
         return self.reply()
 
     def _read(self, cap: int) -> Awaitable[bool]:
-        """Read the body, inflated; ``False`` where it is above the cap, of which no more is kept."""
+        """Read and decompress the body; return ``False`` if it is larger than *cap* and was truncated."""
         assert self.response is not None
         headers = _headers(self.response)
         if hdrs.TRANSFER_ENCODING in headers and _codings(headers, hdrs.TRANSFER_ENCODING) != "chunked":
-            raise aiohttp.ClientPayloadError("its Transfer-Encoding was not asked for")
+            raise aiohttp.ClientPayloadError("unexpected Transfer-Encoding")
         coding = _codings(headers, hdrs.CONTENT_ENCODING) if hdrs.CONTENT_ENCODING in headers else "identity"
         if coding in {"", "identity"}:
             return self._read_plain(cap)
         if coding not in _CODINGS:
             sent = ", ".join(headers.getall(hdrs.CONTENT_ENCODING))
-            raise aiohttp.ClientPayloadError(f"Content-Encoding {sent} was not asked for")
+            raise aiohttp.ClientPayloadError(f"unexpected Content-Encoding {sent}")
         return self._read_deflated(cap, _Inflater(_CODINGS[coding]))
 
     async def _read_plain(self, cap: int) -> bool:
         assert self.response is not None
         if (self.response.content_length or 0) > cap:
-            cap = min(cap, MAX_ERROR_BODY)  # the start will do
+            cap = min(cap, MAX_ERROR_BODY)  # only the start is kept
         content = self.response.content
         while not content.at_eof():
             self._body += await content.readany()
@@ -573,18 +577,18 @@ class _Exchange:
                 if len(self._body) > cap:
                     self._keep_start(cap)
                     return False
-                if len(piece) in {0, _INFLATED_PIECE} or inflater.members > 1:
-                    await asyncio.sleep(0)  # a bomb, or a chain of little, holds the event loop for one piece
+                if len(piece) in {0, _PIECE_SIZE} or inflater.members > 1:
+                    await asyncio.sleep(0)  # a bomb, or many tiny members, block the event loop for one piece only
         inflater.finish()
         return True
 
     def _keep_start(self, cap: int) -> None:
-        """Of a body that is too large, an error shows as much as of any."""
+        """Truncate a body that is too large to the size that an error may show."""
         del self._body[min(cap, MAX_ERROR_BODY) :]
 
 
-def _hear(closed: "asyncio.Future[None]") -> None:
-    """Ask how a connection ended; asyncio would complain if nobody did."""
+def _retrieve(closed: "asyncio.Future[None]") -> None:
+    """Retrieve the exception of a closed connection, so that asyncio does not log it as never retrieved."""
     _error_of(closed)
 
 
@@ -593,7 +597,7 @@ def _error_of(closed: "asyncio.Future[None]") -> BaseException | None:
 
 
 def _headers(response: aiohttp.ClientResponse) -> CIMultiDictProxy[str]:
-    """The headers one by one: aiohttp 4 joins those of one name, and takes their lists apart."""
+    """Return the headers one by one: aiohttp 4 joins equal names, and splits lists."""
     headers: Any = response.headers
     if isinstance(headers, CIMultiDictProxy):
         return headers
@@ -606,41 +610,41 @@ def _text(raw: bytes) -> str:
 
 
 def _codings(headers: CIMultiDictProxy[str], name: str) -> str:
-    """All codings of a header that may come more than once."""
+    """Return all codings of a header that may occur more than once."""
     return ", ".join(headers.getall(name)).strip().lower()
 
 
 class _Inflater:
-    """gzip or deflate, in bounded pieces."""
+    """Decompress gzip or deflate in pieces of bounded size."""
 
     def __init__(self, wbits: int) -> None:
         self._wbits = wbits
         self._waiting = b""
         self._zlib: zlib._Decompress | None = None
         self.members: int = 0
-        """How many have been read to their end."""
+        """Number of members read to their end."""
 
     def feed(self, chunk: bytes) -> None:
         self._waiting += chunk
 
     def piece(self) -> bytes | None:
-        """The next piece, which may be empty; ``None`` where more has to be fed first."""
+        """Return the next piece, which may be empty; ``None`` if more data must be fed first."""
         if self.members and self._zlib is None:
             self._waiting = self._waiting.lstrip(b"\0")  # padding
         if not self._waiting:
             return None
         if self._zlib is None:
             self._zlib = zlib.decompressobj(self._wbits_for(self._waiting))
-        piece = self._zlib.decompress(self._waiting, _INFLATED_PIECE)
+        piece = self._zlib.decompress(self._waiting, _PIECE_SIZE)
         self._waiting = self._zlib.unconsumed_tail
         if self._zlib.eof:
-            # What follows may be another member: RFC 1952, section 2.2.
+            # Another member may follow: RFC 1952, section 2.2.
             self._waiting, self._zlib = self._zlib.unused_data, None
             self.members += 1
         return piece
 
     def finish(self) -> None:
-        """Refuse what was cut short."""
+        """Raise if the compressed data was cut short."""
         if self._zlib is not None:
             raise zlib.error("the compressed body is cut short")
 
@@ -659,11 +663,11 @@ def _is_connected(sock: socket.socket) -> bool:
 
 
 def _failure(error: Exception, lost_by: BaseException | None, key: ApiKey, *, reused: bool) -> ConnectionFailedError:
-    """Return our error for whatever kept a readable reply from coming.
+    """Return our error for a failure that left no readable response.
 
     Args:
-        error: What aiohttp raised.
-        lost_by: What ended the connection, if anything did; aiohttp's own error does not say.
+        error: aiohttp's exception.
+        lost_by: Exception that ended the connection, if any; aiohttp's own exception does not have it.
         key: The key that was sent, to be masked.
         reused: Whether the connection had been used before.
     """
@@ -673,47 +677,47 @@ def _failure(error: Exception, lost_by: BaseException | None, key: ApiKey, *, re
         return ConnectionFailedError(f"the server refused the TLS connection: {alert}{hint}", transient=False)
     match error:
         case aiohttp.ClientConnectorCertificateError():
-            reason = f"the server's certificate is not trusted: {_said(error.certificate_error, key)}"
+            reason = f"the server's certificate is not trusted: {_describe(error.certificate_error, key)}"
             return ConnectionFailedError(reason, transient=False)
         case aiohttp.ClientConnectorError() if error.os_error.errno in _NO_SOCKETS:
             reason = f"this process cannot open another socket: {error.os_error.strerror}"
             return ConnectionFailedError(
-                f"{reason}; raise its limit (ulimit -n), or lower max_connections", unsent=True
+                f"{reason}; raise the limit (ulimit -n), or lower max_connections", unsent=True
             )
-        case NotAgainError():
+        case ResendError():
             return ConnectionFailedError(str(error), stale_connection=reused)
         case aiohttp.ClientConnectorError():
             reason = f"cannot connect to {error.host}:{error.port}: {error.os_error}"
         case aiohttp.ClientHttpProxyError():
-            # Without its words, which may have its password in them.
-            reason = f"the proxy answered {error.status} and made no connection"
+            # Without aiohttp's message, which may contain the proxy's password.
+            reason = f"the proxy refused the connection with status {error.status}"
         case aiohttp.ClientResponseError():
-            # `status` is aiohttp's word for what it could not parse, not the server's.
+            # `status` is aiohttp's code for what it could not parse, not the server's.
             reason = f"the reply is not HTTP: {_unquoted(error.message, key)}"
         case zlib.error() | aiohttp.ClientPayloadError():
-            reason = f"the body is cut short or corrupt: {_said(error, key)}"
+            reason = f"the body is cut short or corrupt: {_describe(error, key)}"
         case _:
-            reason = f"the exchange failed: {_said(error, key)}"
+            reason = f"the exchange failed: {_describe(error, key)}"
     return ConnectionFailedError(reason)
 
 
 def _alert(error: BaseException | None) -> str | None:
-    """Return the TLS alert by which the peer refused us; ``None`` if it is none, or one that may pass."""
+    """Return the TLS alert that refused the connection; ``None`` if there was none, or a transient one."""
     reason = error.reason if isinstance(error, tls.SSLError) else None
     return reason if reason and "ALERT" in reason and "INTERNAL_ERROR" not in reason else None
 
 
-def _said(error: Exception, key: ApiKey) -> str:
+def _describe(error: Exception, key: ApiKey) -> str:
     text = _unquoted(str(error), key)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _unquoted(text: str, key: ApiKey) -> str:
-    """The words of aiohttp without the bytes that it quotes: it cuts them, perhaps in the middle of an echoed key."""
+    """Return aiohttp's message without the bytes that it quotes: it truncates them, perhaps inside an echoed key."""
     return printable(key.redact(re.split(r"\bb['\"]", text)[0].strip(" :\n")))
 
 
 def _limit_of(connector: aiohttp.BaseConnector | None) -> int:
-    """The connections that a given session allows to one host; many, where it sets no limit."""
+    """Return the connections per host that a caller's session allows; a very large number if it sets no limit."""
     limits = [] if connector is None else [connector.limit, connector.limit_per_host]
     return min((limit for limit in limits if limit), default=2**31)

@@ -1,6 +1,6 @@
-"""The HTTP of one exchange without I/O: headers out; status, headers and body in, an answer or an error out.
+"""HTTP of one exchange without I/O: request headers, and the response's status, headers and body as an answer or error.
 
-HTTP's own rules are RFC 9110's: https://www.rfc-editor.org/rfc/rfc9110.
+HTTP follows RFC 9110: https://www.rfc-editor.org/rfc/rfc9110.
 """
 
 import ipaddress
@@ -30,56 +30,56 @@ PRODUCTION: Final = "https://api.commbox.io/"
 """The vendor's published base URL: https://api.commbox.io/."""
 
 MAX_ERROR_BODY: Final = 64 * 1024
-"""Bytes read, inflated, of a body that is no 200's."""
+"""Decompressed bytes read of the body of any response other than a 200."""
 
 Result: TypeAlias = AudiencesResponse | AudiencesError
-"""What an attempt came to. Errors are values here: an exception that is never raised holds no frames alive."""
+"""Result of an attempt. Errors are values here: an exception that is never raised keeps no frames alive."""
 
 
 @frozen(eq=False)
 class Reply:
-    """A whole HTTP reply.
+    """A complete HTTP response.
 
     Attributes:
         status: The HTTP status.
         headers: Names are case-insensitive.
-        body: Inflated; of a reply that is no 200 at most the first 64 KiB.
-        exceeded: The cap in bytes that the body of a 200 went beyond; ``None`` where the body is whole.
+        body: Decompressed; at most the first 64 KiB unless the status is 200.
+        exceeded: The limit in bytes that the body of a 200 exceeded; ``None`` if the body is complete.
     """
 
     status: int
-    headers: CIMultiDictProxy[str] = field(repr=False)  # either may echo the key
+    headers: CIMultiDictProxy[str] = field(repr=False)  # headers and body may echo the key
     body: bytes = field(repr=False)
     exceeded: int | None = None
 
 
 def endpoint(base_url: Secret, *, allow_http: bool) -> URL:
-    """The URL of ``/audiences`` below *base_url*, which may hold a password: by mistake, and so it is kept hidden.
+    """Return the URL of ``/audiences`` below *base_url*, which is kept secret because it may contain a password.
 
     Raises:
-        ConfigurationError: No absolute http(s) URL, one with credentials, query or fragment, or plain ``http://`` to
-            a host that is not loopback, unless *allow_http*.
+        ConfigurationError: *base_url* is not an absolute http(s) URL; has credentials, a query or a fragment; or is
+            plain ``http://`` to a host other than loopback, unless *allow_http*.
     """
     url = _url("base_url", base_url)
     if url.raw_user is not None or url.raw_password is not None:
         del url
-        raise ConfigurationError("base_url must not hold credentials; the API key goes to api_key")
+        raise ConfigurationError("base_url must not contain credentials; pass the API key as api_key")
     if url.scheme not in {"http", "https"} or not url.host:
         raise ConfigurationError(f"base_url must be an absolute https:// URL, got '{url}'")
     if url.raw_query_string or url.raw_fragment:
         raise ConfigurationError(f"base_url must have no query and no fragment, got '{url}'")
     if url.scheme == "http" and not allow_http and not _is_loopback(url.host):
         raise ConfigurationError(
-            f"base_url '{url}' would send the API key in the clear; use https://, or accept it by allow_http=True"
+            f"base_url '{url}' would send the API key unencrypted; use https://, or set allow_http=True to accept this"
         )
     return url / "audiences"
 
 
 def proxy_url(proxy: Secret) -> URL:
-    """The URL of an HTTP proxy, which may hold its password and is therefore never repeated in a message.
+    """Return the URL of an HTTP proxy. It may contain a password, so no message repeats it.
 
     Raises:
-        ConfigurationError: No absolute http(s) URL.
+        ConfigurationError: *proxy* is not an absolute http(s) URL.
     """
     url = _url("proxy", proxy)
     if url.scheme not in {"http", "https"} or not url.host:
@@ -88,18 +88,18 @@ def proxy_url(proxy: Secret) -> URL:
     return url
 
 
-def _url(name: str, given: Secret) -> URL:
-    url = _parsed(given)
+def _url(name: str, secret: Secret) -> URL:
+    url = _parsed(secret)
     if url is None:
         raise ConfigurationError(f"{name} is not a URL")
     return url
 
 
-def _parsed(given: Secret) -> URL | None:
+def _parsed(secret: Secret) -> URL | None:
     try:
-        url = URL(given.reveal())
+        url = URL(secret.reveal())
         # Reading the host decodes it.
-        unsound = url.host is not None and any(c.isspace() or not c.isprintable() for c in given.reveal())
+        unsound = url.host is not None and any(c.isspace() or not c.isprintable() for c in secret.reveal())
     except (TypeError, ValueError):
         return None
     return None if unsound else url
@@ -112,7 +112,7 @@ def _is_loopback(host: str) -> bool:
         address = ipaddress.ip_address(host)
     except ValueError:
         return False
-    # Python before 3.13 does not look into an IPv4-mapped address.
+    # Python before 3.13 does not recognise an IPv4-mapped loopback address.
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
@@ -121,26 +121,26 @@ FIXED_HEADERS: Final[Mapping[str, str]] = {
     "Accept-Encoding": "gzip, deflate",
     "User-Agent": f"audiences_async/{__version__}",
 }
-"""The headers that every request has, beside `authorization`."""
+"""Headers of every request, besides `authorization`."""
 
 
 def authorization(key: ApiKey) -> str:
-    """The value of the ``Authorization`` header; the only place where the key is written out."""
+    """Return the value of the ``Authorization`` header; only here is the key written out."""
     return f"Bearer {key.reveal()}"
 
 
 def read_plain(reply: Reply) -> AudiencesResponse | None:
-    """The audiences in a reply as it should be; ``None`` where it takes `read` to tell."""
+    """Return the audiences of a plain 200; ``None`` if `read` must decide."""
     return decode_plain(reply.body) if reply.status == 200 and reply.exceeded is None else None
 
 
 def read(reply: Reply, key: ApiKey, *, now: float) -> Generator[None, None, Result]:
-    """The audiences in a reply, or the error it stands for, without the key; in steps, as `decoding` gives them.
+    """Return the audiences of a response, or the error it stands for, without the key. Stepwise, like `decoding`.
 
     Args:
-        reply: The reply.
-        key: The key that was sent, to be masked where the service echoes it.
-        now: Seconds since 1970, for a ``Retry-After`` date in a reply that has no ``Date``.
+        reply: The response.
+        key: The key that was sent; masked if the service echoes it.
+        now: Seconds since 1970, for a ``Retry-After`` date in a response without a ``Date``.
     """
     if reply.status >= 300:
         return _refusal(reply, key, now)
@@ -149,7 +149,7 @@ def read(reply: Reply, key: ApiKey, *, now: float) -> Generator[None, None, Resu
         return InvalidResponseError(message, body=key.redact_start(reply.body, MAX_ERROR_BODY))
     if reply.exceeded is not None:
         body = key.redact_start(reply.body, MAX_ERROR_BODY)
-        return ResponseTooLargeError(f"the reply's body is above max_body_bytes={reply.exceeded}", body=body)
+        return ResponseTooLargeError(f"the body exceeds max_body_bytes={reply.exceeded}", body=body)
     try:
         return (yield from decoding(reply.body))
     except StatusError as error:
@@ -180,7 +180,7 @@ def _wait_asked(reply: Reply, now: float) -> float | None:
 
 
 def _envelope(body: bytes) -> Mapping[str, object]:
-    """What can be read of an error's envelope; proxies answer with HTML, or with nothing."""
+    """Return the readable part of an error's envelope; proxies send HTML or an empty body."""
     try:
         envelope = parse(body)
     except InvalidResponseError:
@@ -189,12 +189,12 @@ def _envelope(body: bytes) -> Mapping[str, object]:
 
 
 def retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
-    """Seconds to wait from now, as ``Retry-After`` asks; ``None`` where it is absent or malformed.
+    """Return the seconds to wait from now, by ``Retry-After``; ``None`` if it is absent or malformed.
 
     Args:
-        headers: The reply's headers; a date counts from the reply's own ``Date``, so that a wrong clock on our side
-            does not matter.
-        now: Seconds since 1970, for a reply without a readable ``Date``.
+        headers: The response headers. A date is relative to the response's own ``Date``, so that an error of the local
+            clock does not matter.
+        now: Seconds since 1970, for a response without a readable ``Date``.
     """
     value = headers.get("Retry-After", "").strip(" \t")
     delay = delay_seconds(value)

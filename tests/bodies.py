@@ -1,7 +1,7 @@
-"""Seeded reply bodies, valid and hostile, and the checks that every one of them must pass.
+"""Seeded response bodies, valid and hostile, and the checks that every one of them must pass.
 
-``python tests/bodies.py [--count 200000] [--seed N]`` decodes many of them; it exits with 1 if a check fails.
-``python tests/bodies.py --seed N --index I`` shows one of them. In a clone whose package is not installed, set
+``python tests/bodies.py [--count 200000] [--seed N]`` decodes many of them; it exits with 1 if a check fails. ``python
+tests/bodies.py --seed N --index I`` prints one of them. In a clone whose package is not installed, set
 ``PYTHONPATH=.``.
 """
 
@@ -40,9 +40,9 @@ from audiences_async.structuring import decode
 from audiences_async.wire import Reply, read, read_plain
 
 MAX_DEPTH: Final = 200
-"""A JSON value nested deeper is a problem, on every Python."""
+"""Greater nesting of a JSON value is a problem, on every Python."""
 
-_DEPTH_SLACK: Final = 3  # levels: the envelope, `data` and the record may count, or not
+_DEPTH_SLACK: Final = 3  # levels: the envelope, `data` and the record may or may not count
 _KEY: Final = ApiKey("s3cr3t-k3y-of-north")
 _NOW: Final = 1_761_030_480.0
 _HEADERS: Final = CIMultiDictProxy(CIMultiDict({"Content-Type": "application/json"}))
@@ -238,13 +238,13 @@ def number(draw: Random) -> str:
 
 
 def _digits(draw: Random, count: int) -> str:
-    # A few digits, repeated: drawing 5,000 of them takes long.
+    # A few digits, repeated, because drawing 5,000 of them is slow.
     some = str(draw.randrange(1, 10**6))
     return (some * (count // len(some) + 1))[:count]
 
 
 def text(draw: Random) -> str:
-    """Draw a JSON string, now and then one that is none."""
+    """Draw a JSON string, or occasionally an invalid one."""
     way = draw.random()
     if way < 0.05:
         return draw.choice(_RAW_STRINGS)
@@ -253,7 +253,7 @@ def text(draw: Random) -> str:
 
 
 def quoted(draw: Random, words: str) -> str:
-    """Spell some text as a JSON string, in one of the ways in which JSON allows it."""
+    """Spell some text as a JSON string, in one of the ways that JSON allows."""
     way = draw.random()
     if way < 0.9 or not words:
         return json.dumps(words, ensure_ascii=way < 0.4)
@@ -265,7 +265,7 @@ def quoted(draw: Random, words: str) -> str:
 
 
 def time(draw: Random) -> str:
-    """Draw a time as a JSON string: a plain one, one at an edge, or none at all."""
+    """Draw a time as a JSON string: a plain one, an edge case, or an invalid one."""
     way = draw.random()
     if way < 0.4:
         return f'"2025-1{draw.randrange(3)}-{draw.randrange(10, 31)}T{draw.randrange(10, 24)}:10:00Z"'
@@ -275,7 +275,7 @@ def time(draw: Random) -> str:
         plain = draw.choice(_PLAIN_TIMES)
         at = draw.randrange(len(plain) + 1)
         return quoted(draw, plain[:at] + draw.choice(_TIME_CHARACTERS) + plain[at + draw.randrange(2) :])
-    # Most places are plain, so that the edge of one is not hidden by the fault of another.
+    # Most parts are plain, so that one part's edge case is not hidden by another's error.
     year = draw.choice(_YEARS)
     month, day = _mostly(draw, "12", _MONTHS), _mostly(draw, "31", _DAYS)
     hour, minute = _mostly(draw, "23", _HOURS), _mostly(draw, "59", _SIXTIES)
@@ -291,7 +291,7 @@ def _mostly(draw: Random, plain: str, others: tuple[str, ...]) -> str:
 
 
 def value(draw: Random, levels: int = 3) -> str:
-    """Draw any JSON value, now and then none at all."""
+    """Draw any JSON value, or occasionally an invalid one."""
     way = draw.random()
     if way < 0.8:
         if way >= 0.65:
@@ -314,7 +314,7 @@ def _member(name: str, each: str) -> str:
 
 
 def deep(draw: Random) -> str:
-    """Draw a nested value, a shallow or a very deep one."""
+    """Draw a nested value, shallow or very deep."""
     way = draw.random()
     if way < 0.5:
         depth = draw.randrange(1, 30)
@@ -335,7 +335,7 @@ def deep(draw: Random) -> str:
 
 
 def record(draw: Random, *, wrong: float) -> str:
-    """Draw a record of any kind; *wrong* is the probability that something about it is odd."""
+    """Draw a record of any kind; *wrong* is the probability of an oddity."""
     kind = draw.choice(_TYPES)
     fields = [
         ("id", f'"{draw.randrange(10**6)}"'),
@@ -360,7 +360,7 @@ def _spoil(draw: Random, fields: list[tuple[str, str]]) -> None:
         elif way < 0.5 and fields:
             del fields[at]
         elif way < 0.6:
-            fields.insert(at, (draw.choice(_FIELDS), value(draw)))  # one that comes twice
+            fields.insert(at, (draw.choice(_FIELDS), value(draw)))  # a duplicate
         elif way < 0.65:
             draw.shuffle(fields)
         else:
@@ -377,7 +377,7 @@ def _object(draw: Random, fields: Iterable[tuple[str, str]]) -> str:
 
 
 def data(draw: Random, *, wrong: float) -> str:
-    """Draw the envelope's data: records, now and then something else."""
+    """Draw the envelope's data: records, or occasionally something else."""
     way = draw.random()
     if way < wrong / 8:
         return value(draw)
@@ -389,7 +389,7 @@ def data(draw: Random, *, wrong: float) -> str:
 
 
 def envelope(draw: Random) -> str:
-    """Draw a whole document: sound, or wrong in a place or more."""
+    """Draw a whole document: valid, or wrong in one or more places."""
     wrong = draw.choice((0.0, 0.2, 0.5))
     members = [
         ("status", draw.choice(_GOOD_STATUSES)),
@@ -409,7 +409,7 @@ def envelope(draw: Random) -> str:
         elif way < 0.5:
             del members[at]
         elif way < 0.65:
-            members.insert(at, (draw.choice(_MEMBERS), value(draw)))  # one that comes twice
+            members.insert(at, (draw.choice(_MEMBERS), value(draw)))  # a duplicate
         elif way < 0.75:
             draw.shuffle(members)
         else:
@@ -418,7 +418,7 @@ def envelope(draw: Random) -> str:
 
 
 def large(draw: Random) -> str:
-    """Draw a document of some 100 KB: one huge string, or so many records that they are read in pieces."""
+    """Draw a document of some 100 KB: one huge string, or enough records to be read in pieces."""
     way = draw.random()
     if way < 0.4:
         filler = draw.choice(("x", "é", "🦊", "\\u0041", "},", "[", '\\"', " "))
@@ -501,7 +501,7 @@ _NO_JSON: Final = (
 
 
 def mutated(draw: Random, body: bytes) -> bytes:
-    """Let one to three accidents happen to some bytes."""
+    """Apply one to three mutations to some bytes."""
     for _ in range(draw.choice((1, 1, 2, 3))):
         body = draw.choice(_MUTATIONS)(draw, body)
     return body
@@ -583,7 +583,7 @@ def _encoded(said: str) -> bytes:
 
 
 def body_of(seed: int, index: int) -> bytes:
-    """Return the body that a seed has at an index, always the same one."""
+    """Return the body of a seed at an index, always the same one."""
     draw = Random((seed << 40) + index)
     way = draw.random()
     if way < 0.45:
@@ -612,7 +612,7 @@ _CLASSES: Final[Mapping[int, type[StatusError]]] = {
 }
 _STRING: Final = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _NESTING: Final = re.compile(rb"[\[\]{}]")
-# An integer of more than 4,300 characters, which msgspec does not read. The strings beside it are left alone.
+# An integer of more than 4,300 characters, which msgspec rejects. Adjacent strings are left alone.
 _LONG_INTEGER: Final = re.compile(
     rb'"(?:[^"\\]|\\.)*"|(?<![0-9.eE+\-])(?P<integer>-[1-9][0-9]{4299,}|[1-9][0-9]{4300,})(?![0-9.eE])', re.DOTALL
 )
@@ -622,10 +622,10 @@ Result = AudiencesResponse | AudiencesError
 
 
 class CheckError(Exception):
-    """A body came to something that the contract does not allow.
+    """A result that the contract does not allow.
 
     Attributes:
-        kind: What kind of thing, for a table of them.
+        kind: Kind of the violation, for the table.
     """
 
     def __init__(self, kind: str, detail: str = "") -> None:
@@ -635,7 +635,7 @@ class CheckError(Exception):
 
 @frozen
 class Fault:
-    """A check that failed, and where."""
+    """A failed check and its place."""
 
     seed: int
     index: int
@@ -650,12 +650,12 @@ class Fault:
 
 @define
 class Report:
-    """What many bodies came to.
+    """Totals over many bodies.
 
     Attributes:
-        outcomes: How many bodies came to each kind of outcome.
+        outcomes: Number of bodies per kind of outcome.
         faults: The first fault of each kind.
-        counts: How many faults there are of each kind.
+        counts: Number of faults per kind.
         slowest: Seconds of the slowest decoding, and its index.
     """
 
@@ -666,11 +666,11 @@ class Report:
 
 
 def run(seed: int, indices: Iterable[int], *, progress: Callable[[int], None] | None = None) -> Report:
-    """Decode the bodies of a seed and check what comes of each.
+    """Decode the bodies of a seed and check each result.
 
     Args:
         seed: The seed.
-        indices: Which of its bodies.
+        indices: Indices of the bodies.
         progress: Called with the number of bodies so far, once every 20,000.
     """
     report = Report()
@@ -691,7 +691,7 @@ def run(seed: int, indices: Iterable[int], *, progress: Callable[[int], None] | 
 
 
 def check(body: bytes, draw: Random) -> tuple[str, float]:
-    """Decode a body in every way and hold what comes of it to the contract.
+    """Decode a body in every way and check the results against the contract.
 
     Returns:
         The kind of outcome, and the seconds that `decode` took.
@@ -756,7 +756,7 @@ def _kind(result: Result) -> str:
 
 
 def _check_the_same(body: bytes, one: Result, other: Result) -> None:
-    # 1, 1.0 and true are equal; how they are written is not.
+    # 1, 1.0 and true are equal, but written differently.
     if one != other or (len(body) < 4000 and repr(one) != repr(other)):
         raise CheckError("decode and wire.read give different answers", f"{one!r:.200} against {other!r:.200}")
 
@@ -790,7 +790,7 @@ def _check_presentable(error: AudiencesError) -> None:
 
 
 def _check_another_status(body: bytes, draw: Random) -> None:
-    """Read the body as another reply's: the status of HTTP decides, whatever the body is."""
+    """Read the body as that of a response with another status: the HTTP status decides, whatever the body is."""
     status = draw.choice(_STATUSES)
     result = _result("wire.read of another status", lambda: _to_its_end(Reply(status, _HEADERS, body)))
     expected = f"refusal {status}" if status >= 300 else "invalid"
@@ -823,13 +823,13 @@ def _check_contract(body: bytes, result: Result, outcome: str, *, thorough: bool
 
 
 def verdict(body: bytes, *, thorough: bool) -> str | None:
-    """Return the outcome that the contract wants, as an independent reader sees it; ``None`` if it cannot tell.
+    """Return the outcome that the contract requires, by an independent reader; ``None`` if it cannot decide.
 
     The body must not be nested deeply.
 
     Args:
         body: The body.
-        thorough: Whether to look into the records, which takes long.
+        thorough: Whether to check the records, which is slow.
     """
     plain = _with_short_integers(body)
     try:
@@ -845,7 +845,7 @@ def verdict(body: bytes, *, thorough: bool) -> str | None:
         answer = contract.read(plain)
     except contract.RefusedError:
         return "invalid"
-    # In a record a number that Python cannot hold cannot be kept unchanged; in the envelope it is ignored.
+    # A record cannot keep a number that Python cannot hold; the envelope ignores it.
     return "invalid" if any(_has_infinity(dict(row.beyond)) for row in answer.rows) else "answer"
 
 
@@ -860,7 +860,7 @@ def _is_deep_in_a_record(body: bytes) -> bool:
     try:
         level = [json.loads(_with_short_integers(body).decode("utf-8-sig"))["data"]]
     except RecursionError:
-        return False  # it cannot be told
+        return False  # undecided
     for _ in range(MAX_DEPTH):
         level = [below for each in level if isinstance(each, dict | list) for below in _children(each)]
     return bool(level)
@@ -871,7 +871,7 @@ def _children(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
 
 
 def _is_unreadable_below(body: bytes) -> bool:
-    """Return whether a value that a later one of the same name replaces has half a surrogate pair, or no finite number.
+    """Return whether a value replaced by a later duplicate has half a surrogate pair, or a number that is not finite.
 
     The contract does not look at such a value; the package may.
     """
@@ -890,7 +890,7 @@ def _is_unreadable_below(body: bytes) -> bool:
 
 
 def _with_short_integers(body: bytes) -> bytes:
-    """Spell integers that are too long to be read as another number out of range."""
+    """Replace integers that are too long to be read by another number out of range."""
     if not _DIGITS.search(body):
         return body
     return _LONG_INTEGER.sub(lambda found: found[0] if found["integer"] is None else b"1e999", body)
@@ -910,10 +910,10 @@ def _has_infinity(document: Any) -> bool:
 
 
 def depth_of(body: bytes) -> int:
-    """Return how deep arrays and objects are nested, 0 for a scalar; some number if the body is no JSON."""
+    """Return the nesting depth of arrays and objects, 0 for a scalar; any number if the body is not JSON."""
     most = body.count(b"[") + body.count(b"{")
     if most <= MAX_DEPTH:
-        return most  # as deep at most
+        return most  # maximum depth
     depth = deepest = 0
     for found in _NESTING.finditer(_STRING.sub(b"", body)):
         depth += 1 if found[0] in b"[{" else -1
@@ -925,7 +925,7 @@ def _check_answer(body: bytes, response: AudiencesResponse) -> None:
     try:
         answer = contract.read(_with_short_integers(body))
     except contract.RefusedError:
-        return  # nested too deeply for it; it has been heard before
+        return  # too deep for the reader, whose verdict is already known
     envelopes = [
         (response.status, response.description, response.response_time, len(response)),
         (answer.status, answer.description, answer.response_time, len(answer.rows)),

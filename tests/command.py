@@ -1,4 +1,4 @@
-"""Running the command line, in this process or as one of its own."""
+"""Run the command line, in this process or in its own."""
 
 import sys
 from collections.abc import Callable
@@ -15,7 +15,7 @@ KEY: Final = "s3cr3t-k3y"
 
 @define
 class Done:
-    """What a command came to."""
+    """Exit code and output of a command."""
 
     returncode: int
     stdout: str
@@ -23,7 +23,7 @@ class Done:
 
 
 def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """Runs the command line in this process, which is a lot faster, with changes to the environment."""
+    """Return a function that runs the command line in this process, with changes to the environment."""
 
     def command(*arguments: str, **changes: str) -> Done:
         with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Fixtures: stepped time, a sandbox with one account, and the mend that aioresponses needs."""
+"""Fixtures: stepped time, a sandbox with one account, and a patch for aioresponses."""
 
 import asyncio
 import functools
@@ -24,7 +24,7 @@ pytest_plugins = ["pytester"]
 SAMPLES = Path(__file__).parent / "samples"
 EMPTY_ANSWER = b'{"status": "200", "data": []}'
 
-# A shell ignores Ctrl-C for what it starts in the background, and so would the programs that the tests start.
+# A shell ignores Ctrl-C for background jobs, and the programs that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("default", derandomize=True, deadline=None)
@@ -33,7 +33,7 @@ settings.load_profile("default")
 
 @define
 class RawServer:
-    """What a raw server saw."""
+    """Records of a raw server."""
 
     base_url: str = ""
     connections: int = 0
@@ -55,49 +55,49 @@ class RawConnection:
         return head
 
     async def send(self, data: bytes) -> None:
-        """Send bytes as they are."""
+        """Send bytes unchanged."""
         self.writer.write(data)
         await self.writer.drain()
 
     async def answer(self, body: bytes = EMPTY_ANSWER, head: bytes = b"HTTP/1.1 200 OK") -> None:
-        """Send a whole reply."""
+        """Send a complete response."""
         await self.send(head + b"\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
 
 
 @pytest.fixture
 def time(audiences_time: SteppedTime) -> SteppedTime:
-    """Stepped time."""
+    """Return stepped time."""
     return audiences_time
 
 
 @pytest.fixture
 def sandbox(audiences_sandbox: Sandbox) -> Sandbox:
-    """The running sandbox."""
+    """Yield the running sandbox."""
     return audiences_sandbox
 
 
 @pytest.fixture
 def north(sandbox: Sandbox) -> Account:
-    """An account of the sandbox, named north."""
+    """Return the sandbox's account north."""
     return sandbox.add_account("north")
 
 
 @pytest.fixture
 def at_once() -> RetryPolicy:
-    """A policy that never waits, for tests that are about something else."""
+    """Return a policy that never waits, for tests of other things."""
     return RetryPolicy(base_delay=0, throttle_base_delay=0)
 
 
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test depends on the variables that the client reads."""
+    """Remove the environment variables that the client reads."""
     monkeypatch.delenv("AUDIENCES_API_KEY", raising=False)
     monkeypatch.delenv("AUDIENCES_BASE_URL", raising=False)
 
 
 @pytest.fixture
 def mocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[aioresponses.aioresponses]:
-    """aioresponses, mended: 0.7.9 does not give aiohttp 3.14's ClientResponse its `stream_writer`."""
+    """Yield aioresponses, patched: 0.7.9 does not pass `stream_writer` to aiohttp 3.14's ClientResponse."""
     mended = functools.partial(aiohttp.ClientResponse, stream_writer=Mock(output_size=0))
     monkeypatch.setattr(aioresponses.core, "ClientResponse", mended)
     with aioresponses.aioresponses() as mock:
@@ -106,13 +106,13 @@ def mocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[aioresponses.aioresponse
 
 @pytest.fixture
 def chance() -> random.Random:
-    """Random numbers that are the same in every run."""
+    """Return a random source that is the same in every run."""
     return random.Random(20261123)
 
 
 @pytest.fixture
 async def raw() -> AsyncIterator[Callable[[Callable[[RawConnection], Awaitable[None]]], Awaitable[RawServer]]]:
-    """Starts servers that speak bytes, for what the sandbox cannot say: each connection is the given function's."""
+    """Yield a function that starts raw servers, for responses that the sandbox cannot send."""
     servers: list[asyncio.Server] = []
     handling: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
@@ -149,7 +149,7 @@ async def raw() -> AsyncIterator[Callable[[Callable[[RawConnection], Awaitable[N
 
 
 def eager_task_factory() -> Any:
-    """asyncio's, or a skip where there is none."""
+    """Return asyncio's eager task factory; skip the test on Pythons without it."""
     factory = getattr(asyncio, "eager_task_factory", None)
     if factory is None:
         pytest.skip("eager tasks came with CPython 3.12")

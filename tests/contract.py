@@ -1,7 +1,7 @@
-"""An independent strict reader of a 200's body: JSON Schema, a date reader of its own, and Python's own JSON.
+"""An independent strict reader of a 200's body: JSON Schema, its own date parser, and Python's own JSON.
 
-It shares no code and no library with the package, so that the two agree only where both are right. It is as strict as
-the contract: what it refuses, the package must not read as a value.
+It shares no code and no library with the package, so that the two agree only if both are right. It is as strict as the
+contract: the package must not read as a value what it refuses.
 """
 
 import json
@@ -51,7 +51,7 @@ SCHEMA: Final[dict[str, Any]] = {
         "data": {"type": "array", "items": _RECORD},
     },
 }
-"""The contract of a 200 that is read as a value. An integer is one that is written as one: 100.0 is none."""
+"""The contract of a readable 200. An integer must be written as one: 100.0 is not an integer."""
 
 _Strict: Final = validators.extend(  # type: ignore[no-untyped-call]
     Draft202012Validator,
@@ -67,12 +67,12 @@ _TIME: Final = re.compile(
 
 
 class RefusedError(Exception):
-    """The body breaks the contract; the text says where."""
+    """The body breaks the contract; the message has the place."""
 
 
 @frozen
 class Row:
-    """One audience as the contract has it: `beyond` is ``extra``, or ``raw`` of an unknown type."""
+    """One audience by the contract: `beyond` is ``extra``, or ``raw`` of an unknown type."""
 
     kind: str
     id: Any
@@ -93,7 +93,7 @@ class Answer:
 
 
 def read(body: bytes) -> Answer:
-    """The audiences in a body.
+    """Return the audiences in a body.
 
     Raises:
         RefusedError: The body breaks the contract.
@@ -110,25 +110,25 @@ def read(body: bytes) -> Answer:
 
 
 def document_of(body: bytes) -> Any:
-    """The JSON of a body, without a byte order mark; of a key that comes twice the last one counts.
+    """Return the JSON of a body, without a byte order mark; the last of duplicate keys counts.
 
     Raises:
-        RefusedError: It is no UTF-8 or no JSON.
+        RefusedError: The body is not UTF-8 or not JSON.
     """
     try:
         text = body.decode("utf-8-sig")
         document = json.loads(text, parse_constant=_no_constant)
-        json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair is not text
     except (ValueError, RecursionError) as error:
         raise RefusedError(f"not JSON: {type(error).__name__}") from None
     return document
 
 
 def time(text: Any) -> datetime:
-    """A date *and* time of the proleptic calendar, to the microsecond; without a zone it is in UTC.
+    """Parse a date *and* time of the proleptic calendar, to the microsecond; without a zone it is in UTC.
 
     Raises:
-        RefusedError: It is none.
+        RefusedError: The text is not a date and time.
     """
     found = _TIME.fullmatch(text) if isinstance(text, str) else None
     if found is None:
@@ -146,7 +146,7 @@ def time(text: Any) -> datetime:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two JSON values are the same: 1, 1.0 and true are three, and so are 0.0 and -0.0 two."""
+    """Return whether two JSON values are the same: 1, 1.0 and true are three values, 0.0 and -0.0 two."""
     if type(one) is not type(other):
         return False
     if isinstance(one, dict):

@@ -1,4 +1,4 @@
-"""A table at the end of the test session: what each fault came to."""
+"""Print a table of all faults and their results at the end of the test session."""
 
 from itertools import groupby
 from typing import Final
@@ -9,7 +9,7 @@ from attrs import frozen
 
 @frozen
 class Row:
-    """One fault, met."""
+    """One fault and its result."""
 
     fault: str
     outcome: str
@@ -22,7 +22,7 @@ ROWS: Final = pytest.StashKey[list[Row]]()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the table; a family of faults is one line, unless -v asks for each."""
+    """Print the table; a family of faults is one line, unless -v lists each."""
     rows = config.stash.get(ROWS, [])
     if not rows:
         return

@@ -1,4 +1,4 @@
-"""What a peer can do wrong, on raw sockets, and what the client promises to make of each."""
+"""Faults of a peer on raw sockets, and the client's promise for each."""
 
 import asyncio
 import functools
@@ -42,7 +42,7 @@ from audiences_async import (
 from audiences_async.sandbox.server import all_accepted
 
 MIB: Final = 2**20
-KERNEL: Final = 16 * MIB  # what the sockets' buffers of both sides may hold beyond what the client has read
+KERNEL: Final = 16 * MIB  # capacity of both sockets' buffers, beyond what the client has read
 EMPTY: Final = b'{"status": "200", "data": []}'
 STATIC: Final[Mapping[str, Any]] = {
     "id": "1",
@@ -58,7 +58,7 @@ HEALED_ID: Final = "healed"
 
 
 def envelope(*data: Any, **changed: Any) -> bytes:
-    """A body as the service sends it."""
+    """Return a body as the service sends it."""
     whole = {"status": "200", "description": "Audiences retrieved", "response_time": None, "data": list(data)}
     return json.dumps(whole | changed).encode()
 
@@ -76,7 +76,7 @@ class _Over(Exception):  # noqa: N818 - no error
 
 @define(eq=False)
 class Peer:
-    """The server's end of one connection; the n-th has number n."""
+    """The server's end of one connection; *number* counts connections."""
 
     server: "FaultServer"
     number: int
@@ -84,7 +84,7 @@ class Peer:
     writer: asyncio.StreamWriter
 
     async def request(self) -> bytes:
-        """Read one request's head; a healed server answers it as it should, and waits for the next."""
+        """Read one request's head; a healed server answers it properly and waits for the next."""
         while True:
             head = await self.reader.readuntil(b"\r\n\r\n")
             self.server.heads.append(head)
@@ -94,17 +94,17 @@ class Peer:
             await self.answer(_HEALED)
 
     async def send(self, data: bytes) -> None:
-        """Send bytes as they are; returns when the kernel has them all."""
+        """Send bytes unchanged; return when the kernel has them all."""
         self.writer.write(data)
         await self.writer.drain()
         self.server.sent += len(data)
 
     async def answer(self, body: bytes = ONE, status: bytes = b"200 OK", *headers: bytes) -> None:
-        """Send a whole and sound reply."""
+        """Send a complete, valid response."""
         await self.send(reply(body, status, *headers))
 
     async def end(self, how: "End") -> None:
-        """Keep the connection for the next request, or leave it in one of the other ways."""
+        """Keep the connection for the next request, or end it in one of the other ways."""
         if how == "keep":
             return
         if how == "hang":
@@ -122,13 +122,13 @@ Serve: TypeAlias = Callable[[Peer], Awaitable[None]]
 
 @define(eq=False)
 class FaultServer:
-    """A server that behaves as it is told on each connection, and counts what it sees."""
+    """A server that behaves on each connection as scripted, and counts what it sees."""
 
     serve: Serve
     tls_context: ssl.SSLContext | None = None
     port: int = 0
     other_port: int = 0
-    """Where a second server listens, to which nothing may go."""
+    """Address of a second server, to which no request may go."""
     connections: int = 0
     requests: int = 0
     """Requests seen before it was healed."""
@@ -143,7 +143,7 @@ class FaultServer:
         self.port = self._listener.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
-        """Close everything; returns when it is closed."""
+        """Close everything; return when it is closed."""
         assert self._listener is not None
         await all_accepted()
         self._listener.close()
@@ -172,7 +172,7 @@ class FaultServer:
 
 
 class ServerThread:
-    """An event loop in a thread of its own, so that nothing of the servers is in the client's."""
+    """An event loop in its own thread, so that the client's loop runs nothing of the servers."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -186,11 +186,11 @@ class ServerThread:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.get_loop()  # what is left ends with it
+            runner.get_loop()  # ends the remaining tasks
 
     @asynccontextmanager
     async def serving(self, fault: "Fault") -> AsyncIterator[FaultServer]:
-        """A server with this fault, and a second one beside it."""
+        """Run a server with this fault, and a second one beside it."""
         server = FaultServer(fault.serve, tls_context=fault.server_tls())
         async with self._running(FaultServer(_keep(ONE))) as other:
             server.other_port = other.port
@@ -222,18 +222,18 @@ class Fault:
     """One fault and the promise.
 
     Attributes:
-        name: What is wrong.
+        name: The fault.
         serve: The server's side; called again and again on each connection until it leaves it.
-        outcome: What the call gives.
-        requests: Requests on the wire.
-        fewer: Whether fewer requests are fine too, because the server may not come to read them.
+        outcome: Result of the call.
+        requests: Number of requests sent.
+        fewer: Whether fewer requests are fine too, because the server may not read them all.
         attempts: The policy's ``max_attempts``.
-        tries: Attempts that an error tells of, where they are not as many as the requests.
-        seconds: The longest that the call may take. Generous where no time is promised, for machines under load.
+        tries: Attempts on the error, if their number differs from the requests.
+        seconds: Longest duration of the call. Generous unless a time is promised, for machines under load.
         before: Ordinary calls on the same client before the one that counts.
-        most_sent: Bytes that the server can get rid of for each request.
-        tls: Who speaks TLS, and what the certificate is worth.
-        host: How the client names the server.
+        most_sent: Maximum number of bytes per request that the server can send.
+        tls: Which side uses TLS, and whether the certificate is valid.
+        host: Host name that the client uses.
         settings: Arguments of the client.
         family: Faults that are generated together share a line of the table.
     """
@@ -262,7 +262,7 @@ class Fault:
         return None if self.tls in {"none", "client-only"} else _server_context(self.tls)
 
     def client(self, server: FaultServer) -> AudiencesClient:
-        """The client that meets the fault."""
+        """Create the client that meets the fault."""
         secure = self.tls not in {"none", "server-only"}
         return AudiencesClient(
             "key",
@@ -298,18 +298,18 @@ def _client_context() -> ssl.SSLContext:
 
 
 def reply(body: bytes = ONE, status: bytes = b"200 OK", *headers: bytes) -> bytes:
-    """A reply whose length is told as it is."""
+    """Return a response with its true length."""
     lines = [b"HTTP/1.1 " + status, *headers, b"Content-Length: %d" % len(body)]
     return b"\r\n".join([*lines, b"", body])
 
 
 def head(*headers: bytes, status: bytes = b"200 OK") -> bytes:
-    """A head and the empty line."""
+    """Return a head and the empty line."""
     return b"\r\n".join([b"HTTP/1.1 " + status, *headers, b"", b""])
 
 
 def chunk(data: bytes) -> bytes:
-    """One chunk."""
+    """Return one chunk."""
     return b"%x\r\n" % len(data) + data + b"\r\n"
 
 
@@ -329,9 +329,9 @@ def deflated(data: bytes, wbits: int) -> bytes:
 
 @functools.cache
 def bomb(kind: Literal["gzip", "deflate", "raw deflate"], mib: int) -> bytes:
-    """An empty answer and that many MiB of white space, which JSON allows, packed about a thousandfold."""
+    """Return an empty answer and *mib* MiB of white space, which JSON allows, compressed about a thousandfold."""
     spaces = b" " * MIB
-    # A fully flushed piece refers to nothing before it, so one piece serves for all.
+    # A fully flushed piece does not refer to earlier data, so one piece serves for all.
     compressor = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
     piece = compressor.compress(spaces) + compressor.flush(zlib.Z_FULL_FLUSH)
     compressor = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
@@ -355,12 +355,12 @@ def bomb(kind: Literal["gzip", "deflate", "raw deflate"], mib: int) -> bytes:
 
 
 def _keep(body: bytes, status: bytes = b"200 OK", *headers: bytes) -> Serve:
-    """A sound reply to each request."""
+    """Send a valid response to each request."""
     return _says(reply(body, status, *headers))
 
 
 def _says(*pieces: bytes, then: End = "keep") -> Serve:
-    """These bytes to each request."""
+    """Send these bytes to each request."""
 
     async def serve(peer: Peer) -> None:
         await peer.request()
@@ -372,7 +372,7 @@ def _says(*pieces: bytes, then: End = "keep") -> Serve:
 
 
 def _goes_on(start: bytes, piece: bytes, times: int | None = None, finish: bytes = b"", *, then: End = "keep") -> Serve:
-    """The start, and then the same bytes again and again, for ever where *times* does not say."""
+    """Send the start, and then the same bytes *times* times; for ever by default."""
 
     async def serve(peer: Peer) -> None:
         await peer.request()
@@ -386,7 +386,7 @@ def _goes_on(start: bytes, piece: bytes, times: int | None = None, finish: bytes
 
 
 def _drips(start: bytes, rest: bytes, seconds: float = 0.1) -> Serve:
-    """The start at once, the rest a byte at a time: the slowness is the fault."""
+    """Send the start at once and the rest one byte at a time: the slowness is the fault."""
 
     async def serve(peer: Peer) -> None:
         await peer.request()
@@ -406,7 +406,7 @@ def _at_accept(then: End) -> Serve:
 
 
 def _first_connection(first: Serve, later: Serve) -> Serve:
-    """One behaviour on the first connection, another on those after it."""
+    """Use one behaviour on the first connection, another on later ones."""
 
     async def serve(peer: Peer) -> None:
         await (first if peer.number == 1 else later)(peer)
@@ -415,7 +415,7 @@ def _first_connection(first: Serve, later: Serve) -> Serve:
 
 
 def _in_turn(*serves: Serve) -> Serve:
-    """One behaviour after the other on each connection."""
+    """Use one behaviour after the other on each connection."""
 
     async def serve(peer: Peer) -> None:
         for each in serves:
@@ -444,17 +444,17 @@ _SMALL: Final = {"max_body_bytes": MIB}
 
 
 def refusal(status: int) -> Refused:
-    """The error of a status from 300 up."""
+    """Return the error of a status from 300 up."""
     return Refused(_CLASSES.get(status, ServerError if 500 <= status <= 599 else StatusError), status)
 
 
 def _retried(name: str, serve: Serve, outcome: Outcome = NO_REPLY, **more: Any) -> Fault:
-    """A fault that costs all attempts."""
+    """Return a fault that costs all attempts."""
     return Fault(name, serve, outcome, **{"requests": 2, **more})
 
 
 def _slow(name: str, serve: Serve, outcome: Outcome = TOO_SLOW, **more: Any) -> Fault:
-    """A fault that costs the time of all attempts: 2 of 0.2 s, and what a busy machine adds."""
+    """Return a fault that costs the time of all attempts: 2 of 0.2 s, plus a margin for a busy machine."""
     settings = _HANGS | more.pop("settings", {})
     return _retried(name, serve, outcome, **{"seconds": 2.6, "settings": settings, **more})
 
@@ -490,13 +490,13 @@ def _status_lines() -> Iterator[Fault]:
     }
     for name, line in lines.items():
         yield _retried(f"status line: {name}", _says(line + rest))
-    for status in (0, 99):  # three digits, as RFC 9112 has it, and yet no status
+    for status in (0, 99):  # three digits, as RFC 9112 requires, but not a status
         yield Fault(f"status line: status {status:03}", _says(b"HTTP/1.1 %03d None" % status + rest), UNREADABLE)
     yield _retried("no head, only a body", _says(ONE, then="close"))
     yield Fault("status line without a reason", _says(b"HTTP/1.1 200" + rest), Value(1))
     yield Fault("status line of HTTP/1.0", _says(b"HTTP/1.0 200 OK" + rest, then="close"), Value(1))
     yield Fault("a reason in UTF-8", _says("HTTP/1.1 200 schön".encode() + rest), Value(1))
-    # aiohttp's parser does not tell these from what they should be; what follows is whole and sound.
+    # aiohttp's parser accepts these as valid; the rest of the response is complete and valid.
     yield Fault("status line: RTSP", _says(b"RTSP/1.0 200 OK" + rest), Value(1))
     yield Fault("a NUL in the reason", _says(b"HTTP/1.1 200 O\0K" + rest), Value(1))
 
@@ -555,7 +555,7 @@ def _header_lines() -> Iterator[Fault]:
     many = b"".join(b"X-%d: %d\r\n" % (n, n) for n in range(10_000))
     yield _retried("10,000 headers", _says(b"HTTP/1.1 200 OK\r\n" + many + length(len(ONE)) + b"\r\n\r\n" + ONE))
     yield _retried("a reason of 1 MiB", _keep(ONE, b"200 " + b"x" * MIB))
-    # RFC 9112, section 2.2: a recipient may take a single LF for the end of a line.
+    # RFC 9112, section 2.2: a recipient may accept a single LF as the end of a line.
     yield Fault("bare LF for every end of line", _says(head(length(len(ONE))).replace(b"\r", b"") + ONE), Value(1))
     endless: dict[str, Any] = {"most_sent": KERNEL}
     yield _retried("endless garbage", _goes_on(b"", b"\xa5" * 4096), **endless)
@@ -571,7 +571,7 @@ def _lengths_kept() -> Iterator[Fault]:
     yield _retried("body missing", _says(head(length(len(ONE))), **close))
     yield _retried("body shorter than told, by 512 MiB", _says(head(length(512 * MIB)) + ONE, **close))
     yield _slow("body shorter than told, and silence", _says(head(length(len(ONE) + 1)) + ONE))
-    # All in one segment, so that what is too much is there before anybody can take the reply for whole.
+    # All in one segment, so that the surplus is there before the response can be taken as complete.
     yield _retried("body longer than told", _says(head(length(len(ONE) - 5)) + ONE))
     yield _retried("body longer than told, then FIN", _says(head(length(len(ONE) - 5)) + ONE, **close))
     yield _retried("length 0 told, a body sent", _says(head(length(0)) + ONE))
@@ -723,7 +723,7 @@ def _bodiless() -> Iterator[Fault]:
         outcome = UNREADABLE if number < 300 else refusal(number)
         yield Fault(f"{number} without a body", _says(head(status=status), then="close"), outcome)
         yield Fault(f"{number} with length 0", _keep(b"", status), outcome)
-        # Where the status allows no body, what follows the head in the same segment is no reply, nor is then the head.
+        # If the status allows no body, data after the head in the same segment is not a response, and nor is the head.
         fault = Fault if number in {205, 206} else _retried
         outcome = outcome if number in {205, 206} else NO_REPLY
         yield fault(f"{number} with a body", _keep(ONE, status), outcome)
@@ -852,7 +852,7 @@ def _error_bodies() -> Iterator[Fault]:
         yield fault("one byte every 100 ms", _drips(head(length(99), status=status), b"x" * 99), **hangs)
         yield fault("a body that is cut", _says(head(length(99), status=status) + b"half", then="close"))
         yield fault("a body that is reset", _says(head(length(99), status=status) + b"half", then="reset"))
-        # In the same segment as the head, what is no HTTP spoils the head too.
+        # In the same segment as the head, invalid HTTP spoils the head too.
         spoiled = _says(head(CHUNKED, status=status) + b"xyz\r\n", then="close")
         yield _retried(f"{number} with a body that is no chunk", spoiled)
         yield _retried(f"{number} with a body longer than told", _says(reply(b"no", status) + b"garbage"))
@@ -865,7 +865,7 @@ def _error_bodies() -> Iterator[Fault]:
         yield fault("60,000 nested brackets", _keep(b"[" * 60_000 + b"]" * 60_000, status))
         yield fault("100,000 nested objects", _keep(b'{"a":' * 100_000, status))
     yield Fault("a long error body, whole", _keep(b"x" * MIB, b"500 Broken"), refusal(500), 2)
-    # An empty body until FIN takes a second at most, though the attempt has more.
+    # Reading an empty body until FIN takes a second at most, though the attempt has more.
     yield Fault(
         "404 with a body that hangs, and time left",
         _says(head(length(9), status=b"404 None"), then="hang"),
@@ -1005,7 +1005,7 @@ _JUNK: Final[Mapping[str, Any]] = {
     "an object": {},
 }
 _ANYTHING: Final = frozenset(_JUNK)
-# What is fine though it is not what is usually sent.
+# Unusual but valid responses.
 _FINE: Final[Mapping[str, Mapping[str, frozenset[str]]]] = {
     "Static": {
         "id": frozenset({"text", "digits"}),
@@ -1186,12 +1186,12 @@ HEAVY: Final[tuple[Fault, ...]] = (
     Fault("512 MiB chunked", _goes_on(head(CHUNKED), chunk(b" " * MIB), 512, LAST), TOO_LARGE, settings=_CAP),
     Fault("512 MiB announced", _goes_on(head(length(512 * MIB)), b" " * MIB, 512), TOO_LARGE, settings=_CAP),
 )
-"""Faults whose peak memory is promised: at most twice ``max_body_bytes``."""
+"""Faults with a promise on peak memory: at most twice ``max_body_bytes``."""
 
 
 @functools.cache
 def _many() -> bytes:
-    """100,000 audiences, about 10 MB."""
+    """Return 100,000 audiences, about 10 MB."""
     return envelope(*({**STATIC, "id": str(n), "name": f"audience number {n}"} for n in range(100_000)))
 
 
@@ -1201,12 +1201,12 @@ async def _says_many(peer: Peer) -> None:
 
 
 def _members(number: int) -> bytes:
-    """An answer behind so many blanks, each compressed by itself."""
+    """Return an answer after *number* blanks, each compressed by itself."""
     return gzip.compress(b" ") * number + gzip.compress(ONE)
 
 
 def _ignored(number: int) -> bytes:
-    """An answer with so many empty arrays in a field that nobody reads."""
+    """Return an answer with *number* empty arrays in an ignored field."""
     return gzip.compress(ONE.replace(b"{", b'{"ignored": [' + b"[]," * number + b"[]], ", 1), compresslevel=1)
 
 
@@ -1222,17 +1222,17 @@ LONG: Final[tuple[Fault, ...]] = (
     Fault("gzip of what is ignored", _keep(_ignored(1_000_000), b"200 OK", b"Content-Encoding: gzip"), Value(1)),
     Fault("an error body that is a bomb", _bomb("gzip", 1024, GZIP, b"404 None"), refusal(404)),
 )
-"""Faults that must not hold the event loop."""
+"""Faults that must not block the event loop."""
 
 
 @frozen
 class Measured:
-    """One call in a process of its own.
+    """One call in its own process.
 
     Attributes:
-        outcome: What the call gave.
+        outcome: Result of the call.
         idle: Bytes of the process after an ordinary call.
-        peak: Bytes at most during the call.
+        peak: Maximum number of bytes during the call.
         gap: Seconds, the longest between two ticks of a 10 ms ticker in the same loop.
         seconds: Seconds of the call.
     """
@@ -1256,7 +1256,7 @@ async def measure(fault: Fault, thread: ServerThread) -> Measured:
             stdout=asyncio.subprocess.PIPE,
             env={
                 name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")
-            },  # in full speed
+            },  # at full speed
         )
         out, _ = await child.communicate()
     assert child.returncode == 0

@@ -1,4 +1,4 @@
-"""A program: one call in a process of its own, with little else in it, and what that takes; see `faults.measure`."""
+"""A program that measures one call in a process with little else in it; see `faults.measure`."""
 
 import asyncio
 import gc
@@ -26,12 +26,12 @@ class Value:
 
 @frozen
 class Refused:
-    """An error: its very class, and what else is known of it."""
+    """An error: its exact class and known attributes."""
 
     error: type[AudiencesError]
     status: int | None = None
     path: str = ""
-    """Where the first problem is."""
+    """Path of the first problem."""
 
     def __str__(self) -> str:
         details = [str(self.status)] if self.status is not None else [self.path] if self.path else []
@@ -44,24 +44,24 @@ async def _measured(ordinary: int, port: int, settings: Mapping[str, Any]) -> di
         await client.get_audiences()
     idle = _memory("VmRSS")
     gc.collect()
-    gc.freeze()  # the collector's passes over what the program itself keeps in memory are not the client's
+    gc.freeze()  # keeps the collector's passes over the program's own objects out of the measurement
     async with AudiencesClient("key", base_url=f"http://127.0.0.1:{port}/", retry=once, **settings) as client:
         gaps: list[float] = []
         ticker = asyncio.create_task(_tick(gaps))
-        await asyncio.sleep(0.05)  # so that the ticker has its pace
+        await asyncio.sleep(0.05)  # lets the ticker reach its pace
         started = perf_counter()
         try:
             outcome = str(Value(len(await client.get_audiences())))
         except AudiencesError as error:
             outcome = str(Refused(type(error), getattr(error, "status", None)))
         seconds = perf_counter() - started
-        await asyncio.sleep(0.05)  # what is freed after the call counts too
+        await asyncio.sleep(0.05)  # memory freed after the call counts too
         ticker.cancel()
     return {"outcome": outcome, "idle": idle, "peak": _memory("VmHWM"), "gap": max(gaps), "seconds": seconds}
 
 
 async def _tick(gaps: list[float]) -> None:
-    """The time on the processor that the loop takes from one tick to the next; what others take does not count."""
+    """Measure CPU time between two ticks of the loop; that of other processes does not count."""
     last = thread_time()
     while True:
         await asyncio.sleep(0.01)
@@ -71,7 +71,7 @@ async def _tick(gaps: list[float]) -> None:
 
 
 def _memory(name: Literal["VmRSS", "VmHWM"]) -> int:
-    """Bytes of this process. `resource` has no current size, and its peak is inherited from the parent process."""
+    """Return the memory of this process in bytes. `resource` has no current size, and its peak is inherited."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 

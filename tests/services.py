@@ -36,32 +36,32 @@ http {{
 
 @frozen
 class Nginx:
-    """A running nginx with a limit for each key."""
+    """A running nginx with a limit per key."""
 
     base_url: str
     log: Path
 
     def statuses(self, key: str) -> list[int]:
-        """The statuses of all requests with this key, in order."""
+        """Return the statuses of all requests with this key, in order."""
         lines = (line.split() for line in self.log.read_text().splitlines())
         return [int(line[2]) for line in lines if line[1] == key]
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
 
 
 def missing(binary: str) -> bool:
-    """Whether a binary is not installed; where ``CI`` is set nothing may be, so that no test is skipped there."""
+    """Return whether a binary is not installed; never on CI (``CI`` is set), so that no test is skipped there."""
     return shutil.which(binary) is None and not os.environ.get("CI")
 
 
 @contextlib.contextmanager
 def nginx(folder: Path, body: bytes, *, rate: int, burst: int) -> Iterator[Nginx]:
-    """Run nginx with `limit_req`, no ``Retry-After``, for as long as the block lasts."""
+    """Run nginx with `limit_req` and without ``Retry-After`` inside the block."""
     port = free_port()
     (folder / "audiences.json").write_bytes(body)
     config = folder / "nginx.conf"
@@ -79,7 +79,7 @@ def nginx(folder: Path, body: bytes, *, rate: int, burst: int) -> Iterator[Nginx
 
 @contextlib.contextmanager
 def redis_server(folder: Path) -> Iterator[str]:
-    """Run a Redis for as long as the block lasts; gives its URL. All that is ever written to it is in the folder."""
+    """Run a Redis inside the block; yield its URL. Everything that is written to it is in the folder."""
     port = free_port()
     options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes", "--dir", str(folder)]
     process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""Accounts from files: three formats, read as streams, and errors that tell the place and never a key."""
+"""Account files: three formats, read as streams, and errors with the place and never a key."""
 
 import traceback
 from pathlib import Path
@@ -42,7 +42,7 @@ api_key_env = "SOUTH_KEY"
 )
 @pytest.mark.parametrize("start", ["", "\ufeff"])
 def test_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, start: str) -> None:
-    """Names and keys come as they stand, keys also from the environment, as often as one asks."""
+    """Names and keys are read unchanged, keys also from the environment, at every iteration."""
     monkeypatch.setenv("SOUTH_KEY", "another key")
     file = tmp_path / name
     file.write_bytes((start + text).encode())
@@ -56,15 +56,15 @@ def test_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
-        ("a.txt", b"", "the name of an accounts file ends in one of .csv, .ndjson, .jsonl, .toml"),
-        ("a.csv", b"", "a.csv: there are no accounts in it"),
-        ("a.csv", b"name,api_key\n", "a.csv: there are no accounts in it"),
+        ("a.txt", b"", "unsupported file type; the name must end in one of .csv, .ndjson, .jsonl, .toml"),
+        ("a.csv", b"", "a.csv: contains no accounts"),
+        ("a.csv", b"name,api_key\n", "a.csv: contains no accounts"),
         ("a.csv", b"north,%k\n", "line 1: the header must name the columns name and api_key or api_key_env"),
-        ("a.csv", b"name,api_key,name\n", "line 1: a column's name comes twice in the header"),
-        ("a.csv", b"name,api_key\nn,k\nn,%k\n", "line 3, column 1 (name): 'n' comes twice, first in line 2"),
+        ("a.csv", b"name,api_key,name\n", "line 1: duplicate column name in the header"),
+        ("a.csv", b"name,api_key\nn,k\nn,%k\n", "line 3, column 1 (name): duplicate name 'n', first defined in line 2"),
         ("a.csv", b"name,api_key\nn,%k,\n", "line 2, column 3: expected 2 fields as in the header, got 3"),
         ("a.csv", b"name,api_key\n\n,%k\n", "line 3, column 1 (name): an account needs a name"),
-        ("a.csv", b"name,api_key\nn, %k\n", "line 2, column 2 (api_key): the API key has white space around it"),
+        ("a.csv", b"name,api_key\nn, %k\n", "line 2, column 2 (api_key): the API key has leading or trailing"),
         ("a.csv", b'name,api_key\nn,k\nm,"%k\n\n', "line 3: unexpected end of data"),
         ("a.csv", b"name,api_key\n\xff,%k\n", "line 2, column 1: is not UTF-8 text"),
         ("a.csv", "name,api_key\nn,k\n".encode("utf-16"), "line 1, column 1: is not UTF-8 text"),
@@ -85,13 +85,13 @@ def test_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
         ("a.toml", b"a = " + b"[" * 100_000, "nested too deeply"),
         ("a.toml", b'[[accounts]]\nname = "n"\n  api_key = ["%k"]', "line 3, column 3 (api_key): expected text, got"),
         ("a.toml", b'[[accounts]]\nname = "n"\n[other]\n', "line 1 (api_key): an account needs one of"),
-        ("a.toml", b'accounts = [{name = "n", api_key = "%k "}]', "accounts[0] (api_key): the API key has white space"),
+        ("a.toml", b'accounts = [{name = "n", api_key = "%k "}]', "accounts[0] (api_key): the API key has leading or"),
     ],
 )  # fmt: skip
 def test_errors_tell_the_place_and_no_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: bytes, told: str
 ) -> None:
-    """What cannot be used is told with its line and column when the file is opened; a misplaced key is not repeated."""
+    """A problem is reported with its line and column when the file is opened; a misplaced key is not repeated."""
     monkeypatch.setenv("EMPTY", "")
     file = tmp_path / name
     file.write_bytes(text.replace(b"%k", KEY.encode()))
@@ -105,26 +105,24 @@ def test_errors_tell_the_place_and_no_key(
 
 
 async def test_without_keys(tmp_path: Path) -> None:
-    """Read for its names alone, the file needs no keys, and its accounts cannot be asked for."""
+    """Read for its names alone, the file needs no keys, and the accounts have none."""
     path = tmp_path / "accounts.csv"
     path.write_text("name,api_key_env\nnorth,NOT_SET\n")
     (account,) = AccountFile(path, with_keys=False)
     assert account.name == "north"
     async with AudiencesClient() as client:
-        with pytest.raises(
-            ConfigurationError, match="account 'north': the function for the API key raised LookupError"
-        ):
+        with pytest.raises(ConfigurationError, match="account 'north': the API key function raised LookupError"):
             await client.get_audiences(account)
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    """A file that is not there is a usage error as any other."""
+    """A missing file is a usage error like any other."""
     with pytest.raises(ConfigurationError, match="none.csv: cannot be read: No such file or directory"):
         AccountFile(tmp_path / "none.csv")
 
 
 def test_a_large_file_is_read_as_a_stream(tmp_path: Path) -> None:
-    """The accounts come while the file is still being read: a row that goes bad later does not hide the first ones."""
+    """Accounts are yielded while the file is being read: a row that goes bad later does not hide the first ones."""
     file = tmp_path / "a.csv"
     file.write_text("name,api_key\n" + "".join(f"a{number},key\n" for number in range(5_000)))
     accounts = AccountFile(file)

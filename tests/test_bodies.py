@@ -1,6 +1,6 @@
-"""Generated reply bodies, valid and hostile: each is an answer or one of our errors, as the contract has it.
+"""Generated response bodies, valid and hostile: each is an answer or one of our errors, by the contract.
 
-``python tests/bodies.py`` tries many more of them, afresh with every run.
+``python tests/bodies.py`` tries many more of them, new ones in every run.
 """
 
 from random import Random
@@ -30,7 +30,7 @@ def test_any_body_is_an_answer_or_a_typed_error(part: int) -> None:
 
 
 def test_a_seed_and_an_index_make_the_same_body_again() -> None:
-    """The body of a seed and an index is always the same, whichever bodies are made before it."""
+    """The body of a seed and an index is always the same, regardless of the bodies before it."""
     assert bodies.body_of(7, 3) == (
         b'{"status": "299", "description": "Audiences retrieved", "response_time": "2025-11-15T18:10:00Z", "data": '
         b'[{"id": "996476", "name": "VIP", "created_time": "2025-12-20T21:10:00Z", "type"[[]] "Dynamic"}]}'
@@ -59,12 +59,12 @@ def test_a_seed_and_an_index_make_the_same_body_again() -> None:
     ],
 )
 def test_bodies_that_were_read_wrongly_once(body: bytes) -> None:
-    """The bodies behind earlier faults pass the same checks as the generated ones."""
+    """The bodies of earlier bugs pass the same checks as the generated ones."""
     bodies.check(body, Random(0))
 
 
 def test_the_checks_see_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An untyped error, an error without problems and a record that is lost fail the checks."""
+    """An untyped error, an error without problems and a lost record fail the checks."""
     body = b'{"status": 200, "data": [{"type": "New"}]}'
     bodies.check(body, Random(0))
 

@@ -1,4 +1,4 @@
-"""The retry budget: what costs tokens, what is free, and that in a job no account fails because of others."""
+"""The retry budget: what costs tokens, what is free, and that no account of a job fails because of others."""
 
 import asyncio
 import itertools
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 StartRaw: TypeAlias = Callable[[Callable[[RawConnection], Awaitable[None]]], Awaitable[RawServer]]
 MakeClient: TypeAlias = Callable[..., AudiencesClient]
 FULL = RetryBudget().capacity
-LOST = 0  # in the place of a status: no reply comes
+LOST = 0  # instead of a status: no response arrives
 
 
 class LossyService(Service):
@@ -45,7 +45,7 @@ class LossyService(Service):
 
 
 class PartlyDown:
-    """A fifth of the keys is never answered but by *down*; of all other requests every tenth is, by *flaky*."""
+    """A service that answers a fifth of the keys with *down*, and every tenth of the other requests with *flaky*."""
 
     def __init__(self, down: int, flaky: int) -> None:
         self._down, self._flaky = down, flaky
@@ -59,7 +59,7 @@ class PartlyDown:
 
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> MakeClient:
-    """Makes clients of a service in virtual time."""
+    """Yield a function that creates clients of a service in virtual time."""
 
     def make(service: Service, **settings: Any) -> AudiencesClient:
         monkeypatch.setattr("audiences_async.client.Transport", service)
@@ -69,12 +69,12 @@ def client(monkeypatch: pytest.MonkeyPatch) -> MakeClient:
 
 
 def many(count: int) -> list[Account]:
-    """So many accounts, named by their numbers, as are their keys."""
+    """Return *count* accounts; their names and keys are numbers."""
     return [Account(str(number), str(number)) for number in range(count)]
 
 
 def reasons(results: list[Outcome]) -> Counter[str]:
-    """Count why accounts failed."""
+    """Count the errors of failed accounts."""
     return Counter(str(result.error.stop_reason) for result in results if isinstance(result, Failed))
 
 
@@ -97,7 +97,7 @@ def reasons(results: list[Outcome]) -> Counter[str]:
     ids=lambda value: f"{value.failure or value.status}-{value.delay}" if isinstance(value, Answer) else None,
 )
 async def test_what_a_retry_costs(sandbox: Sandbox, at_once: RetryPolicy, answer: Answer, cost: int) -> None:
-    """Only a retry after a 5xx, a 408, a timeout or a failed connection takes tokens, and the answer gives one back."""
+    """Only a retry after a 5xx, a 408, a timeout or a failed connection takes tokens; an answer refunds one."""
     key = sandbox.add_account("north").api_key
     sandbox.script("north", answer)
     async with AudiencesClient(base_url=sandbox.base_url, retry=at_once, attempt_timeout=0.1) as client:
@@ -111,7 +111,7 @@ async def test_what_a_retry_costs(sandbox: Sandbox, at_once: RetryPolicy, answer
 
 @pytest.mark.parametrize("way", ["get_audiences", "fetch_all"])
 def test_429s_of_many_accounts_fail_no_call(client: MakeClient, way: str) -> None:
-    """1,000 accounts with three calls each, at a limit of two requests a second for each: every call is answered."""
+    """1,000 accounts with three calls each, limited to two requests per second each: every call is answered."""
     accounts = many(1000) * 3
 
     async def main() -> float:
@@ -127,7 +127,7 @@ def test_429s_of_many_accounts_fail_no_call(client: MakeClient, way: str) -> Non
 
 @pytest.mark.parametrize("way", ["get_audiences", "fetch_all"])
 async def test_rotated_keys_fail_no_call(sandbox: Sandbox, way: str) -> None:
-    """500 accounts whose functions give the old key first and the new one when asked again are all answered."""
+    """500 accounts whose functions return the old key first, and the new one when called again, are all answered."""
     for number in range(500):
         sandbox.add_account(str(number), api_key=f"new-{number}")
     functions = [iter([f"old-{number}", f"new-{number}"]) for number in range(500)]
@@ -144,7 +144,7 @@ async def test_rotated_keys_fail_no_call(sandbox: Sandbox, way: str) -> None:
 @pytest.mark.parametrize("how", ["closes", "resets"])
 @pytest.mark.parametrize("is_given", [False, True], ids=["own", "given"])
 async def test_stale_connections_fail_no_call(raw: StartRaw, how: str, *, is_given: bool) -> None:
-    """600 calls in a row of a server that ends each connection after one answer are all answered, for no tokens."""
+    """600 successive calls to a server that ends each connection after one answer are all answered, for no tokens."""
 
     async def serve(connection: RawConnection) -> None:
         await connection.request()
@@ -153,7 +153,7 @@ async def test_stale_connections_fail_no_call(raw: StartRaw, how: str, *, is_giv
             await asyncio.sleep(0.0005)
         else:
             await connection.request()
-            linger = struct.pack("ii", 1, 0)  # its close is a reset
+            linger = struct.pack("ii", 1, 0)  # closing it sends a reset
             connection.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
     server = await raw(serve)
@@ -174,7 +174,7 @@ async def test_stale_connections_fail_no_call(raw: StartRaw, how: str, *, is_giv
 def test_accounts_that_are_down_fail_no_others(
     client: MakeClient, down: int, flaky: int, cache: CachePolicy | None
 ) -> None:
-    """With a fifth of the accounts down and the others refused once in ten, a job fetches every healthy one."""
+    """With a fifth of the accounts down and the others failing once in ten, a job fetches every healthy one."""
 
     async def main() -> list[Outcome]:
         async with client(LossyService(PartlyDown(down, flaky)), cache=cache) as c:
@@ -187,7 +187,7 @@ def test_accounts_that_are_down_fail_no_others(
 
 @pytest.mark.parametrize("concurrency", [1, 2, 100])
 def test_a_job_without_tokens_comes_to_its_end(client: MakeClient, concurrency: int) -> None:
-    """With a budget of one retry that never comes back, and at any concurrency, healthy accounts are still fetched."""
+    """With a budget of one retry without refunds, and at any concurrency, healthy accounts are still fetched."""
 
     async def main() -> list[Outcome]:
         budget = RetryBudget(capacity=5, refund=0)
@@ -209,7 +209,7 @@ def test_a_job_of_which_nothing_is_answered_comes_to_its_end(client: MakeClient)
 
 
 def test_a_single_call_without_tokens_ends(client: MakeClient) -> None:
-    """Outside a job an empty budget ends a call with its first error, also while a job goes on that has emptied it."""
+    """Outside a job an empty budget ends a call with its first error, even while a job that emptied it continues."""
 
     async def main() -> None:
         service = Service(lambda key, at: 500, round_trip=1.0)

@@ -1,4 +1,4 @@
-"""The cache: one request for all who ask at once, an answer for a while, and never another account's."""
+"""The cache: one request for concurrent callers, an answer for a while, and never another account's."""
 
 import asyncio
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def north(sandbox: Sandbox) -> Account:
 
 @pytest.fixture
 def make(sandbox: Sandbox, time: SteppedTime) -> Callable[..., AudiencesClient]:
-    """Makes clients with a cache, whose time is time."""
+    """Yield a function that creates clients with a cache and stepped time."""
 
     def client(ttl: float = 10.0, retry: RetryPolicy = ONCE, **policy: Any) -> AudiencesClient:
         cache = CachePolicy(ttl, **policy)
@@ -66,7 +66,7 @@ async def error_of(call: Any) -> AudiencesError:
 async def test_who_asks_at_once_shares_one_request(
     sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient]
 ) -> None:
-    """A hundred calls at once make one request, also where nothing is kept; another account's make another."""
+    """A hundred concurrent calls make one request, even without caching; another account's make another."""
     south = sandbox.add_account("south", audiences=many_audiences("south", 1))
     async with make(ttl=0) as client:
         answers = await asyncio.gather(*(client.get_audiences(each) for each in [north, south] * 50))
@@ -77,7 +77,7 @@ async def test_who_asks_at_once_shares_one_request(
 async def test_an_answer_is_given_again_until_its_ttl(
     sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
 ) -> None:
-    """An answer is kept for the ttl and no longer."""
+    """An answer is cached for the ttl and no longer."""
     async with make(ttl=10.0) as client:
         first = await client.get_audiences(north)
         time.now += 9.9
@@ -89,7 +89,7 @@ async def test_an_answer_is_given_again_until_its_ttl(
 
 
 async def test_errors_are_not_kept(sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient]) -> None:
-    """All who ask at once get the error, each an exception of its own; who asks then gets a new request."""
+    """All concurrent callers get the error, each its own exception; the next caller makes a new request."""
     sandbox.script("north", Answer(400, {"description": "no"}))
     namesake = Account("namesake", north.api_key)
     async with make() as client:
@@ -102,7 +102,7 @@ async def test_errors_are_not_kept(sandbox: Sandbox, north: Account, make: Calla
 
 
 async def test_an_answer_is_never_another_accounts(sandbox: Sandbox, make: Callable[..., AudiencesClient]) -> None:
-    """Names do not tell accounts apart, keys do: also where a name, or a function, comes with another key."""
+    """The cache is keyed by key, not by name: also if a name, or a function, comes with another key."""
     one = sandbox.add_account("one", audiences=many_audiences("one", 1))
     other = sandbox.add_account("other", audiences=many_audiences("other", 1))
     keys = [one.api_key, other.api_key, other.api_key, one.api_key]
@@ -118,7 +118,7 @@ async def test_an_answer_is_never_another_accounts(sandbox: Sandbox, make: Calla
 
 
 async def test_a_key_that_is_refused_meanwhile(sandbox: Sandbox, make: Callable[..., AudiencesClient]) -> None:
-    """An answer that came with a fresh key is kept for that key, not for the one that was refused."""
+    """An answer that arrived with a fresh key is cached for that key, not for the refused one."""
     account = sandbox.add_account("north", audiences=many_audiences("north", 1))
     given = iter(["a revoked key", account.api_key, account.api_key])
     function = Account("north", lambda: str(next(given)))
@@ -136,7 +136,7 @@ async def test_a_key_that_is_refused_meanwhile(sandbox: Sandbox, make: Callable[
 async def test_one_who_leaves_does_not_hurt_the_others(
     sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient]
 ) -> None:
-    """Whoever is cancelled, or has less time, leaves; the others get the answer of the one request."""
+    """A caller that is cancelled or times out stops waiting; the others get the answer of the one request."""
     sandbox.script("north", Answer(delay=0.4))
     async with make() as client:
         short = asyncio.create_task(error_of(client.get_audiences(north, timeout=0.1)))
@@ -154,7 +154,7 @@ async def test_one_who_leaves_does_not_hurt_the_others(
 async def test_the_request_ends_with_the_last_who_waits(
     sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient]
 ) -> None:
-    """Where all have left the request is ended, and who asks then starts another."""
+    """When all callers have left, the request is cancelled, and the next caller starts another."""
     sandbox.script("north", Answer(delay=60))
     async with make() as client:
         leaving = [asyncio.create_task(client.get_audiences(north)) for _ in range(3)]
@@ -171,7 +171,7 @@ async def test_the_request_ends_with_the_last_who_waits(
 async def test_a_wait_that_does_not_fit_is_told_at_once(
     sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
 ) -> None:
-    """A cached call keeps the promise: a wait beyond its timeout is an error at once, with retry_after."""
+    """With a cache, too, a wait beyond the timeout is an error at once, with retry_after."""
     sandbox.script("north", Answer(429, retry_after=30))
     async with make(retry=RetryPolicy()) as client:
         error = await error_of(client.get_audiences(north, timeout=5.0))
@@ -181,7 +181,7 @@ async def test_a_wait_that_does_not_fit_is_told_at_once(
 async def test_who_joins_with_more_time_is_not_turned_away_with_the_first(
     sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
 ) -> None:
-    """Of two who wait for one request, each has the time that it was given for the wait after a 429."""
+    """Two callers of one request each have their own timeout for the wait after a 429."""
     sandbox.script("north", Answer(429, retry_after=30, delay=0.1))
     async with make(retry=RetryPolicy()) as client:
         first = asyncio.create_task(client.get_audiences(north, timeout=5.0))
@@ -194,7 +194,7 @@ async def test_who_joins_with_more_time_is_not_turned_away_with_the_first(
 async def test_who_joins_a_request_that_waits_for_its_turn_has_its_own_time(
     sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient]
 ) -> None:
-    """Where the first who asked has no time for the account's pause, one who joined and has some gets the answer."""
+    """If the pause is too long for the first caller, a joined caller with more time still gets the answer."""
     sandbox.script("north", Answer(429, retry_after=0.4, delay=0.1))
     started = asyncio.Event()
     async with AudiencesClient(
@@ -208,7 +208,7 @@ async def test_who_joins_a_request_that_waits_for_its_turn_has_its_own_time(
         await started.wait()
         client.invalidate(north)  # so that the next call is another request, which waits for its turn
         first = asyncio.create_task(error_of(client.get_audiences(north, timeout=0.3)))
-        for _ in range(10):  # turns, in which it comes to wait
+        for _ in range(10):  # turns of the loop until it waits
             await asyncio.sleep(0)
         second = asyncio.create_task(client.get_audiences(north, timeout=30.0))
         assert isinstance(await throttled, TooManyRequestsError)
@@ -217,7 +217,7 @@ async def test_who_joins_a_request_that_waits_for_its_turn_has_its_own_time(
 
 
 async def test_a_crowd_whose_turn_comes_too_late_is_told_at_once(sandbox: Sandbox, north: Account) -> None:
-    """Where a pause fits into nobody's time, a hundred who share a call are told by that one."""
+    """If a pause fits no caller's time, a hundred callers that share a call get the error from that one."""
     sandbox.script("north", Answer(429, retry_after=30))
     events: list[Event] = []
     cache = CachePolicy(0)
@@ -231,7 +231,7 @@ async def test_a_crowd_whose_turn_comes_too_late_is_told_at_once(sandbox: Sandbo
 async def test_cached_accounts_that_begin_together_keep_their_pace(
     sandbox: Sandbox, make: Callable[..., AudiencesClient]
 ) -> None:
-    """Each of several accounts that begin in one turn of the event loop is remembered: a pause of it is kept."""
+    """Each of several accounts that begin in one turn of the event loop is remembered: its pause is kept."""
     accounts = [sandbox.add_account(f"a{number}") for number in range(10)]
     for account in accounts:
         sandbox.script(account.name, Answer(429, retry_after=30))
@@ -244,7 +244,7 @@ async def test_cached_accounts_that_begin_together_keep_their_pace(
 
 
 async def test_a_cached_call_that_is_cut_off_tells_its_attempts(sandbox: Sandbox, north: Account) -> None:
-    """Who waits for a shared request in vain knows what was tried."""
+    """A caller that times out waiting for a shared request knows its attempts."""
     sandbox.script("north", Answer(500), Answer(delay=30.0))
     at_once = RetryPolicy(base_delay=0)
     async with AudiencesClient(base_url=sandbox.base_url, cache=CachePolicy(0), retry=at_once) as client:
@@ -254,7 +254,7 @@ async def test_a_cached_call_that_is_cut_off_tells_its_attempts(sandbox: Sandbox
 
 
 async def test_an_answer_that_a_key_function_makes_late(sandbox: Sandbox, north: Account) -> None:
-    """Where a key function keeps the end of the caller's time to itself, nothing is sent, and nothing given."""
+    """If a key function swallows the end of the caller's time, no request is sent, and no answer is returned."""
 
     async def provider() -> str:
         with suppress(asyncio.CancelledError):
@@ -270,7 +270,7 @@ async def test_an_answer_that_a_key_function_makes_late(sandbox: Sandbox, north:
 async def test_eager_tasks_keep_no_error(
     sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
 ) -> None:
-    """Where tasks start eagerly, an error that comes at once is not what the next call gets."""
+    """If tasks start eagerly, an immediate error is not the next call's result."""
     asyncio.get_running_loop().set_task_factory(eager_task_factory())
     sandbox.script("north", Answer(429, retry_after=30))
     async with make() as client:
@@ -283,7 +283,7 @@ async def test_eager_tasks_keep_no_error(
 async def test_stale_while_revalidate(
     sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
 ) -> None:
-    """After the ttl the old answer is given at once, while one request fetches the new one behind it."""
+    """After the ttl the old answer is returned at once, while one request fetches the new one in the background."""
     async with make(ttl=10.0, stale_while_revalidate=60.0) as client:
         first = await client.get_audiences(north)
         time.now += 20
@@ -300,7 +300,7 @@ async def test_stale_while_revalidate(
 async def test_a_refresh_that_fails_is_nobodys_error(
     sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
 ) -> None:
-    """Where the refresh fails the old answer is given as long as it is good, and the next call tries anew."""
+    """If the refresh fails, the old answer is returned as long as it is valid, and the next call tries again."""
     async with make(ttl=10.0, stale_while_revalidate=60.0) as client:
         first = await client.get_audiences(north)
         time.now += 20
@@ -314,7 +314,7 @@ async def test_a_refresh_that_fails_is_nobodys_error(
 async def test_closing_ends_a_refresh(
     sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
 ) -> None:
-    """A refresh belongs to the client, and ends with it; so does whoever waits for an answer."""
+    """A refresh belongs to the client and ends with it, and so does a caller that waits for an answer."""
     client = make(ttl=10.0, stale_while_revalidate=60.0)
     await client.get_audiences(north)
     time.now += 20
@@ -349,7 +349,7 @@ async def test_stale_if_error(
     answer: Answer,
     given: bool,
 ) -> None:
-    """In an outage the old answer is given for a while; an answer that refuses is an error all the same."""
+    """In an outage the old answer is returned for a while; an error such as 403 is raised all the same."""
     async with make(ttl=10.0, stale_if_error=100.0) as client:
         first = await client.get_audiences(north)
         time.now += 50
@@ -363,7 +363,7 @@ async def test_stale_if_error(
 
 
 async def test_invalidate(sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient]) -> None:
-    """What was asked for before is not kept, also where the request is under way; other accounts stay."""
+    """An answer requested earlier is not cached, even if its request is in flight; other accounts keep theirs."""
     south = sandbox.add_account("south")
     function = Account("function", lambda: str(south.api_key))
     async with make() as client:
@@ -394,7 +394,7 @@ async def test_invalidate(sandbox: Sandbox, north: Account, make: Callable[..., 
 async def test_invalidate_an_account_whose_key_a_function_gives(
     sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient], others: int
 ) -> None:
-    """It goes by its name: the function may be made anew for each call, and many others be invalidated too."""
+    """Such an account goes by name: its function may be new for each call, and many others be invalidated too."""
 
     def again() -> Account:
         return Account("north", lambda: str(north.api_key))
@@ -412,7 +412,7 @@ async def test_invalidate_an_account_whose_key_a_function_gives(
 
 
 async def test_invalidate_while_a_key_is_replaced(sandbox: Sandbox, north: Account) -> None:
-    """An answer that was asked for before, and came by a fresh key after, is not kept."""
+    """An answer that was requested before, and arrived with a fresh key afterwards, is not cached."""
     keys = ["old", str(north.api_key)]
     account = Account("north", lambda: keys.pop(0) if len(keys) > 1 else keys[0])
     replaced = asyncio.Event()
@@ -433,7 +433,7 @@ async def test_invalidate_while_a_key_is_replaced(sandbox: Sandbox, north: Accou
 
 
 async def test_as_many_answers_are_kept_as_allowed(sandbox: Sandbox, make: Callable[..., AudiencesClient]) -> None:
-    """The answers that were used last are kept."""
+    """The most recently used answers are kept."""
     accounts = [sandbox.add_account(f"a{number}") for number in range(3)]
     async with make(max_accounts=2) as client:
         for number in (0, 1, 0, 2, 0, 1):
@@ -442,7 +442,7 @@ async def test_as_many_answers_are_kept_as_allowed(sandbox: Sandbox, make: Calla
 
 
 async def test_a_key_function_has_the_callers_time(sandbox: Sandbox, make: Callable[..., AudiencesClient]) -> None:
-    """A function for a key that hangs ends with its caller's time, and an error of its own is told."""
+    """A key function that hangs ends with its caller's time; an error of its own is raised."""
 
     async def hangs() -> str:
         never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -459,7 +459,7 @@ async def test_a_key_function_has_the_callers_time(sandbox: Sandbox, make: Calla
     "wrong", [{"ttl": -1}, {"ttl": None}, {"stale_while_revalidate": -1}, {"stale_if_error": "1"}, {"max_accounts": 0}]
 )
 def test_a_policy_that_cannot_be_used(wrong: dict[str, Any]) -> None:
-    """Numbers out of their range are refused at once."""
+    """Numbers out of range are refused at once."""
     with pytest.raises(ConfigurationError):
         CachePolicy(**{"ttl": 1.0, **wrong})
     with pytest.raises(ConfigurationError, match="cache must be CachePolicy or None"):
@@ -467,7 +467,7 @@ def test_a_policy_that_cannot_be_used(wrong: dict[str, Any]) -> None:
 
 
 async def test_without_a_cache_there_is_nothing_to_invalidate(sandbox: Sandbox, north: Account) -> None:
-    """invalidate() is there also without a cache, where every call goes out."""
+    """invalidate() also exists without a cache, when every call sends a request."""
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         client.invalidate(north)
         await client.get_audiences(north)
@@ -476,7 +476,7 @@ async def test_without_a_cache_there_is_nothing_to_invalidate(sandbox: Sandbox, 
 
 
 async def test_a_job_that_joins_a_request_without_tokens(sandbox: Sandbox, north: Account) -> None:
-    """A job's account that shares a single call's request does not fail for the budget that the call found empty."""
+    """A job's account that shares a single call's request does not fail because that call found the budget empty."""
     sandbox.script("north", Answer(500, delay=0.1), Answer(500))
     settings: dict[str, Any] = {"cache": CachePolicy(ttl=9), "budget": RetryBudget(capacity=1, cost=5)}
     async with AudiencesClient(base_url=sandbox.base_url, retry=RetryPolicy(base_delay=0), **settings) as client:

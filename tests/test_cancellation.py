@@ -1,4 +1,4 @@
-"""Cancelling and closing, in every state of a call: at once, nothing more sent, and nothing left behind."""
+"""Cancelling and closing, in every state of a call: immediate, with no further request and nothing left behind."""
 
 import asyncio
 import gc
@@ -49,8 +49,8 @@ from audiences_async.sandbox import Answer, Sandbox, many_audiences
 from audiences_async.sandbox.server import all_accepted
 
 SEED: Final = 20261125
-AT_ONCE: Final = 0.05  # s, in which a cancelled call comes back
-A_FEW_TURNS: Final = 10  # of the event loop, which never waits in them
+AT_ONCE: Final = 0.05  # s, in which a cancelled call must end
+A_FEW_TURNS: Final = 10  # turns of the event loop, which never waits in them
 HANGS: Final = Answer(delay=30.0)
 CONNECTIONS: Final = 4  # of a client under load; fewer than its calls, so that they queue
 
@@ -59,7 +59,7 @@ CONNECTIONS: Final = 4  # of a client under load; fewer than its calls, so that 
 
 
 def others() -> set["asyncio.Task[Any]"]:
-    """Tasks that are not the test's own."""
+    """Return all tasks but the test's own."""
     return {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
 
 
@@ -68,12 +68,12 @@ def all_done(tasks: Iterable["asyncio.Task[Any]"]) -> bool:
 
 
 def busy(client: AudiencesClient) -> int:
-    """Calls that wait for a turn or have one."""
+    """Return the number of calls that wait for a turn or have one."""
     return sum(pace.waiting + pace.in_flight for pace in client.snapshot().accounts)
 
 
 def open_sockets() -> set[int]:
-    """The inodes of this process's sockets."""
+    """Return the inodes of this process's sockets."""
     inodes = set()
     for path in Path("/dev/fd").iterdir():
         with suppress(OSError):  # the listing's own
@@ -84,7 +84,7 @@ def open_sockets() -> set[int]:
 
 
 async def turns(reached: Callable[[], object], most: int) -> int:
-    """How many turns of the event loop it takes until something is so; it never waits in them."""
+    """Count the turns of the event loop until *reached* is true; the loop never waits in them."""
     for number in range(most + 1):
         if reached():
             return number
@@ -93,24 +93,24 @@ async def turns(reached: Callable[[], object], most: int) -> int:
 
 
 async def in_time(reached: Callable[[], object], *, seconds: float = 5.0) -> None:
-    """Let others run until something is so."""
+    """Let other tasks run until *reached* is true."""
     async with asyncio.timeout(seconds):
-        while not reached():  # noqa: ASYNC110 - nothing tells of what happens inside a call
+        while not reached():  # noqa: ASYNC110 - no event is set inside a call
             await asyncio.sleep(0)
 
 
 async def none_left(sockets: set[int]) -> None:
-    """No socket is left beyond these; they close in the loop's and the server's next turns."""
+    """Check that no socket is left beyond these; they close in the loop's and the server's next turns."""
     await in_time(lambda: not open_sockets() - sockets, seconds=1.0)
 
 
 def awaited(task: "asyncio.Task[Any]") -> list[str]:
-    """The names of the functions that a task waits in, the outermost first."""
+    """Return the names of the functions that a task waits in, the outermost first."""
     names: list[str] = []
     at: Any = task.get_coro()
     while at is not None:
         code = getattr(at, "cr_code", None) or getattr(at, "gi_code", None)
-        if code is None:  # what `__await__` of a coroutine gives does not tell what it wraps
+        if code is None:  # the result of a coroutine's `__await__` does not expose the coroutine
             at = next((held for held in gc.get_referents(at) if hasattr(held, "cr_code")), None)
         else:
             names.append(code.co_qualname)
@@ -131,14 +131,14 @@ def answer_of(*ids: str, padding: int = 0) -> bytes:
 
 
 HEALED: Final = reply(b"200 OK", answer_of("healed"))
-HALF: Final = -10  # bytes that are missing
+HALF: Final = -10  # missing bytes
 
 
 @define(eq=False)
 class Scene:
-    """A call that is held in some state, by a server without tasks, or by a function that the client calls.
+    """A call held in some state, by a server without tasks or by a function that the client calls.
 
-    `heal` ends all holding: from then on the client can be served as it should be.
+    `heal` releases it: from then on the client can be served properly.
     """
 
     own_session: bool
@@ -161,12 +161,12 @@ class Scene:
 
     @property
     def client(self) -> AudiencesClient:
-        """The client, once it is open."""
+        """Return the client, once it is open."""
         assert self._client is not None
         return self._client
 
     def open(self, *, connections: int | None = None, ssl: tls.SSLContext | None = None, **settings: Any) -> None:
-        """Make the client, on a session of its own or on a given one."""
+        """Create the client, on its own session or on a caller's."""
         if self.own_session:
             settings |= {"max_connections": connections, "ssl": ssl}
         else:
@@ -179,21 +179,21 @@ class Scene:
         self._client = AudiencesClient(base_url=url, timeout=5000.0, clock=clock, **settings)
 
     async def call(self, waits_in: str = "", account: Account | None = None) -> None:
-        """Start a call, and let it come to where it waits in this function; empty means that it has not begun."""
+        """Start a call, and let it run until it waits in the named function; it does not run if the name is empty."""
         call = asyncio.create_task(self.client.get_audiences(account or Account("north", "key")))
         self.calls.append(call)
         if waits_in:
             await in_time(lambda: waits_in in awaited(call))
 
     async def sound(self) -> None:
-        """The next call is answered as it should be."""
+        """Check that the next call is answered properly."""
         response = await self.client.get_audiences(Account("next", "key"), timeout=4000.0)
         assert [audience.id for audience in response] == ["healed"]
 
     # what holds
 
     async def serve(self, reply: bytes = b"") -> None:
-        """Accept connections, and say this to every request."""
+        """Accept connections, and answer every request with *reply*."""
         self._reply = reply
         if self._server is None:
             loop = asyncio.get_running_loop()
@@ -215,7 +215,7 @@ class Scene:
             self._now += seconds
 
     def resolve_slowly(self) -> None:
-        """Let names be looked up by a server that does not answer."""
+        """Let a name server that does not answer resolve names."""
         self._host = "localhost"
 
         async def getaddrinfo(host: str, port: int, **_: Any) -> list[Any]:
@@ -225,13 +225,13 @@ class Scene:
         self.monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo)
 
     def fill_backlog(self) -> None:
-        """Let the kernel take no further connection; what it then does with one is Linux's way."""
+        """Fill the kernel's backlog; how it then treats a new connection is specific to Linux."""
         self.listener.listen(0)
         filler = socket.create_connection(self.listener.getsockname())
         self._fillers.append(filler)
 
     def handshake(self) -> tls.SSLContext:
-        """A context that trusts the server, which does not say a word before it is healed."""
+        """Return a context that trusts the server, which is silent before it is healed."""
         authority = trustme.CA()
         self._tls = tls.SSLContext(tls.PROTOCOL_TLS_SERVER)
         authority.issue_cert("127.0.0.1").configure_cert(self._tls)
@@ -241,21 +241,21 @@ class Scene:
         return trusting
 
     async def heal(self) -> None:
-        """Hold nothing any more."""
+        """Release everything that is held."""
         self._healed.set()
         for filler in self._fillers:
             filler.close()
         await self.serve(HEALED)
 
     async def close(self) -> None:
-        """Close the client, and then the given session, which is still open."""
+        """Close the client, and then the caller's session, which is still open."""
         await self.client.aclose()
         if self._session is not None:
             assert not self._session.closed
             await self._session.close()
 
     async def leave(self) -> None:
-        """End what may be left, of a failed test too."""
+        """Release and close everything, after a failed test too."""
         await self.heal()
         assert self._server is not None
         if self._client is not None:
@@ -270,7 +270,7 @@ class Scene:
 
 
 class _Peer(asyncio.Protocol):
-    """Says the same to each request."""
+    """A peer that sends the same bytes to each request."""
 
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
@@ -326,7 +326,7 @@ async def _slots(scene: Scene) -> None:
 async def _window(scene: Scene) -> None:
     scene.open()
     await scene.serve()
-    for _ in range(2):  # as many go at once while nothing is known of the account
+    for _ in range(2):  # the initial number of requests in flight of an unknown account
         await scene.call("ClientResponse.start")
     await scene.call("Queue._wait")
 
@@ -438,7 +438,7 @@ STATES: Final[dict[str, Callable[[Scene], Awaitable[None]]]] = {
 
 IN_EVERY_STATE: Final = pytest.mark.parametrize(
     ("scene", "state"),
-    # A given session's look-ups are its own: other requests of its owner may wait for the same one.
+    # A caller's session does its own look-ups: other requests of its owner may wait for the same one.
     [*(("own", state) for state in STATES), *(("given", state) for state in STATES if state != "resolving")],
     indirect=["scene"],
 )
@@ -446,7 +446,7 @@ IN_EVERY_STATE: Final = pytest.mark.parametrize(
 
 @pytest.fixture
 async def scene(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
-    """A scene whose client has its "own" session, or a "given" one."""
+    """Yield a scene whose client has its "own" session, or a "given" one."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         scene = Scene(request.param == "own", monkeypatch, listener)
@@ -456,12 +456,12 @@ async def scene(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 @IN_EVERY_STATE
 async def test_a_call_is_cancelled_at_once_in_every_state(scene: Scene, state: str) -> None:
-    """A cancelled call comes back in a few turns, sends nothing more, leaves nothing and hurts nobody."""
+    """A cancelled call ends within a few turns, sends nothing more, leaves nothing and disturbs no other call."""
     sockets = open_sockets()
     await STATES[state](scene)
     client, requests, call = scene.client, scene.requests, scene.calls[-1]
     for ended in (call, *scene.calls[:-1]):  # then those that stood in its way
-        started = thread_time()  # nothing is waited for, and what else the machine does is no matter here
+        started = thread_time()  # the loop never waits, so the machine's load does not matter
         assert ended.cancel()
         await turns(ended.done, A_FEW_TURNS)
         assert thread_time() - started <= AT_ONCE
@@ -477,7 +477,7 @@ async def test_a_call_is_cancelled_at_once_in_every_state(scene: Scene, state: s
 
 @IN_EVERY_STATE
 async def test_closing_ends_calls_in_every_state(scene: Scene, state: str) -> None:
-    """Calls under way when the client is closed end with ClientClosedError, and so does every call after that."""
+    """Calls in flight when the client is closed end with ClientClosedError, and so does every later call."""
     sockets = open_sockets()
     await STATES[state](scene)
     client, requests = scene.client, scene.requests
@@ -499,7 +499,7 @@ async def test_closing_ends_calls_in_every_state(scene: Scene, state: str) -> No
 
 @pytest.mark.parametrize("scene", ["own"], indirect=True)
 async def test_a_cancelled_close_closes_all_the_same(scene: Scene) -> None:
-    """Where aclose() is cancelled while a call holds on, the client is closed, and the call ends with it."""
+    """If aclose() is cancelled while a call holds on, the client is closed, and the call ends with it."""
     ended = asyncio.Event()
 
     async def key() -> str:
@@ -531,7 +531,7 @@ async def test_a_cancelled_close_closes_all_the_same(scene: Scene) -> None:
 
 @pytest.mark.parametrize("scene", ["own", "given"], indirect=True)
 async def test_a_key_function_that_closes_the_client_costs_its_caller_nothing(scene: Scene) -> None:
-    """Where a key function closes the client, and fails, the call fails; its task is not cancelled after that."""
+    """If a key function closes the client and fails, the call fails; its task is not cancelled afterwards."""
 
     async def key() -> str:
         await scene.client.aclose()
@@ -540,7 +540,7 @@ async def test_a_key_function_that_closes_the_client_costs_its_caller_nothing(sc
     scene.open()
     with pytest.raises(AudiencesError):
         await scene.client.get_audiences(Account("north", key))
-    await asyncio.sleep(0)  # where a cancellation that was left over would come
+    await asyncio.sleep(0)  # a leftover cancellation would be raised here
     task = asyncio.current_task()
     assert task is not None
     assert task.cancelling() == 0
@@ -551,7 +551,7 @@ async def test_a_key_function_that_closes_the_client_costs_its_caller_nothing(sc
 
 @define
 class Steps:
-    """Time that moves when somebody sleeps, and sleeps that take some turns of the event loop."""
+    """Time that advances when a task sleeps, and sleeps that take some turns of the event loop."""
 
     chance: random.Random
     now: float = 1000.0
@@ -569,7 +569,7 @@ class Steps:
 
 @define(eq=False)
 class Told:
-    """What a client told of its accounts, and of calls that were cancelled."""
+    """Events of a client by account, and those of cancelled calls."""
 
     attempts: Counter[str] = field(factory=Counter)
     cancelled: set["asyncio.Task[Any]"] = field(factory=set)
@@ -584,7 +584,7 @@ class Told:
 
 @define(eq=False)
 class Load:
-    """A client under load: accounts that together meet every state, and what is known of what they sent."""
+    """A client under load: accounts that together meet every state, and a record of what they sent."""
 
     sandbox: Sandbox
     number: int
@@ -605,7 +605,7 @@ class Load:
         )
 
     def account(self, kind: str, *script: Answer) -> Account:
-        """An account of its own for this load, whose audiences carry its name."""
+        """Open an account for this load, whose audiences carry its name."""
         name = f"{kind}-{self.number}"
         account = self.sandbox.add_account(name, audiences=many_audiences(name, 3))
         self.sandbox.script(name, *script)
@@ -638,20 +638,20 @@ class Load:
         return Account(account.name, key)
 
     async def moment(self) -> None:
-        """Let things happen for a while: some requests, and some turns of the event loop."""
+        """Let the load run for a while: some requests, and some turns of the event loop."""
         requests = len(self.sandbox.requests) + self.chance.randint(0, self.chance.randint(0, 10))
-        with suppress(TimeoutError):  # fewer come if the whole service is paused, and the clock takes its time
+        with suppress(TimeoutError):  # fewer requests arrive while the whole service is paused
             await in_time(lambda: len(self.sandbox.requests) >= requests, seconds=0.5)
         for _ in range(self.chance.randint(0, 60)):
             await asyncio.sleep(0)
 
     def on_the_wire(self) -> Counter[str]:
-        """Requests of each account that may have gone out by now."""
+        """Return the requests of each account that may have been sent by now."""
         in_flight = Counter({pace.account: pace.in_flight for pace in self.client.snapshot().accounts})
         return self.told.attempts + in_flight
 
     async def all_is_free(self) -> None:
-        """As many calls as there are connections are answered as they should be, and no turn is lost."""
+        """Check that as many calls as there are connections are answered properly, and that no turn is lost."""
         accounts = [self.account(f"next{number}") for number in range(CONNECTIONS)]
         calls = [asyncio.create_task(self.client.get_audiences(account)) for account in accounts]
         await turns(lambda: busy(self.client) == CONNECTIONS, 1)
@@ -669,7 +669,7 @@ PACKED: Final = gzip.compress(b'{"status": "200", "data": [' + b" " * 2**20 + b"
 
 
 def right(account: Account, response: AudiencesResponse) -> None:
-    """The response is whole, and this account's."""
+    """Check that the response is complete, and this account's."""
     kind = account.name.partition("-")[0]
     if kind.startswith("large"):
         assert [audience.id for audience in response] == [f"large-{n}" for n in range(300)]
@@ -697,7 +697,7 @@ def kind_of_waiting(task: "asyncio.Task[Any]") -> str:
 
 @pytest.fixture
 async def complaints() -> AsyncIterator[list[dict[str, Any]]]:
-    """What the event loop has to complain about; nothing, at the end of the test."""
+    """Collect the event loop's exception reports; there must be none at the end of the test."""
     complaints: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     yield complaints
@@ -706,7 +706,7 @@ async def complaints() -> AsyncIterator[list[dict[str, Any]]]:
 
 
 def only_what_was_told(sandbox: Sandbox, told: Counter[str], numbers: range) -> None:
-    """No load with one of these numbers sent more than that, by the server's record; probes may be of others."""
+    """Check that no load with one of these numbers sent more requests; probes may be of others."""
     names = [str(request.account) for request in sandbox.requests]
     sent = Counter(name.partition("-")[2] for name in names if not name.startswith("next"))
     expected: Counter[str] = Counter()
@@ -720,7 +720,7 @@ def only_what_was_told(sandbox: Sandbox, told: Counter[str], numbers: range) -> 
 @pytest.mark.slow
 @pytest.mark.usefixtures("complaints")
 async def test_calls_are_cancelled_at_once_at_any_moment(sandbox: Sandbox) -> None:
-    """At 200 moments under load, all calls are cancelled: at once, nothing sent after it, and nothing left behind."""
+    """At 200 moments under load, all calls are cancelled: at once, with no further request and nothing left behind."""
     met: Counter[str] = Counter()
     took: list[float] = []
     allowed: Counter[str] = Counter()
@@ -737,7 +737,7 @@ async def test_calls_are_cancelled_at_once_at_any_moment(sandbox: Sandbox) -> No
         await load.all_is_free()
         await load.client.aclose()
         await none_left(sockets)
-        for (event,) in load.told.late.values():  # of each call its end, and nothing else
+        for (event,) in load.told.late.values():  # of each call its end only
             assert isinstance(event, CallFinished)
             assert event.error == "CancelledError"
     only_what_was_told(sandbox, allowed, range(200))
@@ -746,7 +746,7 @@ async def test_calls_are_cancelled_at_once_at_any_moment(sandbox: Sandbox) -> No
 
 
 async def cancelled(load: Load, running: set["asyncio.Task[Any]"]) -> float:
-    """Cancel these, which are all that run; seconds until the last has come back, with nothing left of it."""
+    """Cancel these tasks, the only ones that run; return the seconds until the last has ended, with nothing left."""
     started = perf_counter()
     load.told.cancelled |= running
     for task in running:
@@ -762,7 +762,7 @@ async def cancelled(load: Load, running: set["asyncio.Task[Any]"]) -> float:
 @pytest.mark.slow
 @pytest.mark.usefixtures("complaints")
 async def test_cancelled_calls_do_not_hurt_the_others(sandbox: Sandbox) -> None:
-    """At 40 moments under load, a random half of the calls is cancelled: every other one is answered as it should."""
+    """At 40 moments under load, a random half of the calls is cancelled: every other one is answered properly."""
     for number in range(40):
         sockets = open_sockets()
         load = Load(sandbox, number, Answer(delay=0.01))
@@ -785,7 +785,7 @@ async def test_cancelled_calls_do_not_hurt_the_others(sandbox: Sandbox) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("complaints")
 async def test_jobs_are_cancelled_at_once_at_any_moment(sandbox: Sandbox) -> None:
-    """At 200 moments a job is cancelled, a stream or fetch_all: at once, and with all that it had begun."""
+    """At 200 moments a job is cancelled, a stream or fetch_all: at once, and with all its calls."""
     took: list[float] = []
     allowed: Counter[str] = Counter()
     for number in range(200):
@@ -805,7 +805,7 @@ async def test_jobs_are_cancelled_at_once_at_any_moment(sandbox: Sandbox) -> Non
 
 
 async def source(load: Load) -> AsyncIterator[Account]:
-    """The accounts, some of them after a turn of the event loop."""
+    """Yield the accounts, some of them after a turn of the event loop."""
     for account in load.accounts:
         if load.chance.random() < 0.3:
             await asyncio.sleep(0)
@@ -813,7 +813,7 @@ async def source(load: Load) -> AsyncIterator[Account]:
 
 
 async def streamed(load: Load, allowed: Counter[str]) -> None:
-    """A job, and what it may have sent by the time at which the cancellation comes to it."""
+    """Run a job; return the requests that it may have sent when the cancellation arrives."""
     async with load.client.stream(source(load), concurrency=8) as outcomes:
         try:
             async for outcome in outcomes:
@@ -825,7 +825,7 @@ async def streamed(load: Load, allowed: Counter[str]) -> None:
 
 @pytest.mark.parametrize("after", range(4))
 async def test_a_job_that_is_cancelled_twice_leaves_no_task(sandbox: Sandbox, after: int) -> None:
-    """A second cancellation, some turns after the first one, takes nothing back: every task has ended."""
+    """A second cancellation, some turns after the first one, leaves no task behind."""
     load = Load(sandbox, after, HANGS)
     job = asyncio.create_task(streamed(load, Counter()))
     await asyncio.to_thread(sandbox.wait_for_requests, 5)
@@ -885,7 +885,7 @@ async def until_sent(client, count=1):
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """Where the programs' calls go: an account that is answered, and one that never is."""
+    """Yield the URL for the programs' calls, with an account that is answered, and one that never is."""
     with Sandbox() as sandbox:
         sandbox.add_account("north")
         sandbox.add_account("slow")
@@ -894,7 +894,7 @@ def url() -> Iterator[str]:
 
 
 def run(url: str, program: str, *, code: int = 0) -> tuple[list[str], str]:
-    """The lines that a program of its own prints, and what is on its stderr, with every warning shown or raised."""
+    """Run a program; return its lines, and its stderr with every warning shown or raised."""
     done = subprocess.run(
         [sys.executable, "-X", "dev", "-W", "error", "-c", PREAMBLE + textwrap.dedent(program), url],
         capture_output=True,
@@ -903,12 +903,12 @@ def run(url: str, program: str, *, code: int = 0) -> tuple[list[str], str]:
         check=False,
     )
     assert done.returncode == code, done.stderr
-    # How long a turn of the loop took, which the debug mode tells from 0.1 s on, is a busy machine's affair.
+    # The debug mode reports a slow turn of the loop from 0.1 s on, which depends on the machine.
     return done.stdout.splitlines(), re.sub(r"(?m)^Executing <.*> took [0-9.]+ seconds\n", "", done.stderr)
 
 
 def only_others_warn(stderr: str) -> None:
-    """Nothing but aiohttp's and asyncio's own warnings of what was never closed: no line of ours is in a traceback."""
+    """Check that only aiohttp and asyncio warn of unclosed objects: no line of ours is in a traceback."""
     assert "Unclosed" in stderr
     heads = [line for line in stderr.splitlines() if not line.startswith((" ", "Traceback", "ResourceWarning"))]
     assert all(head.startswith("Exception ignored") for head in heads), stderr
@@ -917,7 +917,7 @@ def only_others_warn(stderr: str) -> None:
 
 @pytest.mark.slow
 def test_a_loop_that_was_closed_before_the_client(url: str) -> None:
-    """A client whose loop is gone says so to a call, a job and aclose() on another loop, and nothing hangs."""
+    """A client whose loop is closed raises for a call, a job and aclose() on another loop, and nothing hangs."""
     out, err = run(
         url,
         """
@@ -935,7 +935,7 @@ def test_a_loop_that_was_closed_before_the_client(url: str) -> None:
 
 
 async def test_a_client_used_from_another_thread(sandbox: Sandbox, north: Account) -> None:
-    """A loop of another thread is another loop, also while the first one runs, which goes on as before."""
+    """A loop of another thread is another loop, also while the first one runs, which continues as before."""
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         await client.get_audiences(north)
         for use in (client.get_audiences(north), client.fetch_all([north]), client.aclose()):
@@ -947,7 +947,7 @@ async def test_a_client_used_from_another_thread(sandbox: Sandbox, north: Accoun
 
 @pytest.mark.slow
 def test_a_client_used_in_a_forked_process(url: str) -> None:
-    """In a child process the client says that it belongs to another loop, and the parent's goes on as before."""
+    """In a child process the client raises that it belongs to another loop, and the parent's continues as before."""
     out, err = run(
         url,
         """
@@ -977,7 +977,7 @@ def test_a_client_used_in_a_forked_process(url: str) -> None:
 
 @pytest.mark.slow
 def test_a_client_first_used_in_a_forked_process(url: str) -> None:
-    """A client that was made before the fork, and not used before it, serves parent and child, each with its own."""
+    """A client that was created before the fork, and not used, serves parent and child, each with its own loop."""
     out, err = run(
         url,
         """
@@ -998,7 +998,7 @@ def test_a_client_first_used_in_a_forked_process(url: str) -> None:
 
 @pytest.mark.slow
 def test_a_forked_process_that_ends_does_not_touch_its_parents_client(url: str) -> None:
-    """A child that leaves a client alone, and ends as programs do, costs its parent's next call nothing."""
+    """A child that does not use a client, and ends as programs do, costs its parent's next call nothing."""
     out, _ = run(
         url,
         """
@@ -1115,7 +1115,7 @@ SILENT: Final = {
 
 @pytest.mark.slow
 def test_the_interpreter_ends_in_silence(url: str) -> None:
-    """Whatever still runs when a program ends, nothing is on stderr, and nothing hangs."""
+    """Whatever still runs when a program ends, stderr is empty, and nothing hangs."""
     with ThreadPoolExecutor(3) as programs:
         ended = programs.map(lambda case: run(url, case[1], code=case[0]), SILENT.values())
         said = {name: stderr for name, (_, stderr) in zip(SILENT, ended, strict=True)}
@@ -1151,7 +1151,7 @@ NEVER_CLOSED: Final = {
 
 @pytest.mark.slow
 def test_a_client_that_is_never_closed(url: str) -> None:
-    """Of a client that its user never closed only aiohttp and asyncio warn, when it is collected."""
+    """If the user never closes a client, only aiohttp and asyncio warn, when it is collected."""
     with ThreadPoolExecutor(3) as programs:
         for _, stderr in programs.map(partial(run, url), NEVER_CLOSED.values()):
             only_others_warn(stderr)
@@ -1162,14 +1162,14 @@ def test_a_client_that_is_never_closed(url: str) -> None:
 
 @pytest.fixture
 def no_blocking() -> Iterator[None]:
-    """Whatever blocks the event loop anywhere below our code raises an error."""
+    """Make every call below our code that blocks the event loop raise an error."""
     with blockbuster_ctx("audiences_async", excluded_modules=["audiences_async.sandbox"]):
         yield
 
 
 @pytest.mark.usefixtures("no_blocking")
 async def test_blocking_is_noticed(sandbox: Sandbox) -> None:
-    """What the next tests rely on: a blocking call below our code is an error."""
+    """The next tests rely on this: a blocking call below our code is an error."""
 
     def key() -> str:
         blocking.sleep(0.001)
@@ -1183,7 +1183,7 @@ async def test_blocking_is_noticed(sandbox: Sandbox) -> None:
 
 @pytest.mark.usefixtures("no_blocking")
 async def test_nothing_of_ours_blocks_the_event_loop(sandbox: Sandbox) -> None:
-    """Calls, retries, pauses, large bodies, keys, failures, a job and the close: none of them blocks."""
+    """Calls, retries, pauses, large bodies, keys, failures, a job and closing: none of them blocks."""
     load = Load(sandbox, 0, Answer(delay=0.01))
     refused, late = load.account("refused", *[Answer(400)] * 2), load.account("late", HANGS)
     async with load.client as client:
@@ -1203,7 +1203,7 @@ async def test_nothing_of_ours_blocks_the_event_loop(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize("scene", ["own"], indirect=True)
 @pytest.mark.usefixtures("no_blocking")
 async def test_tls_and_names_do_not_block_either(scene: Scene, at_once: RetryPolicy) -> None:
-    """Neither the first call over TLS, with a context of ours or the system's, nor a look-up of a name blocks."""
+    """Neither the first call over TLS, with our context or the system's, nor a look-up of a name blocks."""
     trusting = scene.handshake()
     await scene.serve(HEALED)
     scene.open(ssl=trusting)

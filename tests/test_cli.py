@@ -23,7 +23,7 @@ from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox
 
 @pytest.fixture
 def environment(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:
-    """An environment that leads to the sandbox, with a key."""
+    """Return an environment that leads to the sandbox, with a key."""
     sandbox.add_account(api_key=KEY)
     monkeypatch.setenv("AUDIENCES_API_KEY", KEY)
     monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
@@ -34,12 +34,12 @@ def environment(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Mapping[st
 def run(
     environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Done]:
-    """Runs the command line in this process."""
+    """Return a function that runs the command line in this process."""
     return runner(monkeypatch, capsys)
 
 
 def test_list_gives_ndjson_when_piped(run: Callable[..., Done]) -> None:
-    """Piped, the list is one record a line, as the service sent it, and nothing is on stderr."""
+    """Piped, the list is one record per line, as the service sent it, and stderr is empty."""
     done = run("list")
     assert [json.loads(line) for line in done.stdout.splitlines()] == list(EXAMPLE_AUDIENCES)
     assert (done.returncode, done.stderr) == (0, "")
@@ -61,7 +61,7 @@ def test_list_as_csv_loses_nothing(run: Callable[..., Done], sandbox: Sandbox) -
 
 
 def test_list_as_table_escapes_what_a_terminal_would_act_on(run: Callable[..., Done], sandbox: Sandbox) -> None:
-    """The table shows names as they are, markup and control characters included, without obeying them."""
+    """The table shows names unchanged, markup and control characters included, without interpreting them."""
     row = {**EXAMPLE_AUDIENCES[1], "name": "[red]\x1b[2J"}
     sandbox.script("default", Answer(body={"status": "200", "data": [EXAMPLE_AUDIENCES[0], row, {"type": "New"}]}))
     shown = run("list", "--output", "table").stdout
@@ -84,7 +84,7 @@ def test_list_gives_a_table_on_a_terminal(environment: Mapping[str, str]) -> Non
 
 
 def test_the_key_can_come_from_a_file(run: Callable[..., Done], tmp_path: Path) -> None:
-    """A key file may end in a line break; one that cannot be read is a usage error."""
+    """A key file may end in a line break; an unreadable one is a usage error."""
     file = tmp_path / "key"
     file.write_text(f"{KEY}\n")
     assert run("list", "--api-key-file", str(file), AUDIENCES_API_KEY="").returncode == 0
@@ -128,7 +128,7 @@ def test_exit_codes(
     code: int,
     told: str,
 ) -> None:
-    """Each kind of failure has its exit code, and is told on stderr without a traceback."""
+    """Each kind of failure has its exit code, and is reported on stderr without a traceback."""
     if answer is not None:
         sandbox.script("default", answer)
     done = run(*arguments, **changes)
@@ -138,7 +138,7 @@ def test_exit_codes(
 
 
 def test_an_error_is_one_line_and_a_hint(run: Callable[..., Done]) -> None:
-    """An error says what, and what to do; the traceback comes with --debug only, and never with the key."""
+    """An error has a message and a hint; the traceback appears with --debug only, and never with the key."""
     done = run("list", AUDIENCES_API_KEY="wrong-key")
     error, hint = done.stderr.splitlines()
     assert error.startswith("error: account 'default': HTTP 401 Unauthorized")
@@ -150,7 +150,7 @@ def test_an_error_is_one_line_and_a_hint(run: Callable[..., Done]) -> None:
 
 @pytest.mark.slow
 def test_the_demo_absorbs_and_says_so(run: Callable[..., Done]) -> None:
-    """The demo ends with exit code 0, having absorbed a 429, a 500 and a reset; a seed shows the same twice."""
+    """The demo ends with exit code 0 after a 429, a 500 and a reset; a seed gives the same output twice."""
     command = [*COMMAND, "demo", "--seed", "7"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         here = run(*command[-3:])
@@ -166,7 +166,7 @@ def test_the_demo_absorbs_and_says_so(run: Callable[..., Done]) -> None:
 
 @pytest.mark.slow
 def test_the_sandbox_serves_until_interrupted(run: Callable[..., Done]) -> None:
-    """The sandbox prints what a client needs, serves, and ends with Ctrl-C."""
+    """The sandbox prints the variables that a client needs, serves, and ends on Ctrl-C."""
     arguments = [*COMMAND, "sandbox", "--account", "north", "--account", "south", "--audiences", "3"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
@@ -205,7 +205,7 @@ def test_a_reader_that_goes_away_is_no_traceback(environment: Mapping[str, str])
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_is_one_line(environment: Mapping[str, str]) -> None:
-    """Where the list cannot be written, that is said."""
+    """An unwritable stdout is reported."""
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
             [*COMMAND, "list"], env=environment, stdout=full, stderr=subprocess.PIPE, timeout=50, check=False
@@ -223,7 +223,7 @@ def test_a_closed_stdout_is_one_line(environment: Mapping[str, str]) -> None:
 
 @pytest.mark.slow
 def test_a_table_in_a_locale_without_its_letters(environment: Mapping[str, str]) -> None:
-    """A table can be printed where its lines cannot."""
+    """A table can be printed in a locale without its characters."""
     narrow = {**environment, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
         [*COMMAND, "list", "--output", "table"], env=narrow, capture_output=True, timeout=50, check=False
@@ -256,7 +256,7 @@ def test_version_and_help(run: Callable[..., Done]) -> None:
 def test_without_the_extra_the_command_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without cyclopts or rich the command says which extra is missing."""
+    """Without cyclopts or rich the command names the missing extra."""
     monkeypatch.setitem(sys.modules, "cyclopts", None)
     monkeypatch.delitem(sys.modules, "audiences_async.cli.app", raising=False)
     with pytest.raises(SystemExit) as caught:
@@ -266,7 +266,7 @@ def test_without_the_extra_the_command_says_what_to_install(
 
 
 def test_a_broken_installation_is_not_taken_for_a_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where another module is missing, that is what is raised."""
+    """If another module is missing, its own error is raised."""
     monkeypatch.setitem(sys.modules, "tenacity", None)
     for name in [name for name in sys.modules if name.startswith("audiences_async")]:
         monkeypatch.delitem(sys.modules, name)
@@ -275,6 +275,6 @@ def test_a_broken_installation_is_not_taken_for_a_missing_extra(monkeypatch: pyt
 
 
 def test_the_rest_of_the_exit_codes() -> None:
-    """Errors that no command above met have their codes too."""
+    """The other errors have exit codes too."""
     met = [DeadlineExceededError("x"), InvalidResponseError("x"), ClientClosedError("x"), status_error(302, "")]
     assert [exit_code(error) for error in met] == [5, 1, 1, 1]

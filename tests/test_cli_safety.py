@@ -1,4 +1,4 @@
-"""The command line in use: it destroys no file, loses no account, and ends in order, with or without a terminal."""
+"""The command line in use: it destroys no file, loses no account, and ends cleanly, with or without a terminal."""
 
 import contextlib
 import csv
@@ -28,7 +28,7 @@ KEYS = b'{"name":"a0","api_key":"k0"}\n{"name":"a1","api_key":"k1"}\n'
 NOT_OUTCOMES = [
     *(b'{"name":"a0"}\n', b'{"account":"a0","balance":3}\n', b"[]\n", b"\n", b"precious\n", b"\x89PNG\r\n\x1a\n\x00"),
     *(b'{"account":"a0","ok":true,"balance":3}\n', b'{"account":"a0","ok":false,"note":"precious"}\n'),
-    *(b"precious", b'{"account":"a0","balance":3}', b'{"account": "a0", "balance'),  # not the start of an outcome
+    *(b"precious", b'{"account":"a0","balance":3}', b'{"account": "a0", "balance'),  # not the beginning of an outcome
 ]
 OTHERS = {
     "csv": [b"name,plan\nnorth,pro\n", b"account,id,name\nnorth,1,p\n", b'{"account":"a0","ok":true}\n'],
@@ -39,7 +39,7 @@ NO_INT = "trap '' INT"  # as a shell starts a background job
 
 @define
 class Job:
-    """A fetch of some accounts, and where it writes."""
+    """A fetch of some accounts, and its files."""
 
     command: Callable[..., Done]
     sandbox: Sandbox
@@ -88,7 +88,7 @@ class Job:
 def job(
     sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[Job]:
-    """Yield a job of four accounts; what it starts does not ignore SIGHUP, even if the tests do."""
+    """Yield a job of four accounts; its processes do not ignore SIGHUP, even if the tests do."""
     monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
     job = Job(runner(monkeypatch, capsys), sandbox, tmp_path, tmp_path / "accounts.csv", tmp_path / "out")
     job.open()
@@ -112,7 +112,7 @@ def expected(names: Sequence[str] = NAMES) -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def leaving(kind: str) -> Iterator[tuple[Callable[[], None], int]]:
-    """Yield a function that makes a stream refuse what is written to it, and the stream."""
+    """Yield a function that makes a stream refuse further writes, and the stream."""
     reader, writer = pty.openpty() if kind == "terminal" else os.pipe()
     with os.fdopen(reader, "rb") as read, os.fdopen(writer, "wb", buffering=0) as stream:
 
@@ -159,7 +159,7 @@ def other_path(file: Path, spelling: str) -> Path:
 def test_the_accounts_file_is_never_written_to(
     job: Job, output: str, beside: bool, spelling: str, resume: list[str]
 ) -> None:
-    """An output or a checkpoint that is the accounts file, by whatever path, is refused before anything is sent."""
+    """An output or a checkpoint that is the accounts file, by any path, is refused before the first request."""
     job.accounts = job.folder / "accounts.ndjson"
     job.accounts.write_bytes(KEYS)
     path = other_path(job.accounts, spelling)
@@ -182,7 +182,7 @@ def test_the_accounts_file_is_never_written_to(
 def test_a_file_of_other_content_is_never_written_to(
     job: Job, output: str, name: str, content: bytes, resume: list[str]
 ) -> None:
-    """An existing file that this command has not written is refused as output or checkpoint, and stays as it was."""
+    """An existing file that this command has not written is refused as output or checkpoint, and stays unchanged."""
     file = job.folder / name
     file.write_bytes(content)
     done = job.run(output, *resume)
@@ -222,7 +222,7 @@ def test_a_torn_checkpoint_is_continued(job: Job, output: str, kept: int) -> Non
 @pytest.mark.parametrize("output", FORMATS)
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o666])
 def test_resuming_keeps_mode_and_owner(job: Job, output: str, mode: int) -> None:
-    """An output that is resumed, and one that is written anew at the end, keep their mode and their owner."""
+    """An output that is resumed, or written again at the end, keeps its mode and its owner."""
     job.sandbox.script("a1", Answer(403))
     assert job.run(output).returncode == 7
     owner = 12345 if os.geteuid() == 0 else os.geteuid()
@@ -238,7 +238,7 @@ def test_resuming_keeps_mode_and_owner(job: Job, output: str, mode: int) -> None
 @pytest.mark.parametrize("output", FORMATS)
 @pytest.mark.parametrize("linked", [False, True], ids=["itself", "link"])
 def test_an_empty_file_is_filled_in_its_place(job: Job, output: str, linked: bool) -> None:
-    """An output that was made empty with mode 0600 keeps the mode; a symbolic link to one stays a link."""
+    """An empty output with mode 0600 keeps the mode; a symbolic link to one stays a link."""
     real = job.folder / "real" if linked else job.out
     real.touch(0o600)
     if linked:
@@ -248,7 +248,7 @@ def test_an_empty_file_is_filled_in_its_place(job: Job, output: str, linked: boo
     assert (oct(real.stat().st_mode & 0o7777), fetched(real, output)) == ("0o600", expected())
 
 
-# What cannot be written is detected first.
+# An unwritable output is detected first.
 
 
 @pytest.mark.timeout(5)
@@ -262,7 +262,7 @@ def test_an_empty_file_is_filled_in_its_place(job: Job, output: str, linked: boo
     ],
 )
 def test_a_target_that_cannot_be_written_costs_no_request(job: Job, output: str, name: str, kind: str) -> None:
-    """An output or a checkpoint that cannot be written is an error before the first request."""
+    """An unwritable output or checkpoint is an error before the first request."""
     file = job.folder / name
     match kind:
         case "directory":
@@ -282,13 +282,13 @@ def test_a_target_that_cannot_be_written_costs_no_request(job: Job, output: str,
 @pytest.mark.parametrize("output", ["csv", "json"])
 @pytest.mark.parametrize("length", [220, 240, 248, 255])
 def test_a_name_that_is_almost_too_long(job: Job, output: str, length: int) -> None:
-    """An output of a long name is written, or is an error before the first request; never after the last."""
+    """An output with a long name is written, or is an error before the first request; never after the last."""
     job.out = job.folder / ("o" * length)
     done = job.run(output)
     assert (done.returncode == 0, len(job.sandbox.requests)) in {(True, len(NAMES)), (False, 0)}
 
 
-# What is shown never changes what is done.
+# Problems with the terminal never change the result.
 
 
 @pytest.mark.slow
@@ -303,7 +303,7 @@ def test_a_fetch_without_its_streams(job: Job, redirection: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["terminal", "pipe", "full pipe", "nohup"])
 def test_a_terminal_that_goes_away_during_a_fetch(job: Job, kind: str) -> None:
-    """A stderr that goes away or takes no more, or a SIGHUP under nohup, changes neither output nor exit code."""
+    """A stderr that disappears or blocks, or a SIGHUP under nohup, changes neither output nor exit code."""
     job.sandbox.script("a2", Answer(delay=0.4))
     command, before = job.arguments("csv", "--concurrency", "1"), "trap '' HUP" if kind == "nohup" else ":"
     with leaving(kind) as (leave, stream), job.start(*command, before=before, stderr=stream) as process:
@@ -319,7 +319,7 @@ def test_a_terminal_that_goes_away_during_a_fetch(job: Job, kind: str) -> None:
 @pytest.mark.parametrize("number", [SIGHUP, SIGTERM, SIGINT])
 @pytest.mark.parametrize("away", ["terminal", "2>&-"])
 def test_a_signal_without_a_terminal(job: Job, away: str, number: Signals) -> None:
-    """A closed window ends a fetch by SIGHUP: what is done is kept, and the exit code is the signal's."""
+    """A closed window ends a fetch by SIGHUP: fetched accounts are kept, and the exit code is the signal's."""
     job.sandbox.script("a2", Answer(delay=60.0))
     command = job.arguments("csv", "--concurrency", "1")
     with leaving(away) as (leave, stream), job.start(*command, stderr=stream, redirection=away) as process:
@@ -334,21 +334,21 @@ def test_a_signal_without_a_terminal(job: Job, away: str, number: Signals) -> No
 @pytest.mark.parametrize(("arguments", "code"), [("", 4), ("--debug", 4), ("--output xml", 2)])
 @pytest.mark.parametrize("away", ["2>&-", "2>/dev/full", ">&- 2>&-", "terminal", "pipe", "full pipe"])
 def test_an_error_that_cannot_be_shown(job: Job, away: str, arguments: str, code: int) -> None:
-    """A refused key and a wrong usage have their exit codes, whether or not the reason can be shown."""
+    """A refused key and a usage error have their exit codes, whether or not the reason can be shown."""
     with leaving(away) as (leave, stream):
         leave()
         with job.start("list", *arguments.split(), stderr=stream, redirection=away) as process:
             assert process.wait(timeout=30) == code
 
 
-# What is shown is what was given.
+# Names and arguments are shown unchanged.
 
 
 @pytest.mark.parametrize(
     "names", [TRICKY, [f"customer-of-the-north-west-{each}" for each in UUIDS]], ids=["odd", "long"]
 )
 def test_names_are_shown_unchanged_in_the_summary(job: Job, names: list[str]) -> None:
-    """Names that look like markup or emoji are repeated as they are, and long ones that end differently are whole."""
+    """Names that look like markup or emoji are repeated unchanged, and long names are shown whole."""
     job.open(names)
     for name, status in zip(names, (400, 403, 404, 405, 409), strict=False):
         job.sandbox.script(name, Answer(status))
@@ -366,7 +366,7 @@ def test_names_are_shown_unchanged_in_the_summary(job: Job, names: list[str]) ->
     ],
 )
 def test_arguments_are_repeated_unchanged(job: Job, command: str, name: str) -> None:
-    """An error that repeats an argument does not take it for markup or emoji."""
+    """An error that repeats an argument does not interpret it as markup or emoji."""
     done = job.command(*command.format(name).split(), AUDIENCES_API_KEY=KEY)
     assert done.returncode == 2
     assert name in done.stderr
@@ -374,13 +374,13 @@ def test_arguments_are_repeated_unchanged(job: Job, command: str, name: str) -> 
 
 @pytest.mark.parametrize("name", TRICKY)
 def test_names_in_errors_and_tables_are_unchanged(job: Job, name: str) -> None:
-    """Neither a table nor the message about an account that comes twice changes a name or an id."""
+    """Neither a table nor the message about a duplicate account changes a name or an id."""
     row = {**ONE_AUDIENCE, "id": name, "name": f"<{name}>", "type": f"!{name}"}
     job.sandbox.add_account(api_key=KEY, audiences=[row])
     shown = job.command("list", "--output", "table", AUDIENCES_API_KEY=KEY).stdout
     assert [text for text in (f" {name} ", f"<{name}>", f"!{name}") if text not in shown] == []
     job.open([name, name])
-    assert f"'{name}' comes twice" in job.run().stderr
+    assert f"duplicate name '{name}'" in job.run().stderr
 
 
 @pytest.mark.parametrize("columns", ["80", "40"])
@@ -407,7 +407,7 @@ def test_long_ids_are_whole_in_a_table(job: Job, ids: list[str], columns: str) -
 @pytest.mark.parametrize("concurrency", ["1", "100"])
 @pytest.mark.parametrize(("timeout", "first"), [("0.4", Answer()), ("0.9", Answer(500))], ids=["answered", "retried"])
 def test_waiting_for_the_rate_takes_no_time(job: Job, concurrency: str, timeout: str, first: Answer) -> None:
-    """With --rate, an account waits for its turn, also for a retry's, as long as it must; its timeout does not run."""
+    """With --rate, an account waits for its turn, also for a retry's, as long as needed; its timeout does not run."""
     job.sandbox.script("a0", first)
     done = job.run("ndjson", "--rate", "2", "--timeout", timeout, "--concurrency", concurrency)
     assert (done.returncode, done.stderr) == (0, "4 of 4 accounts fetched, 0 failed\n")
@@ -418,7 +418,7 @@ def test_waiting_for_the_rate_takes_no_time(job: Job, concurrency: str, timeout:
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [40, 20])
 def test_few_files_may_be_open(job: Job, limit: int) -> None:
-    """A process that may open few files uses fewer connections, and loses no account."""
+    """A process with a low limit on open files uses fewer connections, and loses no account."""
     names = [f"a{number}" for number in range(300)]
     job.open(names)
     for name in names:
@@ -434,14 +434,14 @@ def test_few_files_may_be_open(job: Job, limit: int) -> None:
     ("number", "before"), [(SIGINT, ":"), (SIGTERM, ":"), (SIGHUP, ":"), (SIGTERM, NO_INT), (SIGHUP, NO_INT)]
 )
 def test_a_signal_ends_a_fetch_in_order(job: Job, number: Signals, before: str, output: str) -> None:
-    """A fetch that is ended by a signal, in a background job too, says how to continue; --resume completes it."""
+    """A fetch that is ended by a signal, in a background job too, prints how to continue; --resume completes it."""
     job.sandbox.script("a2", Answer(delay=60.0))
     with job.start(*job.arguments(output, "--concurrency", "1"), before=before, stderr=PIPE) as process:
         job.sandbox.wait_for_requests(3, timeout=5)
         process.send_signal(number)
         _, told = process.communicate(timeout=20)
     assert process.returncode == 128 + number
-    hint = "hint: the same command with --resume goes on\n"
+    hint = "hint: run the same command with --resume to continue\n"
     assert told == f"error: interrupted; 2 of 4 accounts are fetched and kept\n{hint}"
     assert fetched(job.checkpoint(output)) == expected(NAMES[:2])
     assert job.run(output, "--resume").returncode == 0

@@ -52,7 +52,7 @@ def statuses(error: AudiencesError) -> list[int | None]:
 
 
 async def test_every_audience_of_the_account(sandbox: Sandbox) -> None:
-    """A call gives every audience of that account, in order and unchanged."""
+    """A call returns every audience of that account, in order and unchanged."""
     rows = list(many_audiences("north", 500))
     account = sandbox.add_account("north", audiences=rows)
     async with AudiencesClient(base_url=sandbox.base_url) as client:
@@ -95,7 +95,7 @@ def test_production_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_failures_that_pass_are_absorbed(
     sandbox: Sandbox, north: Account, at_once: RetryPolicy, status: int, failure: Any
 ) -> None:
-    """Retried statuses with any body, and broken connections, are tried again until the answer comes."""
+    """Retried statuses with any body, and broken connections, are retried until the answer arrives."""
     sandbox.script("north", Answer(status, "<html>"), Answer(failure=failure), Answer(status, b""))
     async with AudiencesClient(base_url=sandbox.base_url, retry=at_once) as client:
         assert len(await client.get_audiences(north)) == 2
@@ -152,7 +152,7 @@ async def test_retry_after_is_waited(sandbox: Sandbox, north: Account, time: Ste
 
 
 async def test_a_wait_that_does_not_fit_raises_at_once(sandbox: Sandbox, north: Account, time: SteppedTime) -> None:
-    """A wait beyond the timeout is not begun: the error says when to come back."""
+    """A wait beyond the timeout is not begun: the error has the time to come back."""
     sandbox.script("north", Answer(500), Answer(429, retry_after=59.5))
     async with AudiencesClient(base_url=sandbox.base_url, clock=time.clock) as client:
         with pytest.raises(TooManyRequestsError, match="retry after 59.5 s") as caught:
@@ -163,7 +163,7 @@ async def test_a_wait_that_does_not_fit_raises_at_once(sandbox: Sandbox, north: 
 
 
 async def test_a_backoff_that_does_not_fit_raises_at_once(sandbox: Sandbox, north: Account, time: SteppedTime) -> None:
-    """The same for a wait of our own, which is then what retry_after says."""
+    """The same holds for the client's own wait, which is then the error's retry_after."""
     sandbox.script("north", Answer(500))
     async with AudiencesClient(base_url=sandbox.base_url, clock=time.clock) as client:
         with pytest.raises(ServerError) as caught:
@@ -189,11 +189,11 @@ async def test_redirects_are_not_followed(sandbox: Sandbox, north: Account) -> N
     assert (caught.value.status, len(sandbox.requests)) == (307, 1)
 
 
-# aioresponses 0.7.9 builds its streams on a half-made event loop, which complains when it is collected.
+# aioresponses 0.7.9 builds its streams on an incomplete event loop, which complains when it is collected.
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <function BaseEventLoop.__del__")
 @pytest.mark.parametrize("status", [500, 503])
 async def test_decisions_need_no_wire(mocked: aioresponses.aioresponses, at_once: RetryPolicy, status: int) -> None:
-    """The same decisions with a mocked aiohttp, as users' own tests make them."""
+    """The same decisions with a mocked aiohttp, as in users' own tests."""
     mocked.get("https://api.commbox.io/audiences", status=status)
     mocked.get("https://api.commbox.io/audiences", body=EMPTY_ANSWER)
     async with AudiencesClient(KEY, retry=at_once) as client:
@@ -207,7 +207,7 @@ async def test_decisions_need_no_wire(mocked: aioresponses.aioresponses, at_once
 
 
 async def test_an_attempt_out_of_time_is_retried(sandbox: Sandbox, north: Account, at_once: RetryPolicy) -> None:
-    """An attempt beyond attempt_timeout is cut off and tried again."""
+    """An attempt beyond attempt_timeout is cut off and retried."""
     sandbox.script("north", Answer(delay=30))
     async with AudiencesClient(base_url=sandbox.base_url, retry=at_once, attempt_timeout=0.05) as client:
         assert len(await client.get_audiences(north)) == 2
@@ -225,7 +225,7 @@ async def test_every_attempt_out_of_time(sandbox: Sandbox, north: Account) -> No
 
 
 async def test_the_whole_call_is_bounded_inside_an_attempt(sandbox: Sandbox, north: Account) -> None:
-    """The timeout cuts off an attempt under way, which counts as one."""
+    """The timeout cuts off an attempt in flight, which counts as one."""
     sandbox.script("north", Answer(delay=30))
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         with pytest.raises(DeadlineExceededError, match="timeout=0.05 s") as caught:
@@ -258,7 +258,7 @@ async def test_queueing_is_no_part_of_an_attempt(sandbox: Sandbox, north: Accoun
 
 
 async def test_a_key_function_is_bounded_too(sandbox: Sandbox) -> None:
-    """A function that never gives a key ends with the call's timeout."""
+    """A key function that never returns ends with the call's timeout."""
 
     async def provider() -> str:
         await asyncio.Event().wait()
@@ -274,7 +274,7 @@ async def test_a_key_function_is_bounded_too(sandbox: Sandbox) -> None:
 
 
 async def test_a_rotated_key_is_fetched_afresh(sandbox: Sandbox) -> None:
-    """On a 401 a key function is asked once more, and the request replayed at once."""
+    """On a 401 a key function is called once more, and the request repeated at once."""
     keys = iter(["old", "new"])
     sandbox.add_account("north", api_key="new")
     events: list[Event] = []
@@ -310,7 +310,7 @@ async def test_a_replay_counts_as_an_attempt(sandbox: Sandbox) -> None:
 
 
 async def test_one_refresh_for_many_waiting_tasks(sandbox: Sandbox) -> None:
-    """When a key is revoked under many running calls, its function is asked once for all of them."""
+    """If a key is revoked during many calls, its function is called once for all of them."""
     asked = 0
 
     async def provider() -> str:
@@ -328,7 +328,7 @@ async def test_one_refresh_for_many_waiting_tasks(sandbox: Sandbox) -> None:
 
 
 async def test_accounts_that_share_a_function_do_not_share_its_keys(sandbox: Sandbox) -> None:
-    """A function that serves several accounts, by a context variable say, is asked for each of them."""
+    """A function that serves several accounts, for example by a context variable, is called for each of them."""
     tenant: ContextVar[str] = ContextVar("tenant")
     for name in ("north", "south"):
         sandbox.add_account(name, api_key=f"key-{name}", audiences=many_audiences(name, 1))
@@ -347,7 +347,7 @@ async def test_accounts_that_share_a_function_do_not_share_its_keys(sandbox: San
 
 
 async def test_a_key_function_that_holds_on_does_not_lift_the_bound(sandbox: Sandbox) -> None:
-    """An answer that comes too late, because a key function swallowed the cut-off, is an error all the same."""
+    """An answer that arrives too late, because a key function swallowed the cancellation, is an error all the same."""
     sandbox.add_account("north", api_key=KEY)
 
     async def provider() -> str:
@@ -365,7 +365,7 @@ async def test_a_key_function_that_holds_on_does_not_lift_the_bound(sandbox: San
 
 
 async def test_an_answer_that_takes_too_long_to_decode(sandbox: Sandbox, north: Account, time: SteppedTime) -> None:
-    """An answer that is there after the call's time is an error, whatever has held up the event loop."""
+    """An answer that is complete after the call's deadline is an error, whatever has delayed the event loop."""
 
     def hook(event: Event) -> None:
         if isinstance(event, AttemptStarted):
@@ -378,7 +378,7 @@ async def test_an_answer_that_takes_too_long_to_decode(sandbox: Sandbox, north: 
 
 
 async def test_a_session_that_is_closed_while_a_name_is_looked_up() -> None:
-    """Where the session's owner closes it in the middle of a call, the call says so, and is not cancelled."""
+    """If the session's owner closes it during a call, the call raises that, and is not cancelled."""
     asked = asyncio.Event()
 
     class Hangs(aiohttp.abc.AbstractResolver):
@@ -418,7 +418,7 @@ async def test_a_key_function_that_holds_on_while_the_client_is_closed(sandbox: 
 
 
 async def test_an_error_that_is_kept_does_not_keep_the_key(sandbox: Sandbox) -> None:
-    """While somebody holds the error of an earlier call, the next one asks the key function anew all the same."""
+    """While a program keeps the error of an earlier call, the next call still asks the key function."""
     sandbox.add_account("north", api_key=KEY)
     sandbox.script("north", Answer(429, retry_after=30))
     asked: list[str] = []
@@ -444,7 +444,7 @@ async def test_an_error_that_is_kept_does_not_keep_the_key(sandbox: Sandbox) -> 
 
 
 async def test_an_error_is_freed_without_the_garbage_collector(sandbox: Sandbox, north: Account) -> None:
-    """An error that nobody holds is gone at once, with the body it quotes."""
+    """An error without references is freed at once, with the body it quotes."""
     sandbox.script("north", Answer(400))
     gc.collect()
     gc.disable()
@@ -460,7 +460,7 @@ async def test_an_error_is_freed_without_the_garbage_collector(sandbox: Sandbox,
 
 
 async def test_a_key_function_that_closes_the_client(sandbox: Sandbox) -> None:
-    """A key function that closes the client when its time is up does not wait for itself."""
+    """A key function that closes the client at its deadline does not wait for itself."""
     client = AudiencesClient(base_url=sandbox.base_url)
 
     async def provider() -> str:
@@ -475,7 +475,7 @@ async def test_a_key_function_that_closes_the_client(sandbox: Sandbox) -> None:
 
 
 async def test_a_key_function_that_fails_is_an_error_of_the_call(sandbox: Sandbox) -> None:
-    """A mistake in a key function ends the call before anything is sent."""
+    """A programming error in a key function ends the call before anything is sent."""
 
     def provider() -> str:
         raise KeyError("north")
@@ -533,7 +533,7 @@ async def test_the_key_is_nowhere_to_be_seen(sandbox: Sandbox) -> None:
     ],
 )
 def test_bad_settings_are_refused_when_the_client_is_made(arguments: dict[str, Any], told: str) -> None:
-    """Each argument that cannot be used is refused by name, and no traceback shows the key."""
+    """Each invalid argument is refused by name, and no traceback shows the key."""
     with pytest.raises(ConfigurationError, match=told) as caught:
         AudiencesClient(**{"api_key": KEY} | arguments)
     del arguments
@@ -558,7 +558,7 @@ def test_max_attempts_0_is_refused() -> None:
     ],
 )
 async def test_bad_arguments_of_a_call(sandbox: Sandbox, account: Any, timeout: Any, told: str) -> None:
-    """A call without an account, or with a wrong timeout, sends nothing."""
+    """A call without an account, or with an invalid timeout, sends nothing."""
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         with pytest.raises(ConfigurationError, match=told):
             await client.get_audiences(account, timeout=timeout)
@@ -578,7 +578,7 @@ async def test_a_client_needs_no_block(sandbox: Sandbox, north: Account) -> None
 
 
 async def test_use_after_close(sandbox: Sandbox, north: Account) -> None:
-    """A closed client says so, and sends nothing."""
+    """A closed client raises an error, and sends nothing."""
     client = AudiencesClient(base_url=sandbox.base_url)
     await client.aclose()
     with pytest.raises(ClientClosedError, match="closed"):
@@ -589,7 +589,7 @@ async def test_use_after_close(sandbox: Sandbox, north: Account) -> None:
 
 
 def test_use_from_another_event_loop(sandbox: Sandbox, north: Account) -> None:
-    """A client says that it belongs to the loop of its first use."""
+    """A client used on another loop than its first raises an error."""
     client = AudiencesClient(base_url=sandbox.base_url)
 
     with asyncio.Runner() as one, asyncio.Runner() as other:
@@ -601,7 +601,7 @@ def test_use_from_another_event_loop(sandbox: Sandbox, north: Account) -> None:
 
 
 async def test_closing_ends_running_calls(sandbox: Sandbox, north: Account) -> None:
-    """Calls under way at aclose(), in an attempt or in a wait, end with ClientClosedError."""
+    """Calls in flight at aclose(), in an attempt or in a wait, end with ClientClosedError."""
     sandbox.script("north", Answer(delay=30), Answer(500))
     policy = RetryPolicy(base_delay=20)
     client = AudiencesClient(base_url=sandbox.base_url, retry=policy, clock=Clock(random=lambda: 1.0))
@@ -614,7 +614,7 @@ async def test_closing_ends_running_calls(sandbox: Sandbox, north: Account) -> N
 
 
 async def test_a_given_session_stays_its_owners(sandbox: Sandbox, north: Account) -> None:
-    """A session of the caller's is used, and not closed."""
+    """A caller's session is used, and not closed."""
     async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as session:
         async with AudiencesClient(base_url=sandbox.base_url, session=session) as client:
             assert len(await client.get_audiences(north)) == 2
@@ -645,7 +645,7 @@ async def test_a_session_with_cookies_serves_one_account(sandbox: Sandbox, north
 
 
 async def test_two_clients_on_a_session_with_cookies(sandbox: Sandbox, north: Account) -> None:
-    """The rule is the session's: a second client does not open it to a second account."""
+    """The rule applies to the session: a second client does not open it to a second account."""
     south = sandbox.add_account("south")
     async with aiohttp.ClientSession() as session:
         await AudiencesClient(base_url=sandbox.base_url, session=session).get_audiences(north)
@@ -683,7 +683,7 @@ def test_a_given_session_of_another_loop(sandbox: Sandbox, north: Account) -> No
 
 
 async def test_a_session_that_would_send_other_credentials_is_refused() -> None:
-    """A session with trust_env, with an auth of its own, or closed, is refused."""
+    """A session with trust_env, with auth set, or closed, is refused."""
     async with aiohttp.ClientSession(trust_env=True) as session:
         with pytest.raises(ConfigurationError, match="trust_env"):
             AudiencesClient(KEY, session=session)
@@ -691,7 +691,7 @@ async def test_a_session_that_would_send_other_credentials_is_refused() -> None:
         AudiencesClient(KEY, session=session)
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         session = aiohttp.ClientSession(auth=aiohttp.BasicAuth("somebody"))
-    with pytest.raises(ConfigurationError, match="auth of its own"):
+    with pytest.raises(ConfigurationError, match="auth set"):
         AudiencesClient(KEY, session=session)
     await session.close()
 
@@ -700,9 +700,9 @@ async def test_a_session_that_would_send_other_credentials_is_refused() -> None:
     "own", [{"ssl": tls.create_default_context()}, {"proxy": "http://proxy"}, {"max_connections": 5}]
 )
 async def test_settings_of_our_own_session_do_not_go_with_a_given_one(own: dict[str, Any]) -> None:
-    """ssl, proxy and max_connections are refused together with session."""
+    """ssl, proxy and max_connections cannot be combined with session."""
     async with aiohttp.ClientSession() as session:
-        with pytest.raises(ConfigurationError, match=f"{next(iter(own))} together with session"):
+        with pytest.raises(ConfigurationError, match=f"{next(iter(own))} cannot be combined with session"):
             AudiencesClient(KEY, session=session, **own)
 
 
@@ -760,7 +760,7 @@ async def test_a_cancelled_attempt_shows_no_key(sandbox: Sandbox) -> None:
 
 
 async def test_events_tell_what_happened(sandbox: Sandbox, north: Account, time: SteppedTime) -> None:
-    """Each attempt and the end of the call are told as they happen."""
+    """Each attempt and the end of the call are reported as they happen."""
     sandbox.script("north", Answer(500))
     events: list[Event] = []
     async with AudiencesClient(base_url=sandbox.base_url, clock=time.clock, on_event=events.append) as client:
@@ -776,7 +776,7 @@ async def test_events_tell_what_happened(sandbox: Sandbox, north: Account, time:
 
 
 async def test_events_tell_of_errors(sandbox: Sandbox, north: Account) -> None:
-    """The end of a call with an error names its class."""
+    """The event for the end of a failed call names the error's class."""
     sandbox.script("north", Answer(404))
     events: list[Event] = []
     async with AudiencesClient(base_url=sandbox.base_url, on_event=events.append) as client:
@@ -787,7 +787,7 @@ async def test_events_tell_of_errors(sandbox: Sandbox, north: Account) -> None:
 
 
 async def test_events_tell_of_cancelled_calls(sandbox: Sandbox, north: Account) -> None:
-    """The end of a call that its caller cancels is told too, with the request that was under way."""
+    """The end of a cancelled call is reported too, with the request in flight."""
     sandbox.script("north", Answer(delay=60))
     events: list[Event] = []
     async with AudiencesClient(base_url=sandbox.base_url, on_event=events.append) as client:
@@ -800,7 +800,7 @@ async def test_events_tell_of_cancelled_calls(sandbox: Sandbox, north: Account) 
 
 
 async def test_logging_is_quiet_until_debug(sandbox: Sandbox, north: Account, caplog: pytest.LogCaptureFixture) -> None:
-    """At DEBUG the log tells each attempt and how the call ended; above it, nothing."""
+    """At DEBUG the log has each attempt and the end of the call; above it, nothing."""
     sandbox.script("north", Answer(429, retry_after=0), Answer(200), Answer(404))
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         with caplog.at_level(logging.DEBUG, logger="audiences_async"):
@@ -817,7 +817,7 @@ async def test_logging_is_quiet_until_debug(sandbox: Sandbox, north: Account, ca
 
 
 async def test_a_failing_hook_hurts_nobody(sandbox: Sandbox, north: Account, caplog: pytest.LogCaptureFixture) -> None:
-    """What on_event raises is logged, and the call goes on."""
+    """Exceptions of on_event are logged, and the call continues."""
 
     def hook(event: Event) -> None:
         raise KeyError(event.account)
@@ -830,7 +830,7 @@ async def test_a_failing_hook_hurts_nobody(sandbox: Sandbox, north: Account, cap
 async def test_a_log_that_raises_does_not_hurt_the_call(
     sandbox: Sandbox, north: Account, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A filter of the log that fails, at whatever is told, costs no call its answer and no connection its slot."""
+    """A log filter that raises, on any record, costs no call its answer and no connection its slot."""
 
     def fail(record: logging.LogRecord) -> bool:
         raise AttributeError("request_id")
@@ -852,7 +852,7 @@ async def test_a_log_that_raises_does_not_hurt_the_call(
 async def test_a_hook_that_ends_the_program_leaves_nothing_taken(
     sandbox: Sandbox, north: Account, at: type[Event]
 ) -> None:
-    """Where a hook raises what is no Exception, it goes through, and other calls go on."""
+    """If a hook raises a BaseException, it propagates, and other calls continue."""
 
     class Ends(BaseException):
         pass

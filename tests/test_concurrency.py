@@ -1,4 +1,4 @@
-"""A thousand calls of one client at once, whose callbacks interleave: none of them takes over what is another's."""
+"""A thousand concurrent calls of one client, whose callbacks interleave: none takes over another's state."""
 
 import asyncio
 import json
@@ -46,7 +46,7 @@ account_of_task: ContextVar[str] = ContextVar("account_of_task")
 
 
 def script(kind: Kind, name: str) -> list[Answer]:
-    """What the service answers to an account before it answers as usual."""
+    """Return the service's answers to an account before it answers as usual."""
     said = json.dumps({"description": name})
     always = CALLS_EACH * POLICY.max_attempts
     fails = [Answer(500), Answer(failure="reset"), Answer(503, b""), Answer(failure="cut-body")]
@@ -63,7 +63,7 @@ def script(kind: Kind, name: str) -> list[Answer]:
 
 @define(eq=False)
 class Interleaved:
-    """What a client calls back, each in some turns of the event loop; and which task it called from."""
+    """The client's callbacks, each of which takes some turns of the event loop, and the task that called it."""
 
     chance: random.Random = Factory(lambda: random.Random(20261125))
     now: float = 1000.0
@@ -77,7 +77,7 @@ class Interleaved:
 
     @property
     def clock(self) -> Clock:
-        """Time that moves when somebody sleeps, to when the one that sleeps longest wakes."""
+        """Return a clock that advances when a task sleeps, to the end of the longest sleep."""
         return Clock(lambda: self.now, lambda: self.now, self.sleep, self.chance.random)
 
     def on_event(self, event: Event) -> None:
@@ -97,7 +97,7 @@ class Interleaved:
             await asyncio.sleep(0)
 
     def key_function(self, name: str, *keys: str) -> Any:
-        """A function that gives these keys one after the other, and then the last one again."""
+        """Return a function that returns these keys one after the other, and then keeps returning the last one."""
         left = list(keys)
 
         async def key() -> str:
@@ -114,7 +114,7 @@ class Interleaved:
 
 @frozen(eq=False)
 class Done:
-    """One call, and what was told of it from inside its own task."""
+    """One call, and its events from inside its own task."""
 
     kind: Kind
     account: str
@@ -129,7 +129,7 @@ class Done:
 
 @frozen(eq=False)
 class Run:
-    """All calls, and what else is known when they are over."""
+    """All calls, and the state after them."""
 
     calls: list[Done]
     requests: list[SeenRequest]
@@ -143,7 +143,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
-    """A thousand calls, made once."""
+    """Make a thousand calls, once."""
     with Sandbox() as sandbox:
         yield asyncio.run(a_thousand_calls(sandbox))
 
@@ -178,7 +178,7 @@ async def a_thousand_calls(sandbox: Sandbox) -> Run:
 
 
 def opened(sandbox: Sandbox, callbacks: Interleaved, kind: Kind, number: int) -> Account:
-    """An account whose audiences, and whose errors, carry its name."""
+    """Open an account whose audiences, and whose errors, carry its name."""
     name = f"{kind}-{number}"
     key = str(sandbox.add_account(name, audiences=many_audiences(name, 3)).api_key)
     sandbox.script(name, *script(kind, name))
@@ -191,14 +191,14 @@ def kind_of(name: str) -> Kind:
 
 
 def test_the_callbacks_interleaved(run: Run) -> None:
-    """What the other tests rely on: many calls waited in their callbacks at the same time."""
+    """The other tests rely on this: many calls waited in their callbacks at the same time."""
     assert len(run.calls) == ACCOUNTS * CALLS_EACH == 1000
     assert run.callbacks.most_asking > 40
     assert run.callbacks.most_sleeping > 5
 
 
 def test_each_call_has_its_own_attempts(run: Run) -> None:
-    """A call's attempts are numbered 1 to n without a gap or a stranger, between its start and its end, told once."""
+    """A call's attempts are numbered 1 to n without gaps or others' attempts, between one start and one end."""
     for call in run.calls:
         start, *before, end = call.events
         assert isinstance(start, CallStarted)
@@ -215,7 +215,7 @@ def test_each_call_has_its_own_attempts(run: Run) -> None:
 
 
 def test_each_error_has_its_own_calls_attempts(run: Run) -> None:
-    """An error is one call's alone: its account's, with that call's attempts, and made for no other."""
+    """An error belongs to one call: it has its account and its attempts, and is raised for no other."""
     errors = [call.result for call in run.calls if isinstance(call.result, AudiencesError)]
     assert len({id(error) for error in errors}) == len(errors)
     for call in run.calls:
@@ -225,10 +225,10 @@ def test_each_error_has_its_own_calls_attempts(run: Run) -> None:
 
 
 def test_each_call_waits_its_own_waits(run: Run) -> None:
-    """Each wait that an attempt reports was slept by the call's own task, within the attempt's own bounds."""
+    """Each wait that an attempt reports was slept by the call's own task, within the attempt's bounds."""
     for call in run.calls:
         *again, last = call.attempts
-        assert not Counter(attempt.wait for attempt in again) - Counter(call.slept)  # it sleeps for its pace, too
+        assert not Counter(attempt.wait for attempt in again) - Counter(call.slept)  # it also sleeps for its pace
         assert last.wait == 0.0
         for attempt in again:
             least, most = bounds(attempt)
@@ -239,7 +239,7 @@ def test_each_call_waits_its_own_waits(run: Run) -> None:
 
 
 def bounds(attempt: Attempt) -> tuple[float, float]:
-    """Seconds that may be waited after an attempt."""
+    """Return the bounds, in seconds, of the wait after an attempt."""
     doubled = 2.0 ** (attempt.number - 1)
     match attempt.reason:
         case "backoff":
@@ -256,7 +256,7 @@ def test_each_call_ends_as_its_own_account_does(run: Run) -> None:
     for call in run.calls:
         statuses = [attempt.status for attempt in call.attempts]
         if call.kind == "flaky" and len(statuses) == POLICY.max_attempts:
-            continue  # one call may by chance meet one failure after the other
+            continue  # one call may happen to meet several failures in a row
         if call.kind not in ENDS_WITH:
             assert isinstance(call.result, AudiencesResponse), call.result
             assert statuses[-1] == 200
@@ -270,7 +270,7 @@ def test_each_call_ends_as_its_own_account_does(run: Run) -> None:
 
 
 def test_each_call_gets_its_own_accounts_audiences(run: Run) -> None:
-    """The audiences are the account's own, all of them and in order."""
+    """The audiences are the account's own, complete and in order."""
     for call in run.calls:
         if isinstance(call.result, AudiencesResponse):
             assert [audience.id for audience in call.result] == [f"{call.account}-{number}" for number in range(3)]
@@ -285,14 +285,14 @@ def test_a_key_is_asked_for_by_the_calls_that_need_it(run: Run) -> None:
 
 
 def test_every_request_is_one_calls_attempt(run: Run) -> None:
-    """By the server's own record each request is told by exactly one call of its account, with what it was answered."""
+    """By the server's own record each request is reported by exactly one call of its account, with its answer."""
     seen: dict[str | None, Counter[int | None]] = defaultdict(Counter)
     told: dict[str | None, Counter[int | None]] = defaultdict(Counter)
     for request in run.requests:
         seen[request.account][request.answer] += 1
     for call in run.calls:
         for attempt in call.attempts:
-            # The server knows no account of a key that it refuses.
+            # The server cannot map a refused key to an account.
             told[None if attempt.status == 401 else call.account][attempt.status] += 1
     assert seen == told
 

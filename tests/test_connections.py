@@ -1,4 +1,4 @@
-"""The wire when it is ill: numbers without end, dead pools and addresses, client certificates, and what hung."""
+"""Faults of the connection: huge numbers, dead pools and addresses, client certificates, and the phase that hung."""
 
 import asyncio
 import contextlib
@@ -48,13 +48,13 @@ async def error_of(client: AudiencesClient, **settings: Any) -> AudiencesError:
 
 
 def many(count: int) -> list[Account]:
-    """So many accounts: what is new sends no crowd of requests for a single one."""
+    """Return *count* accounts: an unknown account does not send many requests at once."""
     return [Account(str(number), "key") for number in range(count)]
 
 
 @pytest.fixture(params=["own", "given"])
 async def session(request: pytest.FixtureRequest) -> AsyncIterator[aiohttp.ClientSession | None]:
-    """What a client gets as its session: none, for one of its own, or a caller's."""
+    """Yield the client's session: ``None`` for its own, or a caller's."""
     if request.param == "own":
         yield None
     else:
@@ -63,7 +63,7 @@ async def session(request: pytest.FixtureRequest) -> AsyncIterator[aiohttp.Clien
 
 
 async def answer_all(connection: RawConnection) -> None:
-    """Answer whatever comes."""
+    """Answer every request."""
     while True:
         await connection.request()
         await connection.answer()
@@ -75,13 +75,13 @@ async def hang(connection: RawConnection) -> None:
 
 
 async def reset(connection: RawConnection) -> None:
-    """Have the connection's end, which comes now, be a reset."""
+    """Let the connection, which ends now, be reset."""
     linger = struct.pack("ii", 1, 0)
     connection.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
     connection.writer.transport.abort()
 
 
-# --- numbers that no Python number can hold, and statuses that are none
+# --- numbers that no Python number can hold, and invalid statuses
 
 NUMBERS = pytest.mark.parametrize("number", [b"1e999", b"-1e400", b"9" * 5000], ids=["1e999", "-1e400", "digits"])
 STATIC = {"id": "a", "name": "A", "created_time": "2025-10-01T09:10:00Z", "user_count": 1, "type": "Static"}
@@ -95,7 +95,7 @@ PLACES += [("data", index, name) for index in range(3) for name in (*DYNAMIC, "u
 
 
 def body_with(number: bytes, *path: Any, before: int = 0) -> bytes:
-    """A body with this number at this place, and other records before those that it names."""
+    """Return a body with this number at this place, and other records before the ones it names."""
     body: dict[str, Any] = {"status": "200", "data": [STATIC] * before + [dict(record) for record in RECORDS]}
     place: Any = body if len(path) == 1 else body["data"] if len(path) == 2 else body["data"][before + path[1]]
     place[path[-1]] = ["HERE"] if path[-1] == "new" else "HERE"
@@ -106,7 +106,7 @@ def body_with(number: bytes, *path: Any, before: int = 0) -> bytes:
 @pytest.mark.parametrize("before", [0, 3000])
 @pytest.mark.parametrize("path", PLACES)
 def test_a_number_out_of_range(number: bytes, path: tuple[Any, ...], before: int) -> None:
-    """A number that cannot be held is a problem of its place, in a body of any size, and none where nothing is read."""
+    """A number out of range is a problem with its path, in a body of any size, and ignored in an ignored field."""
     body = body_with(number, *path, before=before if len(path) == 3 else 0)
     if path[0] in {"response_time", "new"}:
         assert len(decode(body)) == 3
@@ -136,7 +136,7 @@ WRONG_STATUSES = [99, 600, 1000, 0, -200, 10**40, 200.0, True, None, "99", "600"
 
 @pytest.mark.parametrize("status", WRONG_STATUSES, ids=repr)
 async def test_a_status_that_is_none(sandbox: Sandbox, north: Account, status: Any) -> None:
-    """An envelope status that is no number of three digits from 100 to 599 is a reply that cannot be read."""
+    """An envelope status other than three digits from 100 to 599 makes the response unreadable."""
     sandbox.script("north", Answer(200, {"status": status, "data": []}))
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         error = await error_of(client, account=north)
@@ -150,7 +150,7 @@ async def test_a_status_that_is_none(sandbox: Sandbox, north: Account, status: A
 async def test_an_error_that_is_not_ours_ends_no_job(
     sandbox: Sandbox, caplog: pytest.LogCaptureFixture, status: int, cache: CachePolicy | None
 ) -> None:
-    """An exception within one account's call, here of the clock, is that account's outcome, and logged as it is."""
+    """An unexpected exception in one account's call, here of the clock, is that account's outcome, and is logged."""
     accounts = [sandbox.add_account(str(n)) for n in range(10)]
     sandbox.script("3", Answer(status))
     readings = itertools.count(-3)
@@ -171,7 +171,7 @@ async def test_an_error_that_is_not_ours_ends_no_job(
 
 @define
 class Pool:
-    """A server of which the first connections are dead once it is told so; others are served."""
+    """A server whose first connections are dead on demand; others are served."""
 
     how: Serve
     size: int = 30
@@ -197,7 +197,7 @@ class Pool:
                 self.all_ended.set()
 
     async def fill(self, get: Callable[[Account], Awaitable[object]]) -> None:
-        """Make as many connections, and let them die."""
+        """Open the pool's connections, and let them die."""
         await asyncio.gather(*map(get, many(self.size)))
         self.is_ill = True
 
@@ -207,7 +207,7 @@ class Pool:
 async def test_a_pool_of_dead_connections_costs_a_call_one_request(
     raw: StartRaw, session: aiohttp.ClientSession | None, how: Serve, calls: int
 ) -> None:
-    """After one failure the second attempt goes out on a new connection, and the old ones are dropped."""
+    """After one failure the second attempt uses a new connection, and the old ones are dropped."""
     pool = Pool(how)
     server = await raw(pool.serve)
     settings: dict[str, Any] = {"session": session, "retry": AT_ONCE, "attempt_timeout": 0.3}
@@ -220,13 +220,13 @@ async def test_a_pool_of_dead_connections_costs_a_call_one_request(
         for _ in range(3):
             await client.get_audiences()
     assert server.requests == asked + 3
-    assert 30 < server.connections <= 30 + calls  # fewer, if fewer requests are in flight after many timeouts
+    assert 30 < server.connections <= 30 + calls  # fewer, because timeouts reduce the requests in flight
 
 
 async def test_a_call_that_times_out_on_a_dead_connection_is_the_only_one(
     raw: StartRaw, session: aiohttp.ClientSession | None
 ) -> None:
-    """With less time for the call than for an attempt, the call that meets a dead pool fails, and the next does not."""
+    """If the call has less time than an attempt, the call that meets a dead pool fails, and the next does not."""
     pool = Pool(hang)
     server = await raw(pool.serve)
     async with AudiencesClient("key", base_url=server.base_url, session=session) as client:
@@ -239,7 +239,7 @@ async def test_a_call_that_times_out_on_a_dead_connection_is_the_only_one(
 
 @pytest.mark.parametrize("how", [reset, hang])
 async def test_dead_connections_that_the_caller_has_used_itself(raw: StartRaw, how: Serve) -> None:
-    """The same where the caller's session has made its idle connections for requests of the caller's own."""
+    """The same holds if a caller's session opened its idle connections for requests of the caller's own."""
     pool = Pool(how)
     server = await raw(pool.serve)
     async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as session:
@@ -260,7 +260,7 @@ async def test_dead_connections_that_the_caller_has_used_itself(raw: StartRaw, h
 
 @define
 class Names:
-    """What ``service.test`` is looked up as; a look-up waits until the gate is open."""
+    """The addresses of ``service.test``; a look-up waits until the gate is open."""
 
     addresses: list[str] = field(factory=list[str])
     look_ups: int = 0
@@ -269,7 +269,7 @@ class Names:
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> Names:
-    """The addresses of a name."""
+    """Return the addresses of a name."""
     names = Names()
     names.gate.set()
 
@@ -287,7 +287,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Names:
 
 @pytest.fixture
 def raw_at(raw: StartRaw, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Awaitable[tuple[RawServer, int]]]:
-    """Starts raw servers at addresses of choice, with TLS if there is a context; gives the port too."""
+    """Yield a function that starts raw servers at chosen addresses, with TLS if there is a context."""
     begin = asyncio.start_server
 
     async def start(
@@ -302,7 +302,7 @@ def raw_at(raw: StartRaw, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Awai
 
 
 def tls_contexts(name: str) -> tuple[tls.SSLContext, tls.SSLContext]:
-    """A client's context and a server's, for a certificate of this name."""
+    """Return a client's and a server's context for a certificate of this name."""
     ca, ours, theirs = trustme.CA(), tls.create_default_context(), tls.create_default_context(tls.Purpose.CLIENT_AUTH)
     ca.configure_trust(ours)
     ca.issue_cert(name).configure_cert(theirs)
@@ -312,12 +312,12 @@ def tls_contexts(name: str) -> tuple[tls.SSLContext, tls.SSLContext]:
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("dead", [[hang], [reset], [hang, hang], [reset, hang]])
 async def test_a_retry_starts_at_another_address(raw_at: Any, names: Names, scheme: str, dead: list[Serve]) -> None:
-    """Where the first addresses of a name accept and hang, or reset, each attempt goes to the next one."""
+    """If the first addresses of a name accept and hang, or reset, each attempt uses the next one."""
     ours, theirs = tls_contexts("service.test") if scheme == "https" else (None, None)
     names.addresses = [f"127.0.0.{number}" for number in range(2, 3 + len(dead))]
     port = 0
     for serve, address in zip(dead, names.addresses, strict=False):
-        _, port = await raw_at(serve, address, port)  # with no TLS: the hello never ends
+        _, port = await raw_at(serve, address, port)  # without TLS: the hello never ends
     server, _ = await raw_at(answer_all, names.addresses[-1], port, theirs)
     retry = RetryPolicy(max_attempts=len(dead) + 1, base_delay=0)
     settings: dict[str, Any] = {"allow_http": True, "attempt_timeout": 0.3, "retry": retry}
@@ -330,7 +330,7 @@ async def test_a_retry_starts_at_another_address(raw_at: Any, names: Names, sche
 async def calls_that_look_up(
     raw: StartRaw, names: Names, count: int
 ) -> AsyncIterator[tuple[AudiencesClient, list["asyncio.Task[Any]"]]]:
-    """A fresh client with calls that all wait for the look-up of its name."""
+    """Yield a new client with calls that all wait for the look-up of its name."""
     server = await raw(answer_all)
     names.addresses, names.look_ups = ["127.0.0.1"], 0
     names.gate.clear()
@@ -344,7 +344,7 @@ async def calls_that_look_up(
 
 
 async def test_calls_at_once_share_a_look_up(raw: StartRaw, names: Names) -> None:
-    """A hundred calls of one name on a fresh client look it up no more than twice."""
+    """A hundred calls to one name on a new client look it up at most twice."""
     async with calls_that_look_up(raw, names, 100) as (_, calls):
         names.gate.set()
         await asyncio.gather(*calls)
@@ -365,7 +365,7 @@ async def test_a_cancelled_caller_leaves_no_look_up_behind(raw: StartRaw, names:
 
 
 async def test_a_look_up_that_fails_fails_for_those_who_wait(raw: StartRaw, names: Names) -> None:
-    """Each call gets an error of its own that has the name in it, and the next call looks the name up again."""
+    """Each call gets its own error with the name, and the next call looks the name up again."""
     async with calls_that_look_up(raw, names, 10) as (client, calls):
         names.addresses = []
         names.gate.set()
@@ -430,7 +430,7 @@ PHASES = {"looking up the name", "connecting", "TLS handshake", "waiting for the
 
 @pytest.fixture
 def full_port() -> Iterator[int]:
-    """The port of a socket that has no room for another connection."""
+    """Yield the port of a socket that has no room for another connection."""
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(8):
@@ -442,7 +442,7 @@ def full_port() -> Iterator[int]:
 
 @pytest.mark.parametrize("phase", sorted(PHASES))
 async def test_a_timeout_names_what_hung(raw: StartRaw, names: Names, full_port: int, phase: str) -> None:
-    """The error of an attempt that ran out of time names the phase that it was in, and no other."""
+    """The error of an attempt that timed out names its phase, and no other."""
 
     async def serve(connection: RawConnection) -> None:
         if phase == "reading the body":
@@ -480,7 +480,7 @@ async def test_a_timeout_names_what_hung(raw: StartRaw, names: Names, full_port:
 async def test_a_quota_used_up_does_not_close_the_account(
     sandbox: Sandbox, north: Account, time: SteppedTime, headers: dict[str, str], status: int
 ) -> None:
-    """A reply that is no 429 and announces a long wait holds the next call back for at most 30 s."""
+    """A response other than a 429 that announces a long wait delays the next call for 30 s at most."""
     sandbox.script("north", *[Answer(status, headers={**headers, "Date": ""})] * 2)
     async with AudiencesClient(base_url=sandbox.base_url, clock=time.clock) as client:
         for _ in range(2):
@@ -495,7 +495,7 @@ async def test_a_quota_used_up_does_not_close_the_account(
 async def test_a_429_keeps_its_full_wait(
     sandbox: Sandbox, north: Account, time: SteppedTime, headers: dict[str, str]
 ) -> None:
-    """What a 429 asks for is waited in full, above max_delay too."""
+    """The wait that a 429 asks for is kept in full, above max_delay too."""
     sandbox.script("north", Answer(429, headers=headers))
     async with AudiencesClient(base_url=sandbox.base_url, clock=time.clock) as client:
         assert len(await client.get_audiences(north)) == 2

@@ -1,4 +1,4 @@
-"""The API key behind its mask, and fresh keys from a function."""
+"""The masked API key, and fresh keys from a function."""
 
 import asyncio
 import copy
@@ -16,14 +16,14 @@ KEY = "s3cr3t-k3y"
 
 @pytest.mark.parametrize("text", ["", "a\nb", "a\r\n", "\ta", "a\x00", "a\x7f", "a\x85", " a", "a ", "\ud800", b"a", 5])
 def test_a_key_that_cannot_be_sent_is_refused(text: Any) -> None:
-    """An empty key, one with control characters or white space around it, and what is no text are refused."""
+    """A key that is empty, not text, or has control characters or white space around it, is refused."""
     with pytest.raises(ConfigurationError, match="the API key") as caught:
         Account("north", text)
     assert caught.value.account == "north"
 
 
 def test_a_copy_keeps_its_key_and_a_pickle_does_not() -> None:
-    """Accounts compare and hash by value and are copied as they are; one that was pickled has to be made anew."""
+    """Accounts compare and hash by value and can be copied; a pickled one has no key."""
     account = Account("north", KEY)
     copies = copy.copy(account), copy.deepcopy(account), Account("north", KEY)
     assert {account, *copies} == {account}
@@ -39,7 +39,7 @@ def test_a_copy_keeps_its_key_and_a_pickle_does_not() -> None:
 
 @pytest.mark.parametrize("text", ["a", "a b", "ключ", "x" * 10_000])
 def test_a_key_is_opaque(text: str) -> None:
-    """Any other text is a key, and is given back as it is."""
+    """Any other text is a key, and is returned unchanged."""
     assert Account("north", text).api_key == text
 
 
@@ -76,7 +76,7 @@ def test_the_key_is_in_no_traceback() -> None:
 
 
 async def test_a_function_is_asked_once_for_calls_at_the_same_time() -> None:
-    """Calls that run at the same time share one key, and one refresh of it."""
+    """Concurrent calls share one key, and one refresh of it."""
     asked = 0
 
     async def provider() -> str:
@@ -94,7 +94,7 @@ async def test_a_function_is_asked_once_for_calls_at_the_same_time() -> None:
 
 
 async def test_a_cancelled_asker_leaves_the_asking_to_the_next() -> None:
-    """When the caller that asks is cancelled, the next waiting caller asks, and gets the key."""
+    """If the caller that asks is cancelled, the next waiting caller asks, and gets the key."""
     gate = asyncio.Event()
 
     async def provider() -> str:
@@ -111,20 +111,20 @@ async def test_a_cancelled_asker_leaves_the_asking_to_the_next() -> None:
 
 
 async def test_a_sync_function_gives_the_key() -> None:
-    """A plain function is as good as an async one."""
+    """A plain function works as well as an async one."""
     assert (await KeySource(lambda: KEY).get(account="north")).reveal() == KEY
 
 
 @pytest.mark.parametrize("answer", [None, "", "a\nb"])
 async def test_a_function_that_gives_no_key(answer: Any) -> None:
-    """What a function gives is held to the same rules."""
+    """A function's key is validated like any other."""
     with pytest.raises(ConfigurationError, match="the API key") as caught:
         await KeySource(lambda: answer).get(account="north")
     assert caught.value.account == "north"
 
 
 async def test_a_function_that_raises() -> None:
-    """What a function raises is the cause of a ConfigurationError, and is asked again by the next call."""
+    """A function's exception is the cause of a ConfigurationError, and the next call calls it again."""
     answers = iter([KeyError("vault"), None])
 
     def provider() -> str:

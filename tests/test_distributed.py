@@ -1,4 +1,4 @@
-"""Several workers on a real Redis: every account exactly once, whoever dies, and no key in Redis."""
+"""Several workers on a real Redis: every account exactly once, whichever process dies, and no key in Redis."""
 
 import asyncio
 import contextlib
@@ -33,14 +33,14 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looks for what has become of the chunks at every turn."""
+    """Check for parts and lost chunks at every turn."""
     monkeypatch.setattr(distributed, "_LOOK_EVERY", 0.01)
     monkeypatch.setattr(distributed, "_ASK_EVERY", 0.02)
     monkeypatch.setattr(distributed, "_RETRY_AFTER", timedelta(0))
 
 
 def opened(sandbox: Sandbox, count: int) -> dict[str, Account]:
-    """So many accounts by name, with 3 audiences each."""
+    """Return *count* accounts by name, with 3 audiences each."""
     names = [f"a{number}" for number in range(count)]
     return {
         name: sandbox.add_account(name, api_key=f"{KEY}-{name}", audiences=many_audiences(name, 3)) for name in names
@@ -52,7 +52,7 @@ def expected(count: int) -> dict[str, list[str]]:
 
 
 def fetched(out: Path) -> dict[str, list[str]]:
-    """The ids of each account of an output, in which each stands once."""
+    """Return the ids of each account of an output, in which each occurs once."""
     told = [json.loads(line) for line in out.read_text().splitlines()]
     ids = {one["account"]: [audience["id"] for audience in one.get("audiences", ())] for one in told}
     assert len(ids) == len(told)
@@ -61,7 +61,7 @@ def fetched(out: Path) -> dict[str, list[str]]:
 
 @contextlib.asynccontextmanager
 async def worker(url: str, accounts: dict[str, Account], out: Path, sandbox: Sandbox) -> AsyncIterator[None]:
-    """A worker in this process, ended with the block."""
+    """Run a worker in this process inside the block."""
     client = AudiencesClient(base_url=sandbox.base_url, retry=RetryPolicy(max_attempts=1))
     task = asyncio.create_task(distributed.work(url, accounts, out, client, concurrency=10))
     try:
@@ -72,7 +72,7 @@ async def worker(url: str, accounts: dict[str, Account], out: Path, sandbox: San
 
 
 async def submitted(url: str, names: list[str], parts: Path, out: Path, **settings: Any) -> list[str]:
-    """Submit, resuming; gives the accounts that were merged."""
+    """Submit with *resume*; return the merged accounts."""
     merged: list[str] = []
     settings = {"resume": True, "on_idle": lambda: None, **settings}
     with OutcomeFile(out, resume=settings["resume"]) as file:
@@ -84,7 +84,7 @@ async def submitted(url: str, names: list[str], parts: Path, out: Path, **settin
 
 @contextlib.asynccontextmanager
 async def other_worker(url: str, parts: Path, *wrote: bytes) -> AsyncIterator[None]:
-    """A worker of somebody else's making: whatever the chunk, its part holds the same lines."""
+    """Run a foreign worker: for any chunk, its part has the same lines."""
 
     async def fetch_chunk(part: str, names: list[str]) -> None:
         results.write_whole(parts / part, wrote)
@@ -104,7 +104,7 @@ def test_a_killed_worker_is_made_up_for(
 ) -> None:
     """Two workers, one killed in the middle of 5,000 accounts: each account once, within 30 s, and no key in Redis."""
     opened(sandbox, 5_000)
-    sandbox.script("a50", Answer(delay=60.0))  # holds up the first chunk, which is still under way at the kill
+    sandbox.script("a50", Answer(delay=60.0))  # delays the first chunk, which is still in flight at the kill
     accounts, out, parts = tmp_path / "accounts.csv", tmp_path / "out.ndjson", tmp_path / "parts"
     accounts.write_text("name,api_key\n" + "".join(f"a{number},{KEY}-a{number}\n" for number in range(5_000)))
     common = ["--docket", redis, "--accounts", str(accounts)]
@@ -122,7 +122,7 @@ def test_a_killed_worker_is_made_up_for(
         assert survivor.wait(timeout=20) == 0
     assert (submitter.returncode, told) == (0, "5,000 of 5,000 accounts fetched, 0 failed\n")
     assert fetched(out) == expected(5_000)
-    assert len(sandbox.seen("a0")) == len(sandbox.seen("a50")) == 2  # the chunk under way was taken up again
+    assert len(sandbox.seen("a0")) == len(sandbox.seen("a50")) == 2  # the chunk in flight was taken over
     assert list(parts.iterdir()) == []
     written = b"".join(file.read_bytes() for file in tmp_path_factory.getbasetemp().rglob("*.aof"))
     assert b"a4999" in written
@@ -131,7 +131,7 @@ def test_a_killed_worker_is_made_up_for(
 
 @contextlib.contextmanager
 def started(command: list[str], **settings: Any) -> Iterator["subprocess.Popen[str]"]:
-    """A process of its own, ended with the block."""
+    """Start a process that ends with the block."""
     with subprocess.Popen(command, **settings) as process:
         try:
             yield process
@@ -141,7 +141,7 @@ def started(command: list[str], **settings: Any) -> Iterator["subprocess.Popen[s
 
 @pytest.mark.slow
 async def test_what_a_worker_cannot_do_is_an_error_of_the_account(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
-    """An account that fails, and one that the worker's own file lacks, are lines with errors."""
+    """An account that fails, and one that is missing from the worker's own file, are lines with errors."""
     accounts = opened(sandbox, 6)
     sandbox.script("a1", Answer(403))
     known = {name: account for name, account in accounts.items() if name != "a2"}
@@ -151,12 +151,12 @@ async def test_what_a_worker_cannot_do_is_an_error_of_the_account(redis: str, sa
     lines = {line.account: json.loads(line.text) for line in results.lines(tmp_path / "out")}
     assert [name for name, told in lines.items() if not told["ok"]] == ["a2", "a1"]
     assert lines["a1"]["error"]["status"] == 403
-    assert lines["a2"]["error"]["message"] == "account 'a2': the worker's accounts file does not have it"
+    assert lines["a2"]["error"]["message"] == "account 'a2': missing from the worker's accounts file"
 
 
 @pytest.mark.slow
 async def test_resuming_has_only_the_rest_fetched(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
-    """Parts that came while nobody was there to merge them are taken in, and only what is missing is fetched."""
+    """Parts that were written without a submitter are merged, and only the rest is fetched."""
     accounts = opened(sandbox, 8)
     sandbox.script("a1", Answer(403))
     parts, out = tmp_path / "parts", tmp_path / "out"
@@ -181,22 +181,22 @@ def sandbox_names(sandbox: Sandbox) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 async def test_a_part_that_is_nowhere_is_asked_for_again(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
-    """Workers that write elsewhere: the chunk is repeated, and then its accounts are errors that say so."""
+    """If workers write elsewhere, the chunk is repeated, and then its accounts fail with that reason."""
     accounts = opened(sandbox, 2)
     async with worker(redis, accounts, tmp_path / "elsewhere", sandbox):
         await submitted(redis, list(accounts), tmp_path / "parts", tmp_path / "out")
     lines = [json.loads(line.text) for line in results.lines(tmp_path / "out")]
     assert [line["account"] for line in lines] == ["a0", "a1"]
-    assert lines[0]["error"]["message"].endswith("no worker could write its chunk: the part is not there")
+    assert lines[0]["error"]["message"].endswith("no worker could write its chunk: the part is missing")
     assert len(sandbox.requests) == 2 * 3
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 async def test_a_worker_that_cannot_write(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
-    """A chunk whose part cannot be written fails after some attempts, and its accounts say why."""
+    """A chunk whose part cannot be written fails after some attempts, and its accounts have the reason."""
     accounts = opened(sandbox, 1)
-    async with worker(redis, accounts, Path("/proc"), sandbox):  # a directory that takes no files
+    async with worker(redis, accounts, Path("/proc"), sandbox):  # a directory that cannot hold files
         await submitted(redis, list(accounts), tmp_path / "parts", tmp_path / "out")
     (line,) = results.lines(tmp_path / "out")
     assert "no worker could write its chunk: " in json.loads(line.text)["error"]["message"]
@@ -205,12 +205,12 @@ async def test_a_worker_that_cannot_write(redis: str, sandbox: Sandbox, tmp_path
 
 @pytest.mark.slow
 async def test_a_part_that_lacks_an_account(redis: str, tmp_path: Path) -> None:
-    """Every account has one line, also where a part, whoever wrote it, does not have it, or has it twice."""
+    """Every account has one line, even if a part lacks it or has it twice."""
     async with other_worker(redis, tmp_path, A0, A0):
         await submitted(redis, ["a0", "a1"], tmp_path, tmp_path / "out")
     first, second = (json.loads(line.text) for line in results.lines(tmp_path / "out"))
     assert (first["account"], first["ok"]) == ("a0", True)
-    assert second["error"]["message"] == "account 'a1': its chunk's part does not have it"
+    assert second["error"]["message"] == "account 'a1': missing from its chunk's part"
 
 
 @pytest.mark.slow
@@ -218,7 +218,7 @@ async def test_a_part_that_lacks_an_account(redis: str, tmp_path: Path) -> None:
 async def test_only_a_job_that_goes_on_takes_in_what_is_there(
     redis: str, sandbox: Sandbox, tmp_path: Path, *, resume: bool
 ) -> None:
-    """A part that an earlier job has left is taken in with --resume, and is nobody's answer without."""
+    """An earlier job's part is merged with --resume, and ignored without."""
     accounts = opened(sandbox, 1)
     parts = tmp_path / "parts"
     parts.mkdir()
@@ -231,7 +231,7 @@ async def test_only_a_job_that_goes_on_takes_in_what_is_there(
 
 @pytest.mark.slow
 async def test_what_a_killed_worker_left_half_written_is_removed(redis: str, tmp_path: Path) -> None:
-    """At the end of a job its own temporary files are gone, and nobody else's."""
+    """At the end of a job its own temporary files are removed, and no others."""
     (chunk,) = distributed._chunks(["a0"], 4)
     ours, others = tmp_path / f".{chunk.part}.0123456789abcdef.tmp", tmp_path / ".other.ndjson.0123456789abcdef.tmp"
     ours.touch()
@@ -244,7 +244,7 @@ async def test_what_a_killed_worker_left_half_written_is_removed(redis: str, tmp
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 async def test_without_a_worker_it_says_so(redis: str, tmp_path: Path) -> None:
-    """Whoever submits where no worker is there is told, once, and goes on waiting."""
+    """A submitter without workers reports that once, and keeps waiting."""
     told: list[None] = []
     waiting = asyncio.Event()
 
@@ -262,7 +262,7 @@ async def test_without_a_worker_it_says_so(redis: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 async def test_a_redis_that_goes_away(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """While Redis is away, whoever has submitted waits for parts, and is not ended by it."""
+    """While Redis is down, a submitter waits for parts, and does not end."""
     asked = asyncio.Event()
     with redis_server(tmp_path_factory.mktemp("redis")) as url:
         waiting = {"on_idle": asked.set}
@@ -278,18 +278,18 @@ async def test_a_redis_that_goes_away(tmp_path: Path, tmp_path_factory: pytest.T
 
 @pytest.mark.parametrize("url", ["nonsense", "redis://u:s3cr3t@[/0", "redis://:s3cr3t@127.0.0.1:1/0?max_connections=x"])
 async def test_a_url_that_cannot_be_used(url: str, tmp_path: Path) -> None:
-    """A wrong URL is a usage error, which does not repeat it."""
-    with pytest.raises(ConfigurationError, match="the URL of the Redis cannot be used") as caught:
+    """An invalid URL is a usage error, which does not repeat it."""
+    with pytest.raises(ConfigurationError, match="invalid Redis URL") as caught:
         await submitted(url, ["a0"], tmp_path, tmp_path / "out")
     assert caught.value.__cause__ is caught.value.__context__ is None
-    with pytest.raises(ConfigurationError, match="the URL of the Redis cannot be used"):
+    with pytest.raises(ConfigurationError, match="invalid Redis URL"):
         distributed.connect(url, 5)
 
 
 async def test_a_redis_that_is_not_there(tmp_path: Path) -> None:
-    """Where nobody listens, both sides end with an error that says what to check."""
+    """If Redis does not listen, both sides end with an error and a hint."""
     url = f"redis://127.0.0.1:{free_port()}/0?max_connections=5"
-    with pytest.raises(DocketError, match="Redis cannot be used: .*check the URL of the Redis"):
+    with pytest.raises(DocketError, match="Redis is unavailable: .*check the Redis URL"):
         await submitted(url, ["a0"], tmp_path, tmp_path / "out")
     with pytest.raises(DocketError):
         await distributed.work(url, {}, tmp_path, AudiencesClient())
@@ -297,7 +297,7 @@ async def test_a_redis_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 async def test_one_rate_for_all_processes(redis: str) -> None:
-    """Clients that share a Redis share each account's rate, bursts included; other accounts are not held up."""
+    """Clients that share a Redis share each account's rate, bursts included; other accounts are not delayed."""
     async with distributed.connect(redis, 10) as one, distributed.connect(redis, 10) as other:
         limiters = [RedisLimiter(client, RateLimit(rate=5, burst=3)) for client in (one, other)]
         now = asyncio.get_running_loop().time
@@ -327,7 +327,7 @@ def run(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def test_the_command_line_of_both_sides(
     redis: str, run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Keys stand in the worker's environment alone; failures are summed up on the submitting side."""
+    """Only the worker's environment has the keys; failures are summed up on the submitting side."""
     for name in ("north", "south"):
         sandbox.add_account(name, api_key=f"{KEY}-{name}")
     sandbox.script("south", Answer(403))
@@ -343,7 +343,7 @@ def test_the_command_line_of_both_sides(
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=30)
     assert (process.returncode, told) == (0, "")
-    summary = [line for line in done.stderr.splitlines() if not line.startswith("no worker is there yet")]
+    summary = [line for line in done.stderr.splitlines() if not line.startswith("no worker yet")]
     assert (done.returncode, summary[:2]) == (
         7,
         ["1 of 2 accounts fetched, 1 failed", "  1 × ForbiddenError (HTTP 403): south"],
@@ -352,23 +352,23 @@ def test_the_command_line_of_both_sides(
 
 @pytest.mark.slow
 def test_the_submitting_side_interrupted(redis: str, tmp_path: Path) -> None:
-    """Without a worker it says how to start one, and Ctrl-C says how to go on."""
+    """Without a worker it prints how to start one, and Ctrl-C prints how to continue."""
     accounts = tmp_path / "accounts.csv"
     accounts.write_text("name,api_key_env\nnorth,NORTH\n")
     fetch = [*COMMAND, "fetch", "--docket", redis, "--accounts", str(accounts), "--out", str(tmp_path / "out")]
     with started(fetch, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        assert process.stderr.readline().startswith("no worker is there yet: audiences worker --docket")
+        assert process.stderr.readline().startswith("no worker yet; start one: audiences worker --docket")
         process.send_signal(signal.SIGINT)
         told = process.stderr.read()
         assert process.wait(timeout=30) == 130
-    assert "error: interrupted; 0 of 1 accounts are fetched and kept\nhint: the same command with --resume" in told
+    assert "error: interrupted; 0 of 1 accounts are fetched and kept\nhint: run the same command with --resume" in told
 
 
 def test_a_worker_interrupted_before_it_has_begun(
     run: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C while the accounts are read ends the worker in silence, as later."""
+    """Ctrl-C while the accounts are read ends the worker silently, as later."""
 
     def interrupted(path: Path) -> None:
         raise KeyboardInterrupt
@@ -381,11 +381,15 @@ def test_a_worker_interrupted_before_it_has_begun(
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        (["fetch", "--docket", "nonsense", "--out", "{}/out"], 2, "the URL of the Redis cannot be used"),
-        (["fetch", "--docket", "redis://h", "--out", "{}/out", "--rate", "5"], 2, "is for `audiences worker` to say"),
-        (["worker", "--docket", "nonsense", "--out", "{}"], 2, "the URL of the Redis cannot be used"),
-        (["worker", "--docket", "nonsense", "--out", "{}", "--account-rate", "5"], 2, "the URL of the Redis"),
-        (["worker", "--docket", "redis://127.0.0.1:1", "--out", "{}"], 5, "Redis cannot be used"),
+        (["fetch", "--docket", "nonsense", "--out", "{}/out"], 2, "invalid Redis URL"),
+        (
+            ["fetch", "--docket", "redis://h", "--out", "{}/out", "--rate", "5"],
+            2,
+            "set these limits on `audiences worker`",
+        ),
+        (["worker", "--docket", "nonsense", "--out", "{}"], 2, "invalid Redis URL"),
+        (["worker", "--docket", "nonsense", "--out", "{}", "--account-rate", "5"], 2, "invalid Redis URL"),
+        (["worker", "--docket", "redis://127.0.0.1:1", "--out", "{}"], 5, "Redis is unavailable"),
         (["worker", "--docket", "redis://h", "--out", "{}", "--concurrency", "0"], 2, "concurrency must be"),
         (["worker", "--docket", "redis://h", "--out", "{}", "--account-rate", "0"], 2, "account_rate must be"),
         (["worker", "--docket", "redis://h", "--out", "{}", "--timeout", "0"], 2, "timeout must be"),
@@ -393,7 +397,7 @@ def test_a_worker_interrupted_before_it_has_begun(
     ],
 )
 def test_wrong_usage(run: Callable[..., Done], tmp_path: Path, arguments: list[str], code: int, told: str) -> None:
-    """What cannot be used is told on one line, with the exit code for its kind."""
+    """A usage error is reported on one line, with the exit code for its kind."""
     accounts = tmp_path / "accounts.csv"
     accounts.write_text(f"name,api_key\nnorth,{KEY}\n")
     done = run(*(argument.format(tmp_path) for argument in arguments), "--accounts", str(accounts))
@@ -405,7 +409,7 @@ def test_wrong_usage(run: Callable[..., Done], tmp_path: Path, arguments: list[s
 def test_without_the_extra(
     run: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    """Where Docket is not installed, the command says what to install."""
+    """Without Docket the command names the extra to install."""
     accounts = tmp_path / "accounts.csv"
     accounts.write_text(f"name,api_key\nnorth,{KEY}\n")
     monkeypatch.setattr("audiences_async.cli.app.find_spec", lambda name: None)

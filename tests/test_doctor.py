@@ -1,4 +1,4 @@
-"""``audiences doctor`` names the right cause in each broken state, and says what to do."""
+"""``audiences doctor`` finds the right cause in each broken state, and suggests a fix."""
 
 import socket
 import ssl
@@ -25,13 +25,13 @@ def run(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 
 def states(done: Done) -> list[tuple[str, str]]:
-    """Each check and whether it is ok."""
+    """Return each check and its state."""
     rows = [line.split() for line in done.stdout.splitlines() if not line.startswith(" ")]
     return [(row[1], row[0]) for row in rows]
 
 
 def test_all_is_well(run: Callable[..., Done], tmp_path: Path) -> None:
-    """Each check says what it found; the key is not shown."""
+    """Each check reports its finding; the key is not shown."""
     done = run("doctor")
     assert (done.returncode, done.stderr) == (0, "")
     assert states(done) == [(name, "ok") for name in ("key", "name", "connect", "request", "clock")]
@@ -48,18 +48,18 @@ def test_all_is_well(run: Callable[..., Done], tmp_path: Path) -> None:
         (Answer(401), 4, "HTTP 401 Unauthorized", "check the account's API key in the management console"),
         (Answer(403), 4, "HTTP 403 Forbidden", "check what the account's API key may do"),
         (Answer(404), 1, "HTTP 404 Not Found", "check base_url"),
-        (Answer(400), 1, "HTTP 400 Bad Request", "see what the service says"),
+        (Answer(400), 1, "HTTP 400 Bad Request", "see the service's description"),
         (Answer(429), 5, "HTTP 429 Too Many Requests", "ask less often"),
         (Answer(503), 5, "HTTP 503 Service Unavailable", "try again later"),
         (Answer(200, "<html>"), 1, "the reply cannot be read", "the service may have changed"),
         (Answer(failure="reset"), 5, "before a reply came", "any proxy in between"),
-        (Answer(delay=60), 5, "no whole reply within", "try again later"),
+        (Answer(delay=60), 5, "no complete reply within", "try again later"),
     ],
 )
 def test_a_request_that_fails(
     run: Callable[..., Done], sandbox: Sandbox, answer: Answer, code: int, told: str, hint: str
 ) -> None:
-    """What the service answers is told with the advice of its error, and exactly one request is made."""
+    """The service's error is reported with its hint, and exactly one request is made."""
     sandbox.script("default", answer)
     done = run("doctor", "--timeout", "0.5")
     assert (done.returncode, done.stderr) == (code, "")
@@ -71,7 +71,7 @@ def test_a_request_that_fails(
 
 @pytest.mark.parametrize(("hours", "told"), [(2, "7,"), (-2, "7,"), (0, "")])
 def test_the_clock(run: Callable[..., Done], sandbox: Sandbox, hours: int, told: str) -> None:
-    """A clock that differs from the reply's Date is told, and by how much."""
+    """A clock that differs from the response's Date is reported, with the difference."""
     date = format_datetime(datetime.now(UTC) + timedelta(hours=hours), usegmt=True)
     sandbox.script("default", Answer(headers={"Date": date}))
     done = run("doctor")
@@ -83,14 +83,14 @@ def test_the_clock(run: Callable[..., Done], sandbox: Sandbox, hours: int, told:
 
 
 def test_a_reply_without_a_date(run: Callable[..., Done], sandbox: Sandbox) -> None:
-    """Where the reply has no readable Date, nothing is said of the clock."""
+    """If the response has no readable Date, the clock is not reported."""
     sandbox.script("default", Answer(headers={"Date": "today"}))
     assert states(run("doctor"))[-1] == ("request", "ok")
 
 
-@pytest.mark.parametrize(("key", "told"), [("", "there is none"), ("two\nlines", "has a line break")])
+@pytest.mark.parametrize(("key", "told"), [("", "no API key"), ("two\nlines", "has a line break")])
 def test_a_key_that_cannot_be_used(run: Callable[..., Done], sandbox: Sandbox, key: str, told: str) -> None:
-    """Without a usable key nothing is sent, and the connection is checked all the same."""
+    """Without a usable key nothing is sent, but the connection is still checked."""
     done = run("doctor", AUDIENCES_API_KEY=key)
     assert states(done) == [("key", "FAILED"), ("name", "ok"), ("connect", "ok")]
     assert (done.returncode, sandbox.requests) == (4, [])
@@ -98,21 +98,21 @@ def test_a_key_that_cannot_be_used(run: Callable[..., Done], sandbox: Sandbox, k
 
 
 def test_a_name_that_is_not_found(run: Callable[..., Done]) -> None:
-    """A host that does not exist is told, and no more is tried."""
+    """An unknown host is reported, and ends the checks."""
     done = run("doctor", "--base-url", "https://no-such-host.invalid/")
     assert (done.returncode, states(done)) == (5, [("key", "ok"), ("name", "FAILED")])
-    assert "check base_url for a typing error, and this machine's DNS" in done.stdout
+    assert "check base_url for a typo, and this machine's DNS" in done.stdout
 
 
 def test_nobody_listens(run: Callable[..., Done]) -> None:
-    """A port where nobody listens is told, and no more is tried."""
+    """A closed port is reported, and ends the checks."""
     done = run("doctor", "--base-url", f"http://127.0.0.1:{free_port()}/")
     assert (done.returncode, states(done)[-1]) == (5, ("connect", "FAILED"))
     assert "Connect call failed" in done.stdout
 
 
 def test_no_answer_at_all(run: Callable[..., Done]) -> None:
-    """A peer that accepts and says nothing ends TLS within the time."""
+    """A peer that accepts and stays silent ends TLS within the timeout."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         done = run("doctor", "--timeout", "0.2", "--base-url", f"https://localhost:{silent.getsockname()[1]}/")
     assert (done.returncode, states(done)[-1]) == (5, ("connect", "FAILED"))
@@ -120,7 +120,7 @@ def test_no_answer_at_all(run: Callable[..., Done]) -> None:
 
 
 def test_no_tls(run: Callable[..., Done], sandbox: Sandbox) -> None:
-    """A server that speaks plain HTTP where https is wanted is told so."""
+    """A plain HTTP server behind an https URL is reported as such."""
     done = run("doctor", "--base-url", sandbox.base_url.replace("http://", "https://"))
     assert (done.returncode, states(done)[-1]) == (5, ("tls", "FAILED"))
     assert "does not speak TLS" in done.stdout
@@ -128,7 +128,7 @@ def test_no_tls(run: Callable[..., Done], sandbox: Sandbox) -> None:
 
 @pytest.fixture
 def secured() -> Iterator[tuple[int, trustme.CA]]:
-    """A port that shakes hands by TLS, and says no more."""
+    """Yield a port that completes a TLS handshake and sends nothing."""
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(context)
@@ -155,7 +155,7 @@ def secured() -> Iterator[tuple[int, trustme.CA]]:
 
 
 def test_a_certificate(run: Callable[..., Done], secured: tuple[int, trustme.CA], tmp_path: Path) -> None:
-    """A certificate that is not trusted is told; one that is, with how long it is good for."""
+    """An untrusted certificate is reported; a trusted one with its remaining validity."""
     port, authority = secured
     done = run("doctor", "--base-url", f"https://localhost:{port}/")
     assert (done.returncode, states(done)[-1]) == (5, ("tls", "FAILED"))
@@ -163,7 +163,7 @@ def test_a_certificate(run: Callable[..., Done], secured: tuple[int, trustme.CA]
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     done = run("doctor", "--base-url", f"https://localhost:{port}/", SSL_CERT_FILE=str(tmp_path / "ca.pem"))
     assert ("tls", "ok") in states(done)
-    assert "its certificate is good for " in done.stdout
+    assert "certificate valid for " in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_certificate(run: Callable[..., Done], secured: tuple[int, trustme.CA]
     ],
 )
 def test_wrong_usage(run: Callable[..., Done], arguments: list[str], told: str) -> None:
-    """What cannot be used is told before anything is tried."""
+    """A usage error is reported before the first check."""
     done = run("doctor", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert told in done.stderr

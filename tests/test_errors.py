@@ -1,4 +1,4 @@
-"""The errors: their tree, their words, their pickles."""
+"""The errors: class tree, messages, pickles."""
 
 import copy
 import inspect
@@ -53,13 +53,13 @@ def test_every_error_pickles(kind: type[AudiencesError]) -> None:
 
 @pytest.mark.parametrize("kind", ALL)
 def test_every_error_has_its_docstring(kind: type[AudiencesError]) -> None:
-    """Each class says what it stands for."""
+    """Each class has its own docstring."""
     assert kind.__doc__
     assert kind.__doc__ != kind.__base__.__doc__
 
 
 def test_the_tree() -> None:
-    """Callers who know only Python's own exceptions, or one of our branches, catch the right ones."""
+    """Handlers for Python's own exceptions, or for one of our base classes, catch the right errors."""
     assert issubclass(ConfigurationError, ValueError)
     assert issubclass(ClientClosedError, RuntimeError)
     assert issubclass(DeadlineExceededError, TimeoutError)
@@ -70,16 +70,16 @@ def test_the_tree() -> None:
 
 
 def test_the_message_says_where_what_how_hard_and_what_to_do() -> None:
-    """The text names the account, the failure, the effort and a way out."""
+    """The text has the account, the failure, the attempts and a hint."""
     error = made(UnauthorizedError)
     assert str(error) == (
-        "account 'north': what happened; gave up after 2 attempts in 1.5 s, out of time; a larger timeout allows more, "
-        "retry after 5 s (check the account's API key in the management console)"
+        "account 'north': what happened; gave up after 2 attempts in 1.5 s, out of time (a larger timeout allows more)"
+        ", retry after 5 s (check the account's API key in the management console)"
     )
 
 
 def test_a_bare_error_is_its_message() -> None:
-    """Without a call there is nothing to add."""
+    """Without a call the text is the message alone."""
     assert str(AudiencesError("what happened")) == "what happened"
 
 
@@ -95,7 +95,7 @@ def test_many_problems_are_shortened_in_the_message() -> None:
     [(503, "HTTP 503 Service Unavailable"), (999, "HTTP 999"), (429, "HTTP 429 Too Many Requests: slow")],
 )
 def test_the_message_of_a_status(status: int, text: str) -> None:
-    """A status is named as HTTP names it, with the service's own words behind it."""
+    """A status has its HTTP name, followed by the service's description."""
     description = "slow" if status == 429 else ""
     error = status_error(status, description, response_time=datetime.now(UTC))
     assert error.message == text
@@ -116,5 +116,5 @@ def test_the_message_of_a_status(status: int, text: str) -> None:
     ],
 )
 def test_what_a_web_app_answers(error: AudiencesError, status: int, headers: dict[str, str]) -> None:
-    """Each error says what a web app answers with if its own request failed because of it."""
+    """Each error has the status and headers for a web app whose own request failed because of it."""
     assert (error.gateway_status, error.gateway_headers) == (status, headers)

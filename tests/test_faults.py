@@ -28,7 +28,7 @@ from audiences_async import AudiencesClient, AudiencesError, InvalidResponseErro
 
 @pytest.fixture(scope="module")
 def thread() -> Iterator[ServerThread]:
-    """The servers' thread."""
+    """Yield the servers' thread."""
     with ServerThread() as thread:
         yield thread
 
@@ -36,7 +36,7 @@ def thread() -> Iterator[ServerThread]:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", CATALOGUE, ids=lambda fault: fault.name)
 async def test_fault(fault: Fault, thread: ServerThread, request: pytest.FixtureRequest) -> None:
-    """A fault comes to what is promised, costs no more than is promised, and leaves a sound client and nothing else."""
+    """A fault has the promised result and costs, and leaves a working client and nothing else."""
     sockets = open_sockets()
     async with thread.serving(fault) as server:
         async with fault.client(server) as client:
@@ -57,7 +57,7 @@ async def test_fault(fault: Fault, thread: ServerThread, request: pytest.Fixture
         assert len(error.attempts) == (fault.requests if fault.tries is None else fault.tries)
     assert not any(b"\r\ncookie:" in head.lower() for head in server.heads)
     async with asyncio.timeout(1.0):  # the event loop closes sockets in its next turns
-        while open_sockets() - sockets:  # noqa: ASYNC110 - no event tells of that
+        while open_sockets() - sockets:  # noqa: ASYNC110 - there is no event for it
             await asyncio.sleep(0)
 
 
@@ -94,7 +94,7 @@ async def assert_healed(client: AudiencesClient, server: FaultServer) -> None:
 
 
 def open_sockets() -> set[int]:
-    """The inodes of this process's sockets."""
+    """Return the inodes of this process's sockets."""
     inodes = set()
     for name in Path("/dev/fd").iterdir():
         try:
@@ -109,7 +109,7 @@ def open_sockets() -> set[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", HEAVY, ids=lambda fault: fault.name)
 async def test_peak_memory(fault: Fault, thread: ServerThread, request: pytest.FixtureRequest) -> None:
-    """What is far above the cap costs at most twice the cap in memory."""
+    """A body far above the limit costs at most twice the limit in memory."""
     measured = await measure(fault, thread)
     cap: int = fault.settings["max_body_bytes"]
     peak = measured.peak - measured.idle
@@ -121,8 +121,8 @@ async def test_peak_memory(fault: Fault, thread: ServerThread, request: pytest.F
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", LONG, ids=lambda fault: fault.name)
 async def test_no_stall(fault: Fault, thread: ServerThread, request: pytest.FixtureRequest) -> None:
-    """A long body holds the event loop for 50 ms at most, by a 10 ms ticker in the same loop."""
-    # On a machine that others use too the same work may take twice as long; not five times in a row.
+    """A long body blocks the event loop for 50 ms at most, by a 10 ms ticker in the same loop."""
+    # On a shared machine the work may take twice as long, but not five times in a row.
     tries: list[Measured] = []
     while len(tries) < 5 and (not tries or tries[-1].gap > 0.05):
         tries.append(await measure(fault, thread))

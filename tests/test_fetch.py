@@ -21,20 +21,20 @@ from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox, many_aud
 
 @pytest.fixture
 def run(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """Runs the command line in this process, led to the sandbox."""
+    """Return a function that runs the command line in this process, against the sandbox."""
     monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
     return runner(monkeypatch, capsys)
 
 
 def account_file(folder: Path, names: Sequence[str]) -> Path:
-    """A CSV file of accounts, each with a key of its own."""
+    """Write a CSV file of accounts, each with its own key."""
     file = folder / "accounts.csv"
     file.write_text("name,api_key\n" + "".join(f"{name},{KEY}-{name}\n" for name in names))
     return file
 
 
 def opened(sandbox: Sandbox, folder: Path, count: int, fault_rate: float = 0.0) -> Path:
-    """A file of so many accounts that the sandbox knows, with 3 audiences each."""
+    """Write a file of *count* accounts that the sandbox knows, with 3 audiences each."""
     names = [f"a{number}" for number in range(count)]
     for name in names:
         sandbox.add_account(name, api_key=f"{KEY}-{name}", audiences=many_audiences(name, 3), fault_rate=fault_rate)
@@ -42,7 +42,7 @@ def opened(sandbox: Sandbox, folder: Path, count: int, fault_rate: float = 0.0) 
 
 
 def fetched(out: Path) -> dict[str, list[str]]:
-    """The ids of each account of an output, in which each stands once."""
+    """Return the ids of each account of an output, in which each occurs once."""
     told = [json.loads(line) for line in out.read_text().splitlines()]
     ids = {one["account"]: [audience["id"] for audience in one.get("audiences", ())] for one in told}
     assert len(ids) == len(told)
@@ -62,7 +62,7 @@ def test_every_account_is_a_line(run: Callable[..., Done], sandbox: Sandbox, tmp
 
 
 def test_failures_are_lines_too_and_are_summed_up(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path) -> None:
-    """Some accounts fail: exit 7, or 0 if that is allowed; each reason is told once with accounts and a hint."""
+    """Some accounts fail: exit 7, or 0 if allowed; each reason is listed once with accounts and a hint."""
     accounts, out = opened(sandbox, tmp_path, 6), tmp_path / "out.ndjson"
     for name in ("a0", "a1", "a2", "a3"):
         sandbox.script(name, Answer(403))
@@ -89,7 +89,7 @@ def test_failures_are_lines_too_and_are_summed_up(run: Callable[..., Done], sand
 
 @pytest.mark.parametrize("output", ["json", "csv"])
 def test_other_formats(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path, output: str) -> None:
-    """JSON and CSV hold every account, with its audiences, without any, or failed; they can be gone on from as well."""
+    """JSON and CSV hold every account, with audiences, without, or failed; they can be resumed as well."""
     for name, audiences in (("full", EXAMPLE_AUDIENCES), ("empty", ()), ("bad", ())):
         sandbox.add_account(name, api_key=f"{KEY}-{name}", audiences=audiences)
     sandbox.script("bad", Answer(403))
@@ -127,7 +127,7 @@ def test_other_formats(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Pat
 def test_wrong_usage_leaves_no_file(
     run: Callable[..., Done], tmp_path: Path, sandbox: Sandbox, arguments: list[str], told: str
 ) -> None:
-    """What cannot be used exits with 2 before anything is sent or written."""
+    """A usage error exits with 2 before anything is sent or written."""
     accounts, out = account_file(tmp_path, ["north"]), tmp_path / "out.ndjson"
     done = run("fetch", "--accounts", str(accounts), "--out", str(out), *arguments)
     assert (done.returncode, out.exists(), sandbox.requests) == (2, False, [])
@@ -135,16 +135,16 @@ def test_wrong_usage_leaves_no_file(
 
 
 def test_a_name_that_comes_twice_is_refused(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path) -> None:
-    """The output is keyed by name, so a file with a name twice is refused, with its line, and nothing is sent."""
+    """The output is keyed by name, so a file with a duplicate name is refused, with its line, and nothing is sent."""
     accounts = account_file(tmp_path, ["north", "south", "north"])
     done = run("fetch", "--accounts", str(accounts), "--out", str(tmp_path / "out"))
     assert (done.returncode, sandbox.requests) == (2, [])
-    assert "line 4, column 1 (name): 'north' comes twice, first in line 2" in done.stderr
+    assert "line 4, column 1 (name): duplicate name 'north', first defined in line 2" in done.stderr
     assert KEY not in done.stderr
 
 
 def test_the_rate_holds_for_all_accounts_together(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path) -> None:
-    """Requests are spaced by the rate, whichever account they are for; none runs out of its time by waiting."""
+    """Requests of all accounts are spaced by the rate, and no account times out by waiting."""
     accounts = opened(sandbox, tmp_path, 21)
     done = run("fetch", "--accounts", str(accounts), "--out", str(tmp_path / "o"), "--rate", "50", "--timeout", "0.35")
     assert done.returncode == 0
@@ -152,17 +152,18 @@ def test_the_rate_holds_for_all_accounts_together(run: Callable[..., Done], sand
 
 
 def test_a_disk_that_is_full(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path) -> None:
-    """An output that cannot be written ends the job at once, on one line."""
+    """An output that cannot be written ends the job at once, with one line."""
     accounts = opened(sandbox, tmp_path, 3)
     done = run("fetch", "--accounts", str(accounts), "--out", "/dev/full")
     assert (done.returncode, done.stdout) == (1, "")
-    told = "error: cannot write /dev/full: No space left on device\nhint: what is done is kept; --resume goes on\n"
+    hint = "hint: fetched accounts are kept; use --resume to continue\n"
+    told = f"error: cannot write /dev/full: No space left on device\n{hint}"
     assert done.stderr == told
 
 
 @pytest.mark.slow
 def test_progress_on_a_terminal(sandbox: Sandbox, tmp_path: Path) -> None:
-    """A terminal sees how many are done, how fast, and how many failed."""
+    """A terminal shows the number of finished accounts, their rate, and the number of failures."""
     accounts = opened(sandbox, tmp_path, 5)
     sandbox.script("a0", Answer(403))
     parent, child = pty.openpty()
@@ -183,7 +184,7 @@ def environment(sandbox: Sandbox) -> Mapping[str, str]:
 
 @contextlib.contextmanager
 def started(sandbox: Sandbox, accounts: Path, out: Path, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
-    """A fetch in a process of its own."""
+    """Start a fetch in its own process."""
     command = [*COMMAND, "fetch", "--accounts", str(accounts), "--out", str(out), *arguments]
     with subprocess.Popen(command, env=environment(sandbox), stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -194,7 +195,7 @@ def started(sandbox: Sandbox, accounts: Path, out: Path, *arguments: str) -> Ite
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done(sandbox: Sandbox, tmp_path: Path) -> None:
-    """Interrupted, it says how far it came and how to go on, and the file has exactly that."""
+    """When interrupted, it prints its progress and how to continue, and the file has exactly those accounts."""
     accounts, out = opened(sandbox, tmp_path, 10), tmp_path / "out.ndjson"
     sandbox.script("a5", Answer(delay=60.0))
     with started(sandbox, accounts, out, "--concurrency", "1") as process:
@@ -203,14 +204,15 @@ def test_ctrl_c_keeps_what_is_done(sandbox: Sandbox, tmp_path: Path) -> None:
         _, told = process.communicate(timeout=30)
     assert process.returncode == 130
     assert told == (
-        "error: interrupted; 5 of 10 accounts are fetched and kept\nhint: the same command with --resume goes on\n"
+        "error: interrupted; 5 of 10 accounts are fetched and kept\n"
+        "hint: run the same command with --resume to continue\n"
     )
     assert fetched(out) == expected(5)
 
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment_loses_and_doubles_nothing(sandbox: Sandbox, tmp_path: Path) -> None:
-    """Killed three times on its way through 5,000 accounts, and resumed: every account is there exactly once."""
+    """Killed three times during 5,000 accounts, and resumed, it writes every account exactly once."""
     accounts, out = opened(sandbox, tmp_path, 5_000), tmp_path / "out.ndjson"
     moments = random.Random(4).sample(range(100, 1_400), 3)
     for moment in moments:
@@ -222,13 +224,13 @@ def test_kill_9_at_any_moment_loses_and_doubles_nothing(sandbox: Sandbox, tmp_pa
         _, told = process.communicate(timeout=50)
     assert (process.returncode, told) == (0, "5,000 of 5,000 accounts fetched, 0 failed\n")
     assert fetched(out) == expected(5_000)
-    # What was under way at each end, at the most, was asked for again.
+    # At most the requests in flight at each kill were repeated.
     assert len(sandbox.requests) <= 5_000 + 3 * 200
 
 
 @pytest.mark.slow
 def test_ten_thousand_accounts_with_faults(tmp_path: Path) -> None:
-    """With a tenth of all answers wrong, 10,000 accounts are 10,000 lines, and each has its own audiences."""
+    """With a tenth of all answers wrong, 10,000 accounts are 10,000 lines, each with its own audiences."""
     accounts, out = account_file(tmp_path, [f"a{number}" for number in range(10_000)]), tmp_path / "out.ndjson"
     serve = [*COMMAND, "sandbox", "--accounts", str(accounts), "--audiences", "3", "--fault-rate", "0.1"]
     with subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
@@ -244,7 +246,7 @@ def test_ten_thousand_accounts_with_faults(tmp_path: Path) -> None:
 
 
 def test_what_a_job_meets_of_the_service_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An outage and a shared limit are shown while they last, and summed up at the end with what to do about them."""
+    """An outage and a shared limit are shown while they last, and summed up at the end with a hint."""
     now = 1000.0
     monkeypatch.setattr("audiences_async.cli.fetch.time.monotonic", lambda: now)
     log = fetching.ServiceLog()
@@ -258,6 +260,6 @@ def test_what_a_job_meets_of_the_service_is_reported(monkeypatch: pytest.MonkeyP
     log(events.ServiceRateLearned("", 49.7))
     assert log.now() == "limited to 49.7/s"
     told = "\n".join(log.summary())
-    assert "answered nobody for 5 s" in told
-    assert "--rate 50 is not refused" in told
+    assert "no answer from the service for 5 s in total" in told
+    assert "use --rate 50 to stay within it" in told
     log(events.CallStarted("north"))

@@ -1,7 +1,7 @@
 """Hostile bodies and heads, mutated and generated: a right value or one of our errors, and never anything else.
 
-The same examples in every run. ``AUDIENCES_FUZZ_EXAMPLES=20000 pytest tests/test_fuzzing.py`` tries so many in each
-test, afresh with every run.
+The examples are the same in every run. ``AUDIENCES_FUZZ_EXAMPLES=20000 pytest tests/test_fuzzing.py`` tries that many
+in each test, new ones in every run.
 """
 
 import asyncio
@@ -52,9 +52,9 @@ ATTEMPTS: Final = 2
 
 
 def fuzzed(examples: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """So many examples, or as many as the environment wants; the same ones each time, unless more than these.
+    """Use *examples* examples, or as many as the environment sets; the same ones each time, unless it sets more.
 
-    A slow machine is no failure.
+    A slow machine is not a failure.
     """
     return settings(
         max_examples=ON_DEMAND or examples,
@@ -119,7 +119,7 @@ NAMES = st.sampled_from([*SOUND, "extra", "raw", "\0extra", "owner"])
 
 @st.composite
 def near_rows(draw: st.DrawFn) -> Any:
-    """A record that is right, or wrong in a field or two."""
+    """Draw a record that is right, or wrong in a field or two."""
     row = {name: draw(values) for name, values in SOUND.items()}
     if row["type"] != "Static" and draw(st.booleans()):
         del row["user_count"]
@@ -139,7 +139,7 @@ STATUSES = st.sampled_from(["200", 200, 200, 201, "204", 100, 299]) | st.sampled
 
 @st.composite
 def near_documents(draw: st.DrawFn) -> Any:
-    """An envelope that is right, or wrong in a place or two."""
+    """Draw an envelope that is right, or wrong in a place or two."""
     envelope: dict[str, Any] = {
         "status": draw(STATUSES),
         "description": draw(st.sampled_from(["Audiences retrieved", "", None])),
@@ -157,7 +157,7 @@ def near_documents(draw: st.DrawFn) -> Any:
 
 @st.composite
 def bodies(draw: st.DrawFn) -> bytes:
-    """A document as some server may write it."""
+    """Draw a document as some server may write it."""
     separators = draw(st.sampled_from([(",", ":"), (", ", ": "), ("\n,\t", " :\r\n")]))
     text = json.dumps(draw(near_documents()), ensure_ascii=draw(st.booleans()), separators=separators)
     return (b"\xef\xbb\xbf" if not draw(st.integers(0, 5)) else b"") + text.encode()
@@ -241,7 +241,7 @@ MUTATIONS = (flip, cut, splice, repeat_a_key, repeat_a_key, swap_a_token, swap_a
 
 @st.composite
 def mutated_bodies(draw: st.DrawFn) -> bytes:
-    """A body with one to three accidents."""
+    """Draw a body with one to three mutations."""
     body = draw(bodies())
     for _ in range(draw(st.integers(1, 3))):
         if body:
@@ -253,7 +253,7 @@ def mutated_bodies(draw: st.DrawFn) -> bytes:
 
 
 def assert_is_what_the_contract_says(response: AudiencesResponse, body: bytes) -> None:
-    """The independent reader accepts the body, and reads the same out of it."""
+    """Check that the independent reader accepts the body, and reads the same."""
     try:
         answer = contract.read(body)
     except contract.RefusedError as refused:
@@ -273,7 +273,7 @@ def assert_is_what_the_contract_says(response: AudiencesResponse, body: bytes) -
 
 
 def assert_is_a_refusal(error: AudiencesError, body: bytes) -> None:
-    """The error of a body that is no answer: a status from its envelope, or problems with paths."""
+    """Check that the error of an unreadable body is a status from its envelope, or problems with paths."""
     if isinstance(error, StatusError):
         said = contract.document_of(body)["status"]
         assert error.status == int(said) >= 300
@@ -286,13 +286,13 @@ def assert_is_a_refusal(error: AudiencesError, body: bytes) -> None:
 
 
 def assert_is_presentable(error: AudiencesError) -> None:
-    """An error has one printable line of words, and pickles."""
+    """Check that an error has one printable line of text, and pickles."""
     assert str(error).isprintable()
     assert vars(pickle.loads(pickle.dumps(error))) == vars(error)
 
 
 def kind_of(status: int) -> type[StatusError]:
-    """The class that the status has in the error tree."""
+    """Return the class of the status in the error tree."""
     kinds: dict[int, type[StatusError]] = {
         400: BadRequestError,
         401: UnauthorizedError,
@@ -311,7 +311,7 @@ def verdict(body: bytes) -> AudiencesResponse | AudiencesError:
 
 
 def check(body: bytes) -> AudiencesResponse | AudiencesError:
-    """Decode a body; a value and an error are both held to the contract."""
+    """Decode a body; check a value or an error against the contract."""
     result = verdict(body)
     if isinstance(result, AudiencesResponse):
         assert_is_what_the_contract_says(result, body)
@@ -327,7 +327,7 @@ def check(body: bytes) -> AudiencesResponse | AudiencesError:
 @given(mutated_bodies())
 @fuzzed(400)
 def test_mutated_bodies(body: bytes) -> None:
-    """A valid body with accidents is refused with paths, or read exactly as the contract reads it."""
+    """A mutated valid body is refused with paths, or read exactly as the contract reads it."""
     check(body)
 
 
@@ -338,7 +338,7 @@ def test_mutated_bodies(body: bytes) -> None:
 )
 @fuzzed(700)
 def test_documents_near_the_schema(body: bytes) -> None:
-    """A well-formed document is read exactly where the contract accepts it, and refused exactly where not."""
+    """A well-formed document is read if, and only if, the contract accepts it."""
     result = check(body)
     try:
         contract.read(body)
@@ -358,7 +358,7 @@ def test_documents_near_the_schema(body: bytes) -> None:
 @example("0001-01-01T00:00:00+00:01")
 @fuzzed(700)
 def test_times(text: str) -> None:
-    """A time is read exactly where a reader of its own reads one, as the same moment."""
+    """A time is read if, and only if, an independent reader reads it, and as the same moment."""
     row = {"type": "Dynamic", "id": "1", "name": "", "created_time": text}
     result = verdict(json.dumps({"status": 200, "data": [row]}).encode())
     try:
@@ -375,7 +375,7 @@ def test_times(text: str) -> None:
 @given(st.dictionaries(NAMES, VALUES, max_size=6), st.sampled_from(["Static", "Dynamic"]))
 @fuzzed(300)
 def test_no_field_name_is_mistaken_for_another(change: dict[str, Any], kind: str) -> None:
-    """Whatever fields come beyond, or in place of, the documented ones, none takes another one's place."""
+    """Undocumented fields, whatever their names, never replace a documented one."""
     sound = {"id": "1", "name": "one", "created_time": "2025-10-01T09:10:00Z", "user_count": 7, "type": kind}
     check(json.dumps({"status": 200, "data": [sound | change]}).encode())
     check(json.dumps({"status": 200, "data": [change | {"type": kind}]}).encode())
@@ -384,7 +384,7 @@ def test_no_field_name_is_mistaken_for_another(change: dict[str, Any], kind: str
 @pytest.mark.parametrize("opened", [b"[", b'{"":'])
 @pytest.mark.parametrize("depth", [10, 300, 900, 1100, 5000, 200_000])
 def test_nesting_of_any_depth(opened: bytes, depth: int) -> None:
-    """Nesting is read or refused, wherever it stands and however deep it goes."""
+    """Nesting is read or refused, at any place and of any depth."""
     deep = opened * depth + b"1" + (b"]" if opened == b"[" else b"}") * depth
     row = b'{"type": "New", "deep": %s}' % deep
     for body in (deep, b'{"status": 200, "data": [], "x": %s}' % deep, b'{"status": 200, "data": [%s]}' % row):
@@ -437,7 +437,7 @@ ANY_BODY = bodies() | mutated_bodies() | st.binary(max_size=60) | st.just(b"<htm
 @given(st.integers(100, 999) | st.just(200), HEADERS, ANY_BODY, st.none() | st.just(100))
 @fuzzed(700)
 def test_whole_replies(status: int, headers: list[tuple[str, str]], body: bytes, exceeded: int | None) -> None:
-    """Any status with any headers and any body is a right value or the error that stands in the table of replies."""
+    """Any status with any headers and any body is a right value or the error in the table of responses."""
     reply = Reply(status, CIMultiDictProxy(CIMultiDict(headers)), body, exceeded if status == 200 else None)
     result = whole(read(reply, KEY, now=1_761_030_480.0))
     if isinstance(result, AudiencesResponse):
@@ -464,7 +464,7 @@ def test_whole_replies(status: int, headers: list[tuple[str, str]], body: bytes,
 
 @define
 class Hostile:
-    """One client, and one server that answers each account with bytes of its own."""
+    """One client, and one server that answers each account with its own bytes."""
 
     client: AudiencesClient
     server: RawServer
@@ -474,7 +474,7 @@ class Hostile:
     examples: int = 0
 
     async def serve(self, connection: RawConnection) -> None:
-        """Answer each request with its key's bytes, and hang up unless told otherwise."""
+        """Answer each request with its key's bytes, and close the connection by default."""
         while True:
             head = await connection.request()
             found = re.search(rb"\r\nAuthorization: Bearer (.+?)\r\n", head)
@@ -490,7 +490,7 @@ class Hostile:
 async def hostile(
     raw: Callable[[Callable[[RawConnection], Awaitable[None]]], Awaitable[RawServer]], time: SteppedTime
 ) -> AsyncIterator[Hostile]:
-    """One client and one server for all examples, so that one example's rest may poison the next one's answer."""
+    """Yield one client and one server for all examples, so that leftovers of one could affect the next."""
 
     async def serve(connection: RawConnection) -> None:
         await made.serve(connection)
@@ -556,7 +556,7 @@ ODD_FIELDS = st.sampled_from(
 
 @st.composite
 def raw_replies(draw: st.DrawFn) -> tuple[list[bytes], bool, int]:
-    """What to put around a body: a head, odd fields, and how many bytes of it go wrong."""
+    """Draw the surroundings of a body: a head, odd fields, and the number of mutated bytes."""
     first = draw(HEADS) if not draw(st.integers(0, 2)) else b"HTTP/1.1 200 OK"
     odd = draw(st.lists(ODD_FIELDS, max_size=2)) if draw(st.booleans()) else []
     return [first, *odd], not draw(st.integers(0, 3)), draw(st.sampled_from([0, 0, 0, 1, 2]))
@@ -567,7 +567,7 @@ def raw_replies(draw: st.DrawFn) -> tuple[list[bytes], bool, int]:
 async def test_mutated_replies_on_the_wire(
     hostile: Hostile, drawn: tuple[list[bytes], bool, int], wrong_by: int, data: st.DataObject
 ) -> None:
-    """Whatever bytes a server sends: this account's own answer or one of our errors, in the promised requests."""
+    """Any bytes of a server are this account's own answer or one of our errors, in the promised requests."""
     (lines, keep_alive, accidents), number = drawn, hostile.examples
     hostile.examples += 1
     name = f"account-{number:06d}"
@@ -615,7 +615,7 @@ def repeat_line(head: bytes, at: int) -> bytes:
 
 
 async def test_no_rest_of_a_reply_answers_the_next_call(hostile: Hostile) -> None:
-    """A whole second reply that comes along with the first, on a connection that stays open, answers nobody."""
+    """A whole second response that arrives with the first, on a connection that stays open, answers no call."""
     body = b'{"status": "200", "data": [{"type": "%s"}]}'
     for number in range(30):
         mine, other = body % b"mine-%02d" % number, body % b"rest-%02d" % number

@@ -1,4 +1,4 @@
-"""What other people's programs meet: callbacks that fail, type checkers, other event loops, imports, files, Pythons."""
+"""Users' programs: failing callbacks, type checkers, other event loops, imports, files, Python versions."""
 
 import asyncio
 import itertools
@@ -35,11 +35,11 @@ ONCE_MORE = RetryPolicy(max_attempts=2, base_delay=0)
 
 
 class VaultDown(Exception):  # noqa: N818 - as others name theirs
-    """An error that is nobody's but the program's."""
+    """An error of the program's own."""
 
 
 class Flaky:
-    """A limiter, and a function for a key, that gives or raises these one after the other, and then works."""
+    """A limiter, and a key function, that returns or raises these one after the other, and then works."""
 
     def __init__(self, *given: Any) -> None:
         self.given = list(given)
@@ -60,7 +60,7 @@ class Flaky:
         await self.async_key()
 
     def use(self, way: str, sandbox: Sandbox, **settings: Any) -> tuple[AudiencesClient, Account]:
-        """A client and an account that ask it in one of the *WAYS*."""
+        """Create a client and an account that call it in one of the *WAYS*."""
         account = sandbox.add_account("north", api_key="the key")
         if way in {"rate_limit", "service_rate_limit"}:
             settings[way] = self
@@ -81,7 +81,7 @@ WRONG_KEYS = [None, "", 5, b"key", "a\nb"]
 async def test_a_failure_that_may_pass(
     sandbox: Sandbox, time: SteppedTime, way: str, kind: type[Exception], cache: CachePolicy | None
 ) -> None:
-    """What fails for a while is asked again after backoff, nothing is sent before, and the last error says what."""
+    """A transient failure is retried after backoff, with nothing sent before, and the last error names it."""
     flaky = Flaky(*[kind() for _ in range(5)])
     client, account = flaky.use(way, sandbox, clock=time.clock, retry=RetryPolicy(max_attempts=3), cache=cache)
     async with client:
@@ -89,7 +89,7 @@ async def test_a_failure_that_may_pass(
             await client.get_audiences(account)
         assert (caught.value.stop_reason, caught.value.account, flaky.asked) == ("attempts", "north", 3)
         assert type(caught.value.__cause__) is kind
-        assert re.search(rf"({way}.acquire|function for the API key).* raised {kind.__name__}", str(caught.value))
+        assert re.search(rf"({way}.acquire|API key function).* raised {kind.__name__}", str(caught.value))
         assert sandbox.requests == []
         assert len(await client.get_audiences(account)) == 2
     assert ([wait for wait in time.slept if wait], len(sandbox.requests)) == ([0.5, 1.0] * 2, 1)
@@ -99,7 +99,7 @@ async def test_a_failure_that_may_pass(
     ("way", "given"), [*itertools.product(WAYS, MISTAKES), *itertools.product(WAYS[2:], WRONG_KEYS)]
 )
 async def test_a_mistake(sandbox: Sandbox, way: str, given: Any) -> None:
-    """A mistake in a limiter or key function, or what cannot be a key, is a ConfigurationError, and final."""
+    """A programming error in a limiter or key function, or an invalid key, is a ConfigurationError, and final."""
     flaky = Flaky(given, given)
     client, account = flaky.use(way, sandbox, retry=ONCE_MORE)
     async with client:
@@ -113,7 +113,7 @@ async def test_a_mistake(sandbox: Sandbox, way: str, given: Any) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_one_failure_concerns_one_call(sandbox: Sandbox, way: str) -> None:
-    """Of five calls that wait in one lane, alone or in a job, one meets the failure; all are answered."""
+    """Of five calls that wait in one lane, alone or in a job, one gets the failure; all are answered."""
     flaky = Flaky(VaultDown())
     client, account = flaky.use(way, sandbox, retry=ONCE_MORE)
     async with client:
@@ -127,7 +127,7 @@ async def test_one_failure_concerns_one_call(sandbox: Sandbox, way: str) -> None
 
 @pytest.mark.parametrize("cache", [None, CachePolicy(10.0)])
 async def test_a_fresh_key_that_comes_late(sandbox: Sandbox, cache: CachePolicy | None) -> None:
-    """A function that fails when a 401 asks it for a fresh key is asked again."""
+    """A function that fails when a 401 asks it for a fresh key is called again."""
     flaky = Flaky("old", VaultDown())
     client, account = flaky.use("key", sandbox, retry=RetryPolicy(max_attempts=3, base_delay=0), cache=cache)
     async with client:
@@ -139,16 +139,16 @@ ODD_NAMES = ['"', "'", "\\", "\0", "\n", "\r\n", "\0extra", "audiences_async:ext
 
 
 def test_odd_fields_are_kept() -> None:
-    """A field of the service is in `extra` under its own name, whatever characters that has."""
+    """A field of the service is in `extra` under its own name, whatever its characters."""
     odd = {name: number for number, name in enumerate(ODD_NAMES)}
     body = json.dumps({"status": "200", "data": [{**row, **odd} for row in EXAMPLE_AUDIENCES]}).encode()
     assert [audience.extra for audience in decode(body)] == [odd, odd]  # type: ignore[union-attr]
 
 
 def test_generated_code_has_no_control_characters() -> None:
-    """The code that cattrs generates compiles with any version of cattrs: nothing in it needs an escape."""
+    """The code that cattrs generates compiles with any version of cattrs: nothing in it needs escaping."""
     with pytest.raises(InvalidResponseError):
-        decode(b'{"status": "200", "data": [{"type": "Static"}]}')  # the second look has hooks of its own
+        decode(b'{"status": "200", "data": [{"type": "Static"}]}')  # the detailed pass has its own hooks
     generated = [name for name in linecache.cache if "cattrs" in name and "audiences_async" in name]
     sources = ["".join(linecache.getlines(name)) for name in generated]
     assert len(sources) >= 2
@@ -158,7 +158,7 @@ def test_generated_code_has_no_control_characters() -> None:
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
-    """A folder with README's programs, twice: to be checked in basic mode and in strict mode."""
+    """Return a folder with README's programs, twice: to be checked in basic mode and in strict mode."""
     texts = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     for mode, (number, text) in itertools.product(("basic", "strict"), enumerate(texts)):
         (tmp_path / mode).mkdir(exist_ok=True)
@@ -199,7 +199,7 @@ async def stream(client: AudiencesClient) -> None:
 
 
 def drive(program: Coroutine[Any, Any, object]) -> None:
-    """Begin a program as trio does: no event loop of asyncio runs."""
+    """Run a coroutine as trio does: without a running asyncio event loop."""
     try:
         program.send(None)
     except StopIteration:
@@ -210,14 +210,14 @@ def drive(program: Coroutine[Any, Any, object]) -> None:
 
 @pytest.mark.parametrize("program", [enter, ask, stream])
 def test_without_asyncio(program: Callable[[AudiencesClient], Coroutine[Any, Any, None]]) -> None:
-    """Under another event loop than asyncio's, every use is a ConfigurationError that says so."""
+    """On another event loop than asyncio's, every use is a ConfigurationError with that reason."""
     for cache in (None, CachePolicy(10.0)):
         with pytest.raises(ConfigurationError, match="asyncio"):
             drive(program(AudiencesClient("key", cache=cache)))
 
 
 def test_closing_without_asyncio() -> None:
-    """A client that asyncio has used cannot be closed elsewhere; one that was never used has nothing to close."""
+    """A client that asyncio has used cannot be closed elsewhere; an unused one has nothing to close."""
     client = AudiencesClient("key")
     with asyncio.Runner() as runner:
         runner.run(client.__aenter__())
@@ -228,7 +228,7 @@ def test_closing_without_asyncio() -> None:
 
 
 def test_histograms_tell_times_apart() -> None:
-    """Without a view of the user's, times of 5 ms, 50 ms, 0.5 s, 2 s and 20 s fall into buckets of their own."""
+    """Without a view of the user's, times of 5 ms, 50 ms, 0.5 s, 2 s and 20 s fall into separate buckets."""
     reader = InMemoryMetricReader()
     meters = MeterProvider([reader])
     hook = OpenTelemetry(meter_provider=meters)
@@ -247,7 +247,7 @@ def test_histograms_tell_times_apart() -> None:
 
 
 def printed(code: str, **environment: str) -> str:
-    """What a Python prints that runs the code and nothing else of ours."""
+    """Return the output of a Python that runs only this code."""
     command = [sys.executable, "-W", "error", "-c", code]
     paths = {"PYTHONPATH": str(Path(audiences_async.__file__).parent.parent)}
     changed = {**os.environ, **paths, **environment}
@@ -260,7 +260,7 @@ HEAVY = ("aiohttp", "cattrs", "tenacity", "msgspec", "audiences_async.client", "
 
 
 def test_the_pytest_plugin_imports_little(tmp_path: Path) -> None:
-    """A test run that uses none of the fixtures imports nothing of what they need."""
+    """A test run that uses none of the fixtures imports none of their dependencies."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     plugin = project["entry-points"]["pytest11"]["audiences_async"]
     (tmp_path / "test_empty.py").write_text("def test_empty():\n    pass\n")
@@ -271,7 +271,7 @@ def test_the_pytest_plugin_imports_little(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", ["import audiences_async", "import audiences_async as a; dir(a); hasattr(a, 'no')"])
 def test_an_import_brings_little(code: str) -> None:
-    """The package alone imports neither aiohttp nor cattrs; its names come on first use."""
+    """Importing the package alone loads neither aiohttp nor cattrs; its names load on first use."""
     assert printed(f"{code}; import sys; print([n for n in {HEAVY} if n in sys.modules])") == "[]"
 
 
@@ -289,7 +289,7 @@ def test_an_import_brings_little(code: str) -> None:
     ],
 )
 def test_names_come_on_first_use(code: str) -> None:
-    """The public names and modules are there in whichever way a program asks for them first."""
+    """The public names and modules are available in any order of first use."""
     assert printed(code) == "True"
 
 
@@ -314,7 +314,7 @@ DIGITS = "1" * 5_000
     ],
 )  # fmt: skip
 def test_odd_values_in_accounts_files(tmp_path: Path, name: str, text: str, place: str) -> None:
-    """A value that Python itself cannot take is a ConfigurationError with its place, as any other."""
+    """A value that Python itself cannot hold is a ConfigurationError with its place, like any other."""
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ConfigurationError) as caught:
         AccountFile(tmp_path / name)
@@ -323,7 +323,7 @@ def test_odd_values_in_accounts_files(tmp_path: Path, name: str, text: str, plac
 
 @pytest.mark.parametrize("suffix", [".csv", ".ndjson", ".jsonl", ".toml"])
 def test_odd_paths_of_accounts_files(tmp_path: Path, suffix: str) -> None:
-    """A path that cannot be a file's is a ConfigurationError that shows it on one line."""
+    """An invalid path is a ConfigurationError that shows it on one line."""
     (tmp_path / f"folder{suffix}").mkdir()
     (tmp_path / f"loop{suffix}").symlink_to(tmp_path / f"loop{suffix}")
     for name in ("folder", "loop", "a\0b", "\ud800", "x" * 5_000, "none/none"):
@@ -346,7 +346,7 @@ FRAGMENTS = [
 
 @pytest.mark.parametrize("suffix", FILES)
 def test_mangled_accounts_files(tmp_path: Path, chance: random.Random, suffix: str) -> None:
-    """Whatever is in an accounts file, it is read, or is a ConfigurationError."""
+    """Any content of an accounts file is read, or is a ConfigurationError."""
     file = tmp_path / f"a{suffix}"
     read = 0
     for _ in range(300):
@@ -364,7 +364,7 @@ def test_mangled_accounts_files(tmp_path: Path, chance: random.Random, suffix: s
 
 
 def reply(created: str, **more: Any) -> bytes:
-    """A 200 with one audience of that time."""
+    """Return a 200 with one audience of that time."""
     row = {**EXAMPLE_AUDIENCES[1], "created_time": created, **more}
     return json.dumps({"status": "200", "response_time": created, "data": [row]}).encode()
 
@@ -380,7 +380,7 @@ def reply(created: str, **more: Any) -> bytes:
     ],
 )  # fmt: skip
 def test_a_time_that_is_none(time: str, more: dict[str, Any]) -> None:
-    """What is no date and time is a problem, plain record or not, and no `response_time`, on every Python."""
+    """An invalid date and time is a problem, plain record or not, and no `response_time`, on every Python."""
     with pytest.raises(InvalidResponseError) as caught:
         decode(reply(time, **more))
     assert [problem.partition(":")[0] for problem in caught.value.problems] == ["$.data[0].created_time"]
@@ -396,7 +396,7 @@ def test_a_time_that_is_none(time: str, more: dict[str, Any]) -> None:
     ],
 )
 def test_loopback_addresses(hosts: str, problem: str | None) -> None:
-    """Plain HTTP may go to a loopback address in whichever notation, and to no other, on every Python."""
+    """Plain HTTP may go to a loopback address in any notation, and to no other, on every Python."""
     for host in hosts.split():
         with pytest.raises(ConfigurationError, match=problem) if problem else nullcontext():
             AudiencesClient("key", base_url=f"http://{host}:8080/")
@@ -407,7 +407,7 @@ PHRASES = {413: "Content Too Large", 414: "URI Too Long", 416: "Range Not Satisf
 
 @pytest.mark.parametrize(("status", "phrase"), PHRASES.items())
 async def test_reason_phrases(sandbox: Sandbox, north: Account, status: int, phrase: str) -> None:
-    """A message has the names of RFC 9110 on every Python, and so has the sandbox's reply."""
+    """Messages, and the sandbox's responses, have RFC 9110's reason phrases on every Python."""
     sandbox.script("north", Answer(status, b""), Answer(status))
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         for described in ("", f": {phrase}"):
@@ -418,7 +418,7 @@ async def test_reason_phrases(sandbox: Sandbox, north: Account, status: int, phr
 
 @pytest.mark.parametrize("begin", ["[", '{"a": '])
 async def test_a_deep_value(sandbox: Sandbox, north: Account, begin: str) -> None:
-    """150 levels in an undocumented field are kept, 1,000 are a problem, and those of a refusal change nothing."""
+    """150 levels in an undocumented field are kept, 1,000 are a problem, and those of an error body change nothing."""
 
     def body(depth: int, kind: str) -> str:
         value = begin * depth + "1" + ("]" if begin == "[" else "}") * depth

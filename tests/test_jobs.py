@@ -26,19 +26,19 @@ from audiences_async.sandbox import Answer, Sandbox, many_audiences
 
 @pytest.fixture
 async def client(sandbox: Sandbox, at_once: RetryPolicy) -> AsyncIterator[AudiencesClient]:
-    """A client of the sandbox that never waits between attempts."""
+    """Yield a client of the sandbox that never waits between attempts."""
     async with AudiencesClient(base_url=sandbox.base_url, retry=at_once, budget=None) as client:
         yield client
 
 
 def opened(sandbox: Sandbox, count: int, **settings: Any) -> list[Account]:
-    """So many accounts whose audiences carry their names."""
+    """Open *count* accounts whose audiences carry their names."""
     names = [f"a{number}" for number in range(count)]
     return [sandbox.add_account(name, audiences=many_audiences(name, 3), **settings) for name in names]
 
 
 def others() -> set["asyncio.Task[Any]"]:
-    """Tasks that are not the test's own."""
+    """Return all tasks but the test's own."""
     return {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
 
 
@@ -48,7 +48,7 @@ async def numbers(count: int) -> AsyncIterator[int]:
 
 
 async def test_every_account_has_its_own_outcome(sandbox: Sandbox, client: AudiencesClient) -> None:
-    """With a tenth of the answers wrong, 300 accounts give 300 outcomes, and none gets another's audiences."""
+    """With a tenth of the answers wrong, 300 accounts have 300 outcomes, and none gets another's audiences."""
     accounts = opened(sandbox, 300, fault_rate=0.1)
     async with client.stream(accounts, concurrency=20) as outcomes:
         fetched = [outcome async for outcome in outcomes]
@@ -61,7 +61,7 @@ async def test_every_account_has_its_own_outcome(sandbox: Sandbox, client: Audie
 
 
 async def test_a_failed_account_is_an_outcome(sandbox: Sandbox, client: AudiencesClient) -> None:
-    """The error stands in the account's place, without the frames that it was raised in, and pickles."""
+    """The error is the account's outcome, without the frames that it was raised in, and pickles."""
     north = sandbox.add_account("north")
     stranger = Account("stranger", "wrong")
     failed, fetched = await client.fetch_all([stranger, north])
@@ -75,7 +75,7 @@ async def test_a_failed_account_is_an_outcome(sandbox: Sandbox, client: Audience
 
 
 async def test_fetch_all_keeps_the_order(sandbox: Sandbox, client: AudiencesClient) -> None:
-    """Outcomes come in the order given, also of an async iterable, when the first is slow and one comes twice."""
+    """Outcomes are in the order given, also of an async iterable, if the first is slow and one occurs twice."""
     first, second = opened(sandbox, 2)
     sandbox.script(first.name, Answer(delay=0.1))
 
@@ -110,7 +110,7 @@ async def test_accounts_are_read_as_there_is_room(sandbox: Sandbox, client: Audi
 
 
 async def test_no_more_tasks_than_accounts() -> None:
-    """Never more at once than the concurrency, and a job of three starts no hundred tasks."""
+    """Tasks never exceed the concurrency, and a job of three does not start a hundred."""
     running = most = tasks = 0
 
     async def work(number: int, _place: jobs.Place) -> int:
@@ -136,7 +136,7 @@ def numbers_of(count: int) -> Any:
 
 @pytest.mark.parametrize("way", ["break", "exception", "cancel"])
 async def test_leaving_early_ends_every_task(sandbox: Sandbox, client: AudiencesClient, way: str) -> None:
-    """However the block is left, no task stays and no further request goes out."""
+    """However the block is left, no task stays and no further request is sent."""
     accounts = opened(sandbox, 20)
     for account in accounts[1:]:
         sandbox.script(account.name, Answer(delay=30.0))
@@ -166,7 +166,7 @@ async def test_leaving_early_ends_every_task(sandbox: Sandbox, client: Audiences
 async def test_a_source_that_raises_ends_the_job_after_what_was_begun(
     sandbox: Sandbox, client: AudiencesClient
 ) -> None:
-    """What was read before is delivered, then the source's own error comes; whoever asks again is told, too."""
+    """Items read before are delivered, then the source's own error is raised; a later consumer gets an error too."""
     accounts = opened(sandbox, 4)
 
     def source() -> Iterator[Account]:
@@ -188,7 +188,7 @@ async def test_a_source_that_raises_ends_the_job_after_what_was_begun(
 
 
 async def test_fetch_all_sends_nothing_where_the_source_fails(sandbox: Sandbox, client: AudiencesClient) -> None:
-    """Something that is no account is refused by its place, before the first request."""
+    """An item that is not an account is refused with its index, before the first request."""
     accounts: list[Any] = [*opened(sandbox, 2), "a2"]
     with pytest.raises(ConfigurationError, match=r"accounts\[2\] must be Account, got str"):
         await client.fetch_all(accounts)
@@ -206,7 +206,7 @@ async def test_fetch_all_sends_nothing_where_the_source_fails(sandbox: Sandbox, 
 async def test_bad_arguments_are_refused(
     client: AudiencesClient, accounts: Any, settings: dict[str, Any], message: str
 ) -> None:
-    """Arguments that cannot be used are refused when the job is made."""
+    """Invalid arguments are refused when the job is created."""
     with pytest.raises(ConfigurationError, match=message):
         client.stream(accounts, **settings)
     with pytest.raises(ConfigurationError, match=message):
@@ -214,7 +214,7 @@ async def test_bad_arguments_are_refused(
 
 
 async def test_the_timeout_is_each_accounts_own(sandbox: Sandbox, client: AudiencesClient) -> None:
-    """One account that is out of time does not shorten the others'."""
+    """One account that times out does not shorten the others' time."""
     slow, quick = opened(sandbox, 2)
     sandbox.script(slow.name, Answer(delay=30.0))
     late, answered = await client.fetch_all([slow, quick], timeout=0.3, concurrency=1)
@@ -238,7 +238,7 @@ async def test_a_client_closed_meanwhile_loses_no_account(sandbox: Sandbox, clie
 
 
 async def test_several_consumers_share_the_results() -> None:
-    """Two tasks that iterate get every result once between them, and both come to the end."""
+    """Two tasks that iterate share the results, each exactly once, and both reach the end."""
 
     async def work(number: int, _place: jobs.Place) -> int:
         await asyncio.sleep(0)
@@ -254,7 +254,7 @@ async def test_several_consumers_share_the_results() -> None:
 
 
 async def test_whoever_still_iterates_when_the_stream_is_left_is_told() -> None:
-    """An incomplete stream never looks like one that has come to its end."""
+    """An incomplete stream never looks like one that has reached its end."""
 
     async def work(number: int, _place: jobs.Place) -> int:
         await asyncio.Event().wait()
@@ -263,7 +263,7 @@ async def test_whoever_still_iterates_when_the_stream_is_left_is_told() -> None:
     async with jobs.stream(numbers_of(2), work, 1) as results:
         consumer = asyncio.ensure_future(anext(results))
         await asyncio.sleep(0)
-    with pytest.raises(ClientClosedError, match="left before its end"):
+    with pytest.raises(ClientClosedError, match="closed before its end"):
         await consumer
 
 
@@ -283,7 +283,7 @@ async def test_a_cancelled_worker_is_not_passed_over() -> None:
 
 
 async def test_a_worker_that_loses_its_cancellation_stops_all_the_same() -> None:
-    """Where a source or a worker keeps the cancellation to itself, as 3.11's wait_for can, nothing else begins."""
+    """If a source or a worker swallows the cancellation, as 3.11's wait_for can, no further item begins."""
     begun: list[int] = []
 
     async def work(number: int, _place: jobs.Place) -> int:
@@ -308,7 +308,7 @@ async def test_a_worker_that_loses_its_cancellation_stops_all_the_same() -> None
 
 
 async def test_eager_tasks_keep_the_bounds() -> None:
-    """Where tasks start eagerly, no more of them run than allowed, and the job ends."""
+    """If tasks start eagerly, no more of them run than allowed, and the job ends."""
     asyncio.get_running_loop().set_task_factory(eager_task_factory())
     under_way: list[int] = []
 
@@ -325,7 +325,7 @@ async def test_eager_tasks_keep_the_bounds() -> None:
 
 @pytest.mark.parametrize("way", ["left", "source"])
 async def test_every_consumer_is_told_that_the_results_are_not_whole(way: str) -> None:
-    """Of several tasks that iterate, one gets the reason, and none takes the end for the end of the job."""
+    """Of several tasks that iterate, one gets the reason, and none takes it for the end of the job."""
 
     async def work(number: int, _place: jobs.Place) -> int:
         if way == "left":
@@ -354,7 +354,7 @@ async def test_every_consumer_is_told_that_the_results_are_not_whole(way: str) -
 async def test_a_token_task_that_somebody_cancelled_is_an_accounts_failure(
     sandbox: Sandbox, client: AudiencesClient
 ) -> None:
-    """A cancellation that comes out of a key function, and that nobody meant for the call, does not end the job."""
+    """A cancellation raised by a key function, but not aimed at the call, does not end the job."""
     token = asyncio.get_running_loop().create_future()
     token.cancel()
 
@@ -365,5 +365,5 @@ async def test_a_token_task_that_somebody_cancelled_is_an_accounts_failure(
     failed, fetched = await client.fetch_all([Account("bad", provider), north])
     assert isinstance(failed, Failed)
     assert type(failed.error) is TransportError
-    assert str(failed.error).startswith("account 'bad': the function for the API key raised CancelledError; gave up")
+    assert str(failed.error).startswith("account 'bad': the API key function raised CancelledError; gave up")
     assert fetched.ok

@@ -1,4 +1,4 @@
-"""Limiters of the caller's, kept in memory or in Redis, and the learned pace against a real nginx."""
+"""A caller's limiters, kept in memory or in Redis, and the learned pace against a real nginx."""
 
 import asyncio
 from pathlib import Path
@@ -22,7 +22,7 @@ from audiences_async.sandbox import Answer, Sandbox
 
 
 class LeakyBucketLimiter:
-    """As aiolimiter's, one for each account: so many in a period, then one at a time."""
+    """A limiter like aiolimiter's, one per account: a burst in each period, then one at a time."""
 
     def __init__(self, limit: int, period: float) -> None:
         self._limit = limit
@@ -39,7 +39,7 @@ class LeakyBucketLimiter:
 
 
 async def test_a_limiter_is_asked_before_every_attempt(sandbox: Sandbox, north: Account, at_once: RetryPolicy) -> None:
-    """A limiter of the caller's is asked with the account's name, for retries too."""
+    """A caller's limiter is called with the account's name, for retries too."""
     south = sandbox.add_account("south")
     sandbox.script("north", Answer(500), Answer(429))
     limiter = LeakyBucketLimiter(100, 1.0)
@@ -55,7 +55,7 @@ async def test_a_limiter_is_asked_before_every_attempt(sandbox: Sandbox, north: 
 async def test_a_limiter_that_fails_is_an_error_of_the_call(
     sandbox: Sandbox, north: Account, at_once: RetryPolicy, kind: type[BaseException]
 ) -> None:
-    """A limiter that keeps failing for a reason that may pass ends the call, and nothing is sent."""
+    """A limiter that keeps failing for a transient reason ends the call, and nothing is sent."""
 
     class Broken:
         async def acquire(self, account_name: str) -> None:
@@ -78,7 +78,7 @@ def test_what_is_no_limiter_is_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed")
 async def test_a_limit_shared_by_clients_through_redis(sandbox: Sandbox, north: Account, tmp_path: Path) -> None:
-    """Two clients, as in two processes, keep one account's rate together, and no key reaches Redis."""
+    """Two clients, as in two processes, share one account's rate, and no key reaches Redis."""
     with redis_server(tmp_path) as url:
         async with connect(url, 10) as store:
             settings = {"base_url": sandbox.base_url, "rate_limit": RedisLimiter(store, RateLimit(50))}
@@ -92,11 +92,11 @@ async def test_a_limit_shared_by_clients_through_redis(sandbox: Sandbox, north: 
 @pytest.mark.slow
 @pytest.mark.skipif(missing("nginx"), reason="nginx is not installed")
 async def test_a_real_limit_is_learned_with_few_requests_to_spare(tmp_path: Path) -> None:
-    """Against nginx's limit_req, 60 calls at once are all answered with at most 1.25 requests each."""
+    """Against nginx's limit_req, 60 concurrent calls are all answered with at most 1.25 requests each."""
     with nginx(tmp_path, EMPTY_ANSWER, rate=20, burst=5) as server:
         async with AudiencesClient("one", base_url=server.base_url) as client:
             answers = await asyncio.gather(*(client.get_audiences() for _ in range(60)))
-    # nginx writes its log after its answers: it is whole when nginx has ended.
+    # nginx writes its log after its answers: it is complete once nginx has ended.
     assert len(answers) == 60
     assert server.statuses("one").count(200) == 60
     assert len(server.statuses("one")) <= 75

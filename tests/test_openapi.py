@@ -1,4 +1,4 @@
-"""The sandbox against the service's documentation: schemathesis asks it over real sockets."""
+"""The sandbox against the service's documentation: schemathesis sends it requests over real sockets."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, TypeAlias
@@ -25,7 +25,7 @@ from audiences_async.structuring import decode
 
 AnyCase: TypeAlias = Case[Any]
 
-# Without the checks that no error answer can pass: "not a server error" and "accepts valid data".
+# Without the checks that no error response can pass: "not a server error" and "accepts valid data".
 CONFORMANCE: Final[list[CheckFunction]] = [
     status_code_conformance,
     content_type_conformance,
@@ -50,13 +50,13 @@ reproducible = settings(
 
 
 def bearer(account: Account) -> dict[str, str]:
-    """The header that opens the account."""
+    """Return the header that opens the account."""
     assert isinstance(account.api_key, str)
     return {"Authorization": f"Bearer {account.api_key}"}
 
 
 def get(sandbox: Sandbox, headers: dict[str, str], checks: list[CheckFunction] | None = None) -> Response:
-    """One plain ``GET /audiences``, checked; ``None`` means all default checks."""
+    """Send one plain ``GET /audiences`` and check it; ``None`` means all default checks."""
     case: AnyCase = contract["/audiences"]["GET"].Case()
     return case.call_and_validate(sandbox.base_url, headers=headers, checks=checks)
 
@@ -64,7 +64,7 @@ def get(sandbox: Sandbox, headers: dict[str, str], checks: list[CheckFunction] |
 def failures(
     sandbox: Sandbox, account: Account, answer: Answer, checks: list[CheckFunction] | None = None
 ) -> set[type[Failure]]:
-    """What the checks find wrong with this answer."""
+    """Return the failures of the checks on this answer."""
     sandbox.script("north", answer)
     with pytest.raises(FailureGroup) as caught:
         get(sandbox, headers=bearer(account), checks=checks)
@@ -73,33 +73,33 @@ def failures(
 
 
 def usual(response: Response, status: int) -> int:
-    """What the sandbox answers when the key earns this status; some cases leave the key out."""
+    """Return the sandbox's answer with this status; some cases leave the key out."""
     if response.request.method != "GET":
         return 405
     return status if "Authorization" in response.request.headers else 401
 
 
 def without(record: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The record without one field."""
+    """Return the record without one field."""
     return {key: value for key, value in record.items() if key != name}
 
 
 @pytest.fixture
 def sandbox() -> Iterator[Sandbox]:
-    """A running sandbox."""
+    """Yield a running sandbox."""
     with Sandbox() as running:
         yield running
 
 
 @pytest.fixture
 def account(sandbox: Sandbox) -> Account:
-    """An account of the sandbox, with the audiences of the service's page."""
+    """Open an account with the audiences of the service's page."""
     return sandbox.add_account("north")
 
 
 @pytest.fixture
 def asked(sandbox: Sandbox) -> Iterator[None]:
-    """Fails a test in which schemathesis did not use the key for the audiences and for every other method."""
+    """Fail a test in which schemathesis did not use the key for the audiences and for every other method."""
     yield
     assert {"GET", *OTHER_METHODS} <= {request.method for request in sandbox.seen("north")}
 
@@ -108,13 +108,13 @@ def asked(sandbox: Sandbox) -> Iterator[None]:
 @pytest.mark.usefixtures("asked")
 @reproducible
 def test_every_check_of_schemathesis_passes(case: AnyCase, sandbox: Sandbox, account: Account) -> None:
-    """Each case passes all default checks; after a 200, one asks again without a key and with a wrong one."""
+    """Each case passes all default checks; after a 200, one repeats it without a key and with a wrong one."""
     before = len(sandbox.requests)
     response = case.call_and_validate(sandbox.base_url, headers=bearer(account))
     first, *again = [(seen.method, seen.account, seen.answer) for seen in sandbox.requests[before:]]
     assert first[2] == response.status_code == usual(response, 200)
     assert set(again) <= {("GET", None, 401)}
-    # Cases with a malformed content type skip the check that asks again.
+    # Cases with a malformed content type skip the check that repeats the request.
     if response.status_code == 200 and "Content-Type" not in response.request.headers:
         assert len(again) >= 2
 
@@ -122,7 +122,7 @@ def test_every_check_of_schemathesis_passes(case: AnyCase, sandbox: Sandbox, acc
 @contract.parametrize()
 @reproducible
 def test_made_up_keys_are_refused(case: AnyCase, sandbox: Sandbox, account: Account) -> None:
-    """Each case without the account's key passes all default checks too, and never sees its audiences."""
+    """Each case without the account's key passes all default checks too, and never gets its audiences."""
     response = case.call_and_validate(sandbox.base_url)
     assert response.status_code == (401 if case.method == "GET" else 405)
     assert sandbox.seen(account.name) == []
@@ -136,7 +136,7 @@ def test_made_up_keys_are_refused(case: AnyCase, sandbox: Sandbox, account: Acco
 @pytest.mark.usefixtures("asked")
 @reproducible
 def test_errors_conform(case: AnyCase, status: int, sandbox: Sandbox, account: Account) -> None:
-    """Each case that is told an error gets the body documented for its status, in the page's own words."""
+    """Each error response has the body documented for its status, with the page's own text."""
     sandbox.script("north", Answer(status))
     response = case.call_and_validate(sandbox.base_url, headers=bearer(account), checks=CONFORMANCE)
     assert response.status_code == usual(response, status)
@@ -193,7 +193,7 @@ def test_what_the_document_allows_the_client_reads(data: list[Any], sandbox: San
     ],
 )
 def test_a_wrong_record_is_refused(record: Any, sandbox: Sandbox, account: Account) -> None:
-    """One record that breaks the schema, after a good one, fails the check."""
+    """One record that breaks the schema, after a valid one, fails the check."""
     wrong = Answer(200, {**EXAMPLES[200], "data": [DYNAMIC, record]})
     assert JsonSchemaError in failures(sandbox, account, wrong)
 
@@ -263,7 +263,7 @@ def test_the_document_is_openapi() -> None:
 
 @pytest.mark.parametrize("part", ["info", "paths"])
 def test_a_broken_document_is_not_openapi(part: str) -> None:
-    """The validation that the document passes refuses one without a part that OpenAPI requires."""
+    """The same validation refuses a document without a part that OpenAPI requires."""
     broken = schemathesis.openapi.from_dict(without(openapi(), part))
     with pytest.raises(jsonschema_rs.ValidationError, match=part):
         broken.validate()

@@ -1,4 +1,4 @@
-"""What is promised: names, signature, types, version, and what an import brings along."""
+"""The public interface: names, signature, types, version, and the modules that an import loads."""
 
 import importlib.metadata
 import inspect
@@ -68,7 +68,7 @@ def test_an_import_brings_nothing_optional(optional: str) -> None:
 
 
 def test_imports_go_one_way() -> None:
-    """Only what sends and the sandbox import aiohttp at run time; nothing below the root imports the root."""
+    """Only the sending modules and the sandbox import aiohttp at run time; nothing below the root imports the root."""
     for file in ROOT.glob("*.py"):
         source = file.read_text()
         if file.name not in {"transport.py", "direct.py", "resolver.py", "client.py"}:

@@ -52,7 +52,7 @@ def test_the_first_program_runs_as_printed(sandbox: Sandbox, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_the_job_over_a_file_runs_as_printed(sandbox: Sandbox, tmp_path: Path) -> None:
-    """The shell commands fetch two accounts of a file, whose keys stand in it and in the environment."""
+    """The shell commands fetch two accounts of a file, with keys in it and in the environment."""
     (commands,) = re.findall(r"```sh\n(cat > accounts.*?)```", README, re.DOTALL)
     for name in ("north", "south"):
         sandbox.add_account(name, api_key=f"key-of-{name}")
@@ -73,7 +73,7 @@ def test_the_job_over_a_file_runs_as_printed(sandbox: Sandbox, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_the_program_for_many_accounts_runs_as_printed(tmp_path: Path) -> None:
-    """The program tells two answers and one error, in whichever order they come."""
+    """The program prints two answers and one error, in any order."""
     done = run(program("Many accounts, one client"), tmp_path)
     south, east, north = sorted(done.stdout.splitlines())
     assert (north, east, done.stderr) == ("north 2", "east 2", "")
@@ -82,7 +82,7 @@ def test_the_program_for_many_accounts_runs_as_printed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def two_accounts(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the programs for a worker find in the environment."""
+    """Set the environment of the programs for a worker."""
     monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
     for name in ("north", "south"):
         monkeypatch.setenv(f"{name.upper()}_KEY", str(sandbox.add_account(name).api_key))
@@ -112,7 +112,7 @@ def test_a_client_in_a_taskiq_worker_runs_as_printed(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed")
 def test_several_machines_as_printed(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The first command is a worker, the second one has it fetch every account of the file."""
+    """The first command starts a worker, the second one has it fetch every account of the file."""
     (commands,) = re.findall(r"```sh\n(audiences worker.*?)```", README, re.DOTALL)
     account = sandbox.add_account("north")
     (tmp_path / "accounts.csv").write_text(f"name,api_key\nnorth,{account.api_key}\n")
@@ -130,7 +130,7 @@ def test_several_machines_as_printed(sandbox: Sandbox, monkeypatch: pytest.Monke
 
 @pytest.mark.slow
 def test_the_program_of_rate_limits_runs_as_printed(tmp_path: Path) -> None:
-    """The program learns a rate with few requests to spare."""
+    """The program learns a rate with few extra requests."""
     done = run(program("Rate limits"), tmp_path)
     requests, snapshot = done.stdout.splitlines()
     assert done.stderr == ""
@@ -157,7 +157,7 @@ def test_the_tests_run_as_printed(pytester: pytest.Pytester, plugins: tuple[str,
 
 
 def test_every_program_is_run() -> None:
-    """No program in README is left out above."""
+    """Every program in README is tested above."""
     assert len(PROGRAM.findall(README)) == 8 + 4  # those of web apps in test_web.py
 
 
@@ -181,15 +181,15 @@ def test_the_defaults_are_true() -> None:
 
 
 def test_the_table_of_replies_names_real_errors() -> None:
-    """Each error that README names exists, and none that a reply can come to is left out."""
-    named = set(re.findall(r"`(\w+Error)`", section("What each reply comes to")))
+    """Each error that README names exists, and none that a response can raise is missing."""
+    named = set(re.findall(r"`(\w+Error)`", section("How responses are handled")))
     assert all(issubclass(getattr(audiences_async, name), AudiencesError) for name in named)
     every = {name for name in audiences_async.__all__ if name.endswith("Error")}
     assert every - named == {"ConfigurationError", "ClientClosedError", "TransportError"}
 
 
 def test_what_can_go_wrong_is_the_whole_tree() -> None:
-    """README has each error once, in the order of the tree, with the advice that the error itself gives."""
+    """README has each error once, in the order of the tree, with the error's own hint."""
     shown = section("What can go wrong, and what you get")
     rows = re.findall(r"^\| `(\w+)` \| .+ \| (.+) \|$", shown, re.MULTILINE)
     public = [name for name in audiences_async.__all__ if name.endswith("Error") and name != "AudiencesError"]
@@ -201,7 +201,7 @@ def test_what_can_go_wrong_is_the_whole_tree() -> None:
 
 @pytest.mark.slow
 def test_the_program_of_the_cache_runs_as_printed(tmp_path: Path) -> None:
-    """500 calls at once make one request."""
+    """500 concurrent calls make one request."""
     done = run(program("A cache"), tmp_path)
     assert (done.stdout, done.stderr) == ("1 request for 500 answers\n", "")
 
@@ -210,7 +210,7 @@ def test_the_program_of_the_cache_runs_as_printed(tmp_path: Path) -> None:
 def test_the_program_of_telemetry_runs_as_printed(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The instrumented program gives the answer."""
+    """The instrumented program prints the answer."""
     monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
     monkeypatch.setenv("AUDIENCES_API_KEY", str(sandbox.add_account().api_key))
     done = run(program("Events, logs and telemetry"), tmp_path)
@@ -218,7 +218,7 @@ def test_the_program_of_telemetry_runs_as_printed(
 
 
 def test_every_event_is_named() -> None:
-    """README names the events that there are."""
+    """README names every event."""
     named = re.findall(r"`(\w+)`", section("Events, logs and telemetry").split("\n\n")[0])
     every = {kind.__name__ for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, Event)}
     assert every - {"Event"} <= set(named)

@@ -1,4 +1,4 @@
-"""Look-ups of host names."""
+"""Host name look-ups."""
 
 from audiences_async.resolver import SharedResolver
 

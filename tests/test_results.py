@@ -1,4 +1,4 @@
-"""Outcomes on disk: whole lines, one for each account, that a job can go on from."""
+"""Outcome files: whole lines, one per account, from which a job can resume."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ SOUTH = Failed(Account("south", "key"), 1.25, ERROR)
 
 
 def test_a_line_for_each_kind_of_outcome() -> None:
-    """An account with its audiences as the service sent them, or with its error, on one line."""
+    """An outcome is one line: the account with its audiences as sent, or with its error."""
     fetched, failed = json.loads(line(NORTH)), json.loads(line(SOUTH))
     assert fetched == {
         "account": "north",
@@ -40,7 +40,7 @@ def test_a_line_for_each_kind_of_outcome() -> None:
 
 
 def test_going_on_keeps_what_was_fetched(tmp_path: Path) -> None:
-    """Failed accounts, a torn last line and an account that stands twice are taken out; the rest stays as it is."""
+    """Failed accounts, an incomplete last line and duplicates are removed; the rest stays unchanged."""
     path = tmp_path / "out"
     torn = line(NORTH)[:-1]
     path.write_bytes(line(SOUTH) + line(NORTH) + line(NORTH) + torn)
@@ -54,7 +54,7 @@ def test_going_on_keeps_what_was_fetched(tmp_path: Path) -> None:
 
 @given(cut=st.integers(min_value=0, max_value=2000))
 def test_wherever_a_crash_cuts_the_file(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
-    """Going on from any beginning of a file keeps its whole lines, and nothing else."""
+    """Resuming from any prefix of a file keeps its whole lines, and nothing else."""
     path = tmp_path_factory.getbasetemp() / "cut"
     second = Fetched(Account("east", "key"), 0.25, RESPONSE)
     whole = line(NORTH) + line(second)
@@ -68,7 +68,7 @@ def test_wherever_a_crash_cuts_the_file(tmp_path_factory: pytest.TempPathFactory
 
 
 def test_a_file_that_is_there_is_not_touched(tmp_path: Path) -> None:
-    """Without resume a file that has something in it is refused; an empty one is not."""
+    """Without resume a file with content is refused; an empty one is not."""
     path = tmp_path / "out"
     path.write_bytes(b"precious")
     with pytest.raises(ConfigurationError, match="already exists"):
@@ -80,7 +80,7 @@ def test_a_file_that_is_there_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
-    """Mending a file behind a symbolic link mends the file."""
+    """Resuming a file behind a symbolic link changes the file."""
     (tmp_path / "real").write_bytes(line(NORTH) + line(NORTH)[:20])
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with OutcomeFile(tmp_path / "link", resume=True):
@@ -90,7 +90,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    """Whoever comes while a file is written is refused, also after it has been mended, until it is closed."""
+    """A second process is refused while a file is written, also after its resumption, until it is closed."""
     path = tmp_path / "out"
     path.write_bytes(line(SOUTH))
     with OutcomeFile(path, resume=True), pytest.raises(ConfigurationError, match="written by another process"):
@@ -100,7 +100,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_pipe_can_be_written_but_not_gone_on_from(tmp_path: Path) -> None:
-    """What is no file takes outcomes; it has none to give back."""
+    """A pipe accepts outcomes, but cannot be resumed."""
     reader, writer = os.pipe()
     path = Path(f"/dev/fd/{writer}")
     with pytest.raises(ConfigurationError, match="is not a regular file"):
@@ -113,7 +113,7 @@ def test_a_pipe_can_be_written_but_not_gone_on_from(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    """A file that cannot be written whole is not written at all, and nothing stays beside it."""
+    """A file that cannot be written completely stays unchanged, with nothing beside it."""
     path = tmp_path / "out"
     write_whole(path, [b"old"])
 
@@ -131,7 +131,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     "text", [b"5\n", b"{}\n", b'{"account": 5, "ok": true}\n', b'{"account": "a", "ok": tru\n', b"\xff\n"]
 )
 def test_what_is_no_outcome_is_refused(tmp_path: Path, text: bytes) -> None:
-    """A line that this package did not write is told by its number, and never taken for a torn one."""
+    """A line that this package did not write is reported with its number, and never treated as incomplete."""
     path = tmp_path / "out"
     path.write_bytes(line(NORTH) + text)
     with pytest.raises(ConfigurationError, match="out, line 2, is not the outcome"):

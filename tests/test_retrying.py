@@ -1,4 +1,4 @@
-"""When to try again, and after how long."""
+"""Which failures are retried, and after which delay."""
 
 import math
 from typing import Any
@@ -23,7 +23,7 @@ from audiences_async.sandbox import SteppedTime
 
 
 def wait(policy: RetryPolicy, number: int, error: AudiencesError, draw: float = 1.0) -> float:
-    """The wait after attempt *number*."""
+    """Return the wait after attempt *number*."""
     state = RetryCallState(Retrying(), fn=None, args=(), kwargs={})
     state.attempt_number = number
     state.outcome = Future.construct(number, error, has_exception=False)
@@ -43,7 +43,7 @@ def test_defaults() -> None:
 
 
 def test_a_policy_is_a_frozen_value() -> None:
-    """A policy cannot change, so tasks and clients share it freely."""
+    """A policy is immutable, so tasks and clients can share it."""
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         RetryPolicy().max_attempts = 9  # type: ignore[misc]
     assert RetryPolicy(statuses=[500, 500]) == RetryPolicy(statuses={500})
@@ -69,7 +69,7 @@ def test_a_policy_is_a_frozen_value() -> None:
     ],
 )
 def test_a_value_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
-    """A number out of range is refused by name, when the policy is made."""
+    """A number out of range is refused by name, when the policy is created."""
     with pytest.raises(ConfigurationError, match=next(iter(wrong))):
         RetryPolicy(**wrong)
 
@@ -89,7 +89,7 @@ def test_a_value_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
     ),
 )
 def test_what_is_retried(error: AudiencesError, retried: bool) -> None:
-    """Retried are the listed statuses and missing answers; nothing else."""
+    """The listed statuses and missing answers are retried, nothing else."""
     assert RetryPolicy().retries(error) is retried
 
 
@@ -101,7 +101,7 @@ def test_statuses_can_be_chosen() -> None:
 
 
 def test_the_longest_wait_doubles_up_to_the_cap() -> None:
-    """The longest wait is base_delay, doubled with each attempt, and at most max_delay."""
+    """The upper bound of a wait is base_delay, doubled with each attempt, and at most max_delay."""
     waits = [wait(RetryPolicy(), number, status_error(500, "")) for number in (1, 2, 3, 6, 7, 10_000)]
     assert waits == [0.5, 1.0, 2.0, 16.0, 20.0, 20.0]
 
@@ -113,12 +113,12 @@ def test_a_429_waits_longer() -> None:
 
 
 def test_full_jitter() -> None:
-    """The wait is drawn evenly from 0 to the longest."""
+    """The wait is drawn evenly from 0 to its upper bound."""
     assert [wait(RetryPolicy(), 2, status_error(500, ""), draw) for draw in (0.0, 0.25, 1.0)] == [0.0, 0.25, 1.0]
 
 
 def test_retry_after_is_a_floor() -> None:
-    """What the service asks for is waited in full, above max_delay too, with jitter on top and none below."""
+    """The service's wait is kept in full, above max_delay too, with jitter only on top."""
     asked = status_error(503, "", retry_after=30.0)
     assert [wait(RetryPolicy(), 1, asked, draw) for draw in (0.0, 1.0)] == [30.0, 30.5]
 
@@ -133,7 +133,7 @@ def test_retry_after_is_a_floor() -> None:
 def test_every_wait_is_within_its_bounds(
     number: int, draw: float, base: float, longest: float, asked: float | None
 ) -> None:
-    """Whatever the policy and the attempt, the wait is from what was asked to max_delay above it."""
+    """For any policy and attempt, the wait is from the service's wait to max_delay above it."""
     policy = RetryPolicy(base_delay=base, max_delay=longest)
     drawn = wait(policy, number, status_error(500, "", retry_after=asked), draw)
     assert (asked or 0.0) <= drawn <= (asked or 0.0) + longest

@@ -1,4 +1,4 @@
-"""No key in anything that is printed, logged, raised, pickled or told, even where the server echoes it."""
+"""No key in any text, log, error, pickle or event, even if the server echoes it."""
 
 import asyncio
 import base64
@@ -109,11 +109,11 @@ SPELLINGS: Final[dict[str, Callable[[str], str]]] = {
     "html-decimal": html_decimal,
     "php": lambda key: html.escape(key).replace("&#x27;", "&#039;"),
 }
-"""How a server may write the key of a request into its reply."""
+"""Spellings in which a server may echo the key of a request."""
 
 
 def forms(key: str) -> dict[str, str]:
-    """What must stand nowhere: the key in each spelling, as base64, and its halves."""
+    """Return the forms that must not appear: the key in each spelling, as base64, and its halves."""
     encoded = base64.b64encode(key.encode()).decode().rstrip("=")
     half = len(key) // 2
     assert half >= 8
@@ -130,7 +130,7 @@ def forms(key: str) -> dict[str, str]:
 
 
 def assert_no_key(shown: str | bytes, name: str = "plain") -> None:
-    """The text has no form of the key; which one is told without the rest of the text."""
+    """Check that the text has no form of the key; the failure names the form without the rest of the text."""
     text = shown.decode(errors="replace") if isinstance(shown, bytes) else shown
     for form, secret in forms(KEYS[name]).items():
         at = text.lower().find(secret.lower())
@@ -139,7 +139,7 @@ def assert_no_key(shown: str | bytes, name: str = "plain") -> None:
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception with all its causes and contexts."""
+    """Return an exception with all its causes and contexts."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -151,14 +151,14 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def everything_of(error: BaseException) -> str:
-    """All that an exception and its chain can show, rendered with the locals of every frame."""
+    """Return all text of an exception and its chain, rendered with the locals of every frame."""
     shown = ["".join(traceback.TracebackException.from_exception(error, capture_locals=True).format())]
     shown += [everything_about(one) for one in chain(error)]
     return "\n".join(shown)
 
 
 def everything_about(value: Any) -> str:
-    """The text of a value, and of its fields and pickles."""
+    """Return the text of a value, and of its fields and pickles."""
     shown = [repr(value), str(value), f"{value}", f"{value!s:>5}", repr(getattr(value, "args", None))]
     for name, of in getattr(value, "__dict__", {}).items():
         shown += [name, repr(of), str(of), of.decode(errors="replace") if isinstance(of, bytes) else ""]
@@ -168,7 +168,7 @@ def everything_about(value: Any) -> str:
 
 
 def pickled(value: Any) -> str:
-    """The pickles of a value, or nothing where it refuses to be pickled."""
+    """Return the pickles of a value; empty if it cannot be pickled."""
     try:
         return "\n".join(pickle.dumps(value, protocol).decode("latin-1") for protocol in range(2, 6))
     except (TypeError, pickle.PicklingError, AttributeError):
@@ -176,7 +176,7 @@ def pickled(value: Any) -> str:
 
 
 async def failure(client: AudiencesClient, account: Account, **settings: Any) -> AudiencesError:
-    """The error of a call, raised and caught as callers do."""
+    """Return the error of a call, raised and caught as callers do."""
     with pytest.raises(AudiencesError) as caught:
         await client.get_audiences(account, **settings)
     return caught.value
@@ -184,14 +184,14 @@ async def failure(client: AudiencesClient, account: Account, **settings: Any) ->
 
 @pytest.fixture(autouse=True)
 def _all_logs(caplog: pytest.LogCaptureFixture) -> None:
-    """Everything is logged, by everybody."""
+    """Log everything from every logger."""
     for name in (None, "asyncio", "aiohttp", "aiohttp.client", "audiences_async"):
         caplog.set_level(logging.DEBUG, logger=name)
 
 
 @pytest.fixture
 async def debug() -> None:
-    """The event loop tells of each callback with its arguments."""
+    """Run the event loop in debug mode, which logs each callback with its arguments."""
     loop = asyncio.get_running_loop()
     loop.set_debug(True)
     loop.slow_callback_duration = 0.0
@@ -201,7 +201,7 @@ async def debug() -> None:
 
 
 def echoes(secret: str) -> dict[str, Answer]:
-    """Every way to echo a text in a refusal, or in a 200 that cannot be read."""
+    """Return every way to echo a text in an error, or in an unreadable 200."""
     page = f"<html><a href='/?key={secret}'>{secret}</a></html>"
     envelope = {"status": 400, "description": f"the key {secret} is bad", "response_time": secret, secret: [secret]}
     row = {"type": "Static", "id": secret, "name": secret, "created_time": secret, "user_count": secret, secret: secret}
@@ -231,7 +231,7 @@ def echoes(secret: str) -> dict[str, Answer]:
 async def test_no_echo_of_the_key_gets_through(
     sandbox: Sandbox, caplog: pytest.LogCaptureFixture, debug: None, name: str, spelling: str
 ) -> None:
-    """Whatever reply echoes the key, in whatever spelling: nothing of the error, its events or the logs shows it."""
+    """However a response echoes the key, in any spelling: the error, its events and the logs never show it."""
     account = sandbox.add_account("north", api_key=KEYS[name])
     events: list[Event] = []
     async with AudiencesClient(
@@ -280,7 +280,7 @@ async def test_no_echo_as_base64_gets_through(sandbox: Sandbox) -> None:
 
 
 def test_the_key_before_this_one_at_the_cut_of_a_body() -> None:
-    """Where a reply still echoes the key that was replaced, and is cut within it, what is left of it is masked."""
+    """If a response still echoes the replaced key, and is cut within it, the rest of the key is masked."""
     key = ApiKey("another key", before=ApiKey(KEY))
     assert key.redact_start(b"bad key " + KEY.encode(), 8 + len(KEY) - 2) == b"bad key ***"
     assert KEY.encode("utf-16-le") not in key.redact_start(KEY.encode("utf-16-le"), 1000)
@@ -288,7 +288,7 @@ def test_the_key_before_this_one_at_the_cut_of_a_body() -> None:
 
 @pytest.mark.parametrize("key", ["Zq7Lw3Rt\xa0B9fK2mXv", "Zq7Lw3Rt\u200bB9fK2mXv", "Zq7Lw3Rt\U000e0001B9fK2mXv"])
 def test_a_key_that_our_own_words_escape(key: str) -> None:
-    """A value in a problem is written as Python writes it; a key in it is masked all the same."""
+    """A value in a problem is written as Python's ``repr``; a key in it is masked all the same."""
     record = {"type": "Dynamic", "id": "1", "name": "one", "created_time": key}
     body = json.dumps({"status": "200", "data": [record]}).encode()
     reply = Reply(200, CIMultiDictProxy(CIMultiDict()), body)
@@ -300,13 +300,13 @@ def test_a_key_that_our_own_words_escape(key: str) -> None:
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_a_key_that_the_service_encodes_in_its_own_way(encoding: str) -> None:
-    """A key beyond ASCII is masked where the service writes it in Latin-1, or with question marks."""
+    """A key with characters beyond ASCII is masked if the service writes it in Latin-1, or with question marks."""
     echoed = "bad key Zq7Lw3Rt-é-B9fK2mXv".encode(encoding, "replace")
     assert ApiKey("Zq7Lw3Rt-é-B9fK2mXv").redact_start(echoed, 1000) == b"bad key ***"
 
 
 async def test_a_key_at_the_cut_of_a_long_header(raw: StartRaw) -> None:
-    """Of a Content-Encoding that the message quotes in part, no part is one of the key's."""
+    """A partly quoted Content-Encoding never quotes a part of the key."""
 
     async def serve(connection: RawConnection) -> None:
         await connection.request()
@@ -341,7 +341,7 @@ HEADS: Final = {
 async def test_no_echo_in_a_broken_head_gets_through(
     raw: StartRaw, caplog: pytest.LogCaptureFixture, debug: None, head: str
 ) -> None:
-    """A malformed reply that quotes the key, wherever the transport cuts what it quotes, shows nothing of it."""
+    """A malformed response that quotes the key, wherever the transport cuts it, shows nothing of it."""
     padding = 0
 
     async def serve(connection: RawConnection) -> None:
@@ -361,7 +361,7 @@ async def test_no_echo_in_a_broken_head_gets_through(
 
 
 async def reached(sandbox: Sandbox, account: Account, kind: type[AudiencesError]) -> AudiencesError:
-    """An error of exactly this class, from a real server that echoes the key in it."""
+    """Return an error of exactly this class, from a real server that echoes the key in it."""
     echo = KEYS["plain"]
     statuses: dict[type[AudiencesError], int] = {
         BadRequestError: 400,
@@ -398,7 +398,7 @@ async def reached(sandbox: Sandbox, account: Account, kind: type[AudiencesError]
 
 
 async def padded() -> str:
-    """A key that is refused."""
+    """Return a key that is refused."""
     await asyncio.sleep(0)
     return KEYS["plain"] + "\n"
 
@@ -410,7 +410,7 @@ REACHABLE: Final = sorted(EVERY_ERROR - {AudiencesError, errors.TransportError},
 async def test_no_error_shows_the_key(
     sandbox: Sandbox, caplog: pytest.LogCaptureFixture, debug: None, kind: type[AudiencesError]
 ) -> None:
-    """Each error class, raised by a real exchange: its text, fields, chain, pickles and traceback with locals."""
+    """No error class shows the key in its text, fields, chain, pickles or traceback with locals."""
     account = sandbox.add_account("north", api_key=KEY)
     error = await reached(sandbox, account, kind)
     assert type(error) is kind
@@ -422,7 +422,7 @@ async def test_no_error_shows_the_key(
 
 
 def test_no_refused_argument_shows_the_key() -> None:
-    """Keys that cannot be used, and settings beside a key, are refused without showing it."""
+    """Invalid keys, and settings beside a key, are refused without showing it."""
     for make in (
         lambda: AudiencesClient(KEYS["plain"] + "\n"),
         lambda: AudiencesClient([KEYS["plain"]]),  # type: ignore[arg-type]
@@ -438,12 +438,12 @@ def test_no_refused_argument_shows_the_key() -> None:
     ):
         with pytest.raises(ConfigurationError) as caught:
             make()
-        # The test's own lambdas hold nothing; frames of ours are all shown.
+        # The test's own lambdas hold nothing; all frames of the package are shown.
         assert_no_key(everything_of(caught.value))
 
 
 async def test_a_key_function_that_fails_after_a_refusal(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
-    """When the fresh key cannot be had, or is refused too, neither key shows."""
+    """If the fresh key is unavailable, or is refused too, neither key shows."""
     sandbox.add_account("other")
     sandbox.script("other", Answer(401))
     given = iter([KEYS["plain"], KEYS["plain"][::-1]])
@@ -462,7 +462,7 @@ async def test_a_key_function_that_fails_after_a_refusal(sandbox: Sandbox, caplo
 
 
 async def test_an_old_key_that_is_echoed_late(sandbox: Sandbox) -> None:
-    """After a fresh key was fetched, a reply that still echoes the old one shows neither."""
+    """After a fresh key was fetched, a response that still echoes the old one shows neither."""
     old, new = KEYS["plain"], KEYS["escaped"]
     sandbox.add_account("north", api_key=new)
     sandbox.script("north", Answer(400, {"description": f"{old} was replaced by {new}"}))
@@ -497,7 +497,7 @@ async def test_a_cancelled_call_shows_no_key(sandbox: Sandbox, answer: Answer) -
 async def test_a_call_cancelled_while_it_decodes_shows_no_key(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A call that is cancelled while it decodes a large reply that echoes the key does not show it."""
+    """A call that is cancelled while it decodes a large response that echoes the key does not show it."""
     decoding = asyncio.Event()
 
     def slowly(reply: Reply, *rest: Any, **settings: Any) -> Iterator[None]:
@@ -520,7 +520,7 @@ async def test_a_call_cancelled_while_it_decodes_shows_no_key(
 
 
 async def test_no_public_object_shows_the_key(sandbox: Sandbox) -> None:
-    """The text of every object that a caller can hold is without the key."""
+    """The text of every public object is without the key."""
     account = sandbox.add_account("north", api_key=KEY)
     sandbox.script("north", Answer(200, {"status": 200, "description": "", "data": []}), Answer(400), Answer(429))
     events: list[Event] = []
@@ -541,7 +541,7 @@ async def test_no_public_object_shows_the_key(sandbox: Sandbox) -> None:
 
 
 async def test_no_pickle_holds_the_key(sandbox: Sandbox) -> None:
-    """Whatever pickles, outcomes included, does so without the key; what cannot do without it refuses."""
+    """Everything that pickles, outcomes included, does so without the key; other objects refuse to pickle."""
     account = sandbox.add_account("north", api_key=KEY)
     sandbox.script("north", Answer(200), Answer(400, {"description": KEYS["plain"]}))
     events: list[Event] = []
@@ -553,7 +553,7 @@ async def test_no_pickle_holds_the_key(sandbox: Sandbox) -> None:
 
 
 async def test_a_good_reply_is_the_services_own(sandbox: Sandbox) -> None:
-    """What a good reply says is the service's data, unchanged, even where that is the key."""
+    """A good response is the service's data, unchanged, even if it contains the key."""
     row = {"type": "Dynamic", "id": KEY, "name": KEY, "created_time": "2025-10-01T09:10:00Z", "owner": KEY}
     account = sandbox.add_account("north", api_key=KEY, audiences=[row])
     async with AudiencesClient(base_url=sandbox.base_url) as client:
@@ -567,7 +567,7 @@ async def test_a_good_reply_is_the_services_own(sandbox: Sandbox) -> None:
 
 
 async def test_a_failing_hook_logs_no_key(sandbox: Sandbox, caplog: pytest.LogCaptureFixture, debug: None) -> None:
-    """What is logged where on_event raises has no key, with the exception's traceback rendered with locals too."""
+    """The log of a failing on_event has no key, even with the traceback rendered with locals."""
     account = sandbox.add_account("north", api_key=KEY)
     sandbox.script("north", *[Answer(500, {"description": f"\x1b[2J{KEYS['plain']}"})] * 2)
 
@@ -591,7 +591,7 @@ async def test_a_failing_hook_logs_no_key(sandbox: Sandbox, caplog: pytest.LogCa
 
 @pytest.mark.slow
 async def test_a_call_that_nobody_awaits_shows_no_key(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
-    """What asyncio logs of a failed task that nobody has asked, traceback and all, has no key."""
+    """The log entry of a failed task that was never awaited has no key, even in its traceback."""
     account = sandbox.add_account("north", api_key=KEY)
     sandbox.script("north", Answer(400, {"description": KEYS["plain"]}))
     async with AudiencesClient(base_url=sandbox.base_url) as client:
@@ -639,7 +639,7 @@ FILES: Final = {
 
 @pytest.mark.parametrize("file", FILES)
 def test_no_broken_file_of_accounts_shows_its_keys(tmp_path: Path, file: str) -> None:
-    """A file that cannot be used is told of with its place, and without a key, in the traceback's locals too."""
+    """An invalid file is reported with its place, and without a key, even in the traceback's locals."""
     path = tmp_path / file
     path.write_text(FILES[file].format(key=KEYS["plain"]), encoding="utf-8")
     with pytest.raises(ConfigurationError) as caught:
@@ -648,7 +648,7 @@ def test_no_broken_file_of_accounts_shows_its_keys(tmp_path: Path, file: str) ->
 
 
 def test_a_file_of_accounts_that_breaks_later_shows_no_key(tmp_path: Path) -> None:
-    """A file that is spoilt after it was checked fails while it is iterated, without a key."""
+    """A file that becomes invalid after its check fails during iteration, without a key."""
     path = tmp_path / "accounts.csv"
     path.write_text(f"name,api_key\nnorth,{KEYS['plain']}\nsouth,{KEYS['plain']}\n", encoding="utf-8")
     accounts = iter(AccountFile(path))
@@ -671,7 +671,7 @@ HARMFUL: Final = frozenset(CONTROLS) - frozenset("[31mred]0;title2Jevilend")
 async def test_control_characters_are_escaped_in_words(
     sandbox: Sandbox, caplog: pytest.LogCaptureFixture, debug: None, place: str
 ) -> None:
-    """What a terminal would act on is escaped in the error's text, its attempts, its events and the log."""
+    """Control characters are escaped in the error's text, its attempts, its events and the log."""
     account = sandbox.add_account(f"north{CONTROLS}", api_key=KEY)
     answers = {
         "description": Answer(500, {"description": CONTROLS}),
@@ -707,7 +707,7 @@ async def test_control_characters_are_escaped_in_words(
     ],
 )
 async def test_control_characters_of_a_broken_reply_are_escaped(raw: StartRaw, sent: bytes) -> None:
-    """The same of what the transport quotes of a malformed reply."""
+    """The same holds for the transport's quotes of a malformed response."""
 
     async def serve(connection: RawConnection) -> None:
         await connection.request()
@@ -724,7 +724,7 @@ async def test_control_characters_of_a_broken_reply_are_escaped(raw: StartRaw, s
 
 
 def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program with everything that Python can warn of."""
+    """Run a program with all of Python's warnings enabled."""
     settings = {"PYTHONPATH": os.pathsep.join(sys.path), "AUDIENCES_API_KEY": KEY, **environment}
     return subprocess.run(
         arguments, env=os.environ | settings, capture_output=True, text=True, check=False, timeout=50, encoding="utf-8"
@@ -792,7 +792,7 @@ asyncio.run(main())
 @pytest.mark.slow
 @pytest.mark.parametrize("parser", ["compiled", "python"])
 def test_a_whole_program_shows_no_key(sandbox: Sandbox, tmp_path: Path, parser: str) -> None:
-    """A program under -X dev with faulthandler and all logs, that ends by an error, writes no key anywhere."""
+    """A program under -X dev with faulthandler and all logs, ended by an error, writes no key anywhere."""
     sandbox.add_account(api_key=KEY, audiences=many_audiences("default", 3))
     answers = [answer for place, answer in echoes(KEY).items() if place not in {"large", "retried", "throttled"}]
     sandbox.script("default", *[one for answer in answers for one in ([answer] * 2 if answer.failure else [answer])])
@@ -815,7 +815,7 @@ def test_a_whole_program_shows_no_key(sandbox: Sandbox, tmp_path: Path, parser: 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["no status line", "header value", "long value", "long line", "chunk size", "length"])
 def test_a_broken_head_read_by_the_other_parser(tmp_path: Path, head: str) -> None:
-    """Where aiohttp runs without its compiled parser, a malformed reply that quotes the key shows nothing of it."""
+    """With aiohttp's pure Python parser, a malformed response that quotes the key shows nothing of it."""
     program = tmp_path / "program.py"
     program.write_text(
         f"""

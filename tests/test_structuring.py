@@ -1,4 +1,4 @@
-"""The body of a 200 into models."""
+"""Decoding the body of a 200 into models."""
 
 import copy
 import json
@@ -30,7 +30,7 @@ from audiences_async.structuring import MAX_PROBLEMS, decode, decoding, record
 STATIC = {"id": "1", "name": "one", "created_time": "2025-10-01T09:10:00Z", "user_count": 7, "type": "Static"}
 DYNAMIC = {"id": "2", "name": "two", "created_time": "2025-10-01T09:10:00Z", "type": "Dynamic"}
 WHEN = datetime(2025, 10, 1, 9, 10, tzinfo=UTC)
-MORE = "$: there may be more; these are the first"
+MORE = "$: there may be more problems; only the first are reported"
 
 
 def body(*data: Any, **envelope: Any) -> bytes:
@@ -49,7 +49,7 @@ def problems(wrong: bytes) -> tuple[str, ...]:
 
 
 def test_both_arms_of_the_services_example() -> None:
-    """The service page's own example gives one Static and one Dynamic audience."""
+    """The service page's own example has one Static and one Dynamic audience."""
     response = decode((SAMPLES / "200.json").read_bytes())
     assert response == AudiencesResponse(
         status=200,
@@ -71,14 +71,14 @@ def test_each_arm_of_the_services_example(sample: str, kind: type[Any]) -> None:
 
 
 def test_unknown_type_is_kept_whole() -> None:
-    """A type that this version does not know gives an UnknownAudience with the whole record."""
+    """A type that this version does not know is an UnknownAudience with the whole record."""
     row = {"id": "3", "name": "three", "created_time": "2025-10-01T09:10:00Z", "type": "Lookalike", "seed": [1]}
     (audience,) = decode(body(row))
     assert audience == UnknownAudience(type="Lookalike", id="3", name="three", created_time=WHEN, raw=row)
 
 
 def test_unknown_type_keeps_what_can_be_read() -> None:
-    """What cannot be read of an unknown type is None, and still in raw."""
+    """An unreadable field of an unknown type is None, and still in raw."""
     row = {"id": 3, "name": None, "created_time": "soon", "type": "static"}
     (audience,) = decode(body(row))
     assert audience == UnknownAudience(type="static", raw=row)
@@ -160,7 +160,7 @@ def test_created_time_that_is_no_date_and_time(sent: str) -> None:
     ],
 )
 def test_a_field_of_another_type_is_a_problem(name: str, sent: Any, told: str | None) -> None:
-    """Nothing is coerced: each field of another type is told with its path, and long text is not repeated."""
+    """Nothing is coerced: a field of another type is reported with its path, and long text is not repeated."""
     if told is None:
         assert len(decode(body(STATIC | {name: sent}))) == 1
     else:
@@ -180,7 +180,7 @@ def test_a_record_that_is_no_object_is_a_problem(row: Any) -> None:
 
 
 def test_every_problem_is_told_with_its_path() -> None:
-    """All problems of a body are told, not only the first."""
+    """All problems of a body are reported, not only the first."""
     wrong = body({"type": "Static", "id": ""}, STATIC, {"type": None}, status="soon", description=1)
     assert problems(wrong) == (
         "$.status: expected an HTTP status, got 'soon'",
@@ -194,7 +194,7 @@ def test_every_problem_is_told_with_its_path() -> None:
 
 
 def test_problems_have_a_sensible_number() -> None:
-    """A body of a thousand wrong records tells the first problems, and that there may be more."""
+    """A body of a thousand wrong records reports the first problems, and that there may be more."""
     told = problems(body(*[{}] * 1000))
     assert len(told) == MAX_PROBLEMS + 1
     assert told[-1] == MORE
@@ -215,20 +215,20 @@ def test_problems_have_a_sensible_number() -> None:
     ],
 )
 def test_a_body_that_is_no_json_object(wrong: bytes, told: str) -> None:
-    """What is no JSON object is one problem at the root."""
+    """A body that is not a JSON object is one problem at the root."""
     assert problems(wrong) == (told,)
 
 
 @pytest.mark.parametrize("number", [b"1e400", b"9" * 5000])
 def test_a_number_beyond_reading_is_a_problem(number: bytes) -> None:
-    """A number that Python cannot hold is an unreadable body, not an exception of its own kind."""
+    """A number that Python cannot hold is a problem, not another exception."""
     assert problems(b'{"data": [], "status": ' + number + b"}") == (
         "$.status: expected an HTTP status, got a number out of range",
     )
 
 
 def test_what_is_ignored_is_not_decoded() -> None:
-    """A member of the envelope that is not documented must be JSON, whatever that holds, and comes to nothing."""
+    """An undocumented member of the envelope must be JSON, and is otherwise ignored."""
     ignored = b'"x": 1e400, "y": ' + b"9" * 5000 + b', "z": [{}, "\\ud83d\\ude00"]'
     assert len(structuring.decode(b'{"status": 200, ' + ignored + b', "data": []}')) == 0
     assert problems(b'{"status": 200, "x": [1,], "data": []}')[0].startswith("$: not JSON: ")
@@ -243,7 +243,7 @@ def test_what_is_ignored_is_not_decoded() -> None:
     ],
 )
 def test_many_rows_that_are_no_audiences(row: bytes, told: tuple[str, ...]) -> None:
-    """A body crammed with what is no audience is refused at the first of it, in little more memory than it takes."""
+    """A body full of tiny values is refused at the first, in little more memory than its own size."""
     wrong = b'{"status":"200","data":[{"type":"New"},' + b",".join([row] * 2_000_000) + b"]}"
     tracemalloc.start()
     try:
@@ -254,7 +254,7 @@ def test_many_rows_that_are_no_audiences(row: bytes, told: tuple[str, ...]) -> N
 
 
 def test_many_rows_behind_one_that_is_long() -> None:
-    """Where a long record hides the ends of the others, the first that is no audience is told, too."""
+    """If a long record hides the ends of the others, the first invalid one is still reported."""
     start = b'{"status":"200","data":[{"type":"New","id":"a"},{"type":"New","x":[' + b"{}," * 600_000 + b"{}]}"
     assert [audience.id for audience in decode(start + b',{"type":"New"}]}')] == ["a", None, None]
     assert problems(start + b',{"type":0}]}') == ("$.data[2].type: Expected `str`, got `int`",)
@@ -264,7 +264,7 @@ def test_many_rows_behind_one_that_is_long() -> None:
 
 @pytest.mark.slow
 def test_many_small_rows() -> None:
-    """A body crammed with audiences that have nothing but a type is read, too."""
+    """A body full of audiences that have only a type is read, too."""
     crammed = b'{"status":"200","data":[' + b",".join([b'{"type":"New"}'] * 80_000) + b"]}"
     assert {audience.type for audience in structuring.decode(crammed)} == {"New"}
     assert problems(b'{"status":"200","data":{"type":[' + b"0," * 600_000 + b"0]}}") == (
@@ -273,7 +273,7 @@ def test_many_small_rows() -> None:
 
 
 def test_rows_of_uneven_length_are_decoded_in_steps() -> None:
-    """A few long rows among many short ones are not decoded all at a stretch, and every row keeps its place."""
+    """A few long rows among many short ones are decoded in steps, and every row keeps its place."""
     long = json.dumps({"type": "New", "x": "y" * 100_000}).encode()
     rows = [b'{"type":"New","x":"%d"}' % number for number in range(20_000)] + [long] * 20
     uneven = b'{"status":"200","data":[' + b",".join(rows) + b"]}"
@@ -291,7 +291,7 @@ def test_a_number_beyond_reading_in_a_record() -> None:
 
 
 def test_no_record_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A record that cannot be read for a reason that is not its own is a problem too."""
+    """A record that is unreadable for a reason outside itself is a problem too."""
 
     def out_of_memory(*_: Any) -> Any:
         raise MemoryError
@@ -316,20 +316,20 @@ def test_data_must_be_an_array(data: Any) -> None:
 
 @pytest.mark.parametrize("sent", ["200", 200, "201", 204])
 def test_status_as_text_or_integer(sent: Any) -> None:
-    """The envelope's status is an int, whether it came as a string or as an integer."""
+    """The envelope's status is an int, whether it was sent as a string or as an integer."""
     assert decode(body(status=sent)).status == int(sent)
 
 
 @pytest.mark.parametrize("sent", [None, True, 200.0, "", "2oo", "²00", "-200", 99, "9" * 10, []])
 def test_status_that_is_none(sent: Any) -> None:
-    """Anything else than an HTTP status is a problem, a missing one too."""
+    """Any other value than an HTTP status is a problem, and so is a missing one."""
     assert problems(body(status=sent))[0].startswith("$.status: expected an HTTP status, got ")
     assert problems(b'{"data": []}') == ("$.status: missing",)
 
 
 @pytest.mark.parametrize(("sent", "kind"), [("429", TooManyRequestsError), (503, ServerError), (302, StatusError)])
 def test_an_error_in_the_envelope_of_a_200(sent: Any, kind: type[StatusError]) -> None:
-    """An envelope status of 300 or more is that error, whatever data says."""
+    """An envelope status of 300 or more is that error, whatever the data."""
     with pytest.raises(kind) as caught:
         decode(body(status=sent, description="slow down", response_time="2025-02-06T07:51:52.258Z", data=None))
     assert (caught.value.status, caught.value.description) == (int(sent), "slow down")
@@ -337,7 +337,7 @@ def test_an_error_in_the_envelope_of_a_200(sent: Any, kind: type[StatusError]) -
 
 
 def test_lenient_envelope() -> None:
-    """A BOM, an absent description, an unreadable response_time and unknown fields are fine."""
+    """A BOM, a missing description, an unreadable response_time and unknown fields are accepted."""
     response = decode(b'\xef\xbb\xbf{"status": 200, "data": [], "response_time": "now", "next": 1}')
     assert response == AudiencesResponse(200, "", None, ())
     assert decode(body(description=None)).description == ""
@@ -358,7 +358,7 @@ def test_record_of_a_time_in_another_zone() -> None:
 
 
 def test_a_large_body_is_decoded_in_steps() -> None:
-    """A body of any size is decoded in steps, as the same audiences and with the same paths as at a stretch."""
+    """A body of any size is decoded in steps, with the same audiences and paths as in one step."""
     many = [STATIC | {"id": str(number)} for number in range(5000)]
     steps = decoding(body(*many))
     assert sum(1 for _ in steps) > 4
@@ -368,7 +368,7 @@ def test_a_large_body_is_decoded_in_steps() -> None:
 
 
 def test_what_is_shared_cannot_be_changed() -> None:
-    """Audiences without further fields share one empty extra, which takes nothing in, and survives copies."""
+    """Audiences without further fields share one empty extra, which is immutable and survives copies."""
     one, other = decode(body(STATIC, DYNAMIC))
     assert not isinstance(one, UnknownAudience)
     assert not isinstance(other, UnknownAudience)
@@ -402,7 +402,7 @@ dynamics = rows.map(lambda row: {**row, "type": "Dynamic"})
 
 @given(st.lists(statics | dynamics, max_size=5))
 def test_every_valid_record_comes_back_unchanged(data: list[dict[str, Any]]) -> None:
-    """Whatever valid records are sent, as many audiences come back, equal to what was sent."""
+    """Any valid records give as many audiences, equal to the records."""
     read = [record(audience) for audience in decode(body(*data))]
     assert [without(row, "created_time") for row in read] == [without(row, "created_time") for row in data]
     times = [datetime.fromisoformat(row["created_time"]).replace(tzinfo=None) for row in read]
@@ -446,7 +446,7 @@ envelopes = st.fixed_dictionaries(
 )
 
 
-# What looks like the end of a record and is none, and ends that look otherwise.
+# Text that looks like the end of a record, and ends that look otherwise.
 ends_within = st.text('},{ "\\[]', max_size=12)
 misleading_rows = st.builds(
     lambda row, name, beyond: row | {"name": name} | beyond,
@@ -470,7 +470,7 @@ layouts = st.sampled_from([(None, (",", ":")), (None, (" , ", ": ")), (2, (",", 
     st.integers(1, 200),
 )
 def test_an_array_is_read_the_same_wherever_it_is_cut(sent: bytes, at_once: int) -> None:
-    """Records with braces and brackets in them are read the same, however much of a body is decoded at a time."""
+    """Records with braces and brackets in them are read the same, whatever the size of a step."""
     expected = verdict(sent)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(structuring, "_AT_ONCE", at_once)
@@ -479,7 +479,7 @@ def test_an_array_is_read_the_same_wherever_it_is_cut(sent: bytes, at_once: int)
 
 @given(envelopes.map(lambda sent: json.dumps(sent).encode()) | st.lists(near_rows, max_size=6).map(lambda r: body(*r)))
 def test_every_way_through_reads_the_same(sent: bytes) -> None:
-    """The short way, the way in pieces and the reference alone come to the same answer or the same error."""
+    """The fast path, the stepwise path and the reference alone have the same answer or the same error."""
     ways = [verdict(sent)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(structuring, "_AT_ONCE", 1)
@@ -518,7 +518,7 @@ escaped = st.builds(
 @example(["2025-10-01T09:10:00\\u007A"])
 @given(st.lists(times | escaped, min_size=1, max_size=2))
 def test_every_way_reads_a_time_the_same(sent: list[str]) -> None:
-    """Whatever its letters, digits and escapes, a time is the same by the short way and by the reference."""
+    """For any letters, digits and escapes, a time is the same by the fast path and by the reference."""
     text = body(*(DYNAMIC | {"created_time": f"<{n}>"} for n in range(len(sent)))).decode()
     for n, time in enumerate(sent):
         text = text.replace(f"<{n}>", time)
@@ -534,7 +534,7 @@ def refused(text: bytes) -> Any:
 
 
 def verdict(sent: bytes) -> Any:
-    """The answer with the classes in it and its hashes, or the error with all that it tells."""
+    """Return the answer with its classes and hashes, or all fields of the error."""
     try:
         response = decode(sent)
     except StatusError as error:

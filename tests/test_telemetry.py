@@ -1,4 +1,4 @@
-"""OpenTelemetry: one span for each call, its attempts in it, and metrics, beside an HTTP instrumentation."""
+"""OpenTelemetry: one span per call with its attempts, and metrics, beside an HTTP instrumentation."""
 
 import asyncio
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ AT_ONCE = RetryPolicy(base_delay=0, throttle_base_delay=0)
 
 @frozen
 class Told:
-    """Where spans and metrics go."""
+    """Providers that record spans and metrics."""
 
     spans: InMemorySpanExporter
     reader: InMemoryMetricReader
@@ -52,7 +52,7 @@ def told() -> Iterator[Told]:
 
 
 async def test_one_span_for_a_call(sandbox: Sandbox, north: Account, told: Told) -> None:
-    """A call is one INTERNAL span below the caller's, with its attempts as events; it says nothing of the key."""
+    """A call is one INTERNAL span below the caller's, with its attempts as events, and never the key."""
     sandbox.script("north", Answer(500), Answer(failure="reset"))
     async with AudiencesClient(base_url=sandbox.base_url, on_event=told.hook, retry=AT_ONCE) as client:
         with told.tracers.get_tracer("app").start_as_current_span("handler") as handler:
@@ -90,7 +90,7 @@ async def test_a_failed_call(sandbox: Sandbox, north: Account, told: Told) -> No
 
 
 async def test_concurrent_calls_keep_their_own_spans(sandbox: Sandbox, told: Told) -> None:
-    """Calls that run at the same time each have their own attempts in their own span."""
+    """Concurrent calls each have their own attempts in their own span."""
     accounts = [sandbox.add_account(f"a{number}") for number in range(20)]
     for number, account in enumerate(accounts):
         sandbox.script(account.name, *[Answer(500)] * (number % 3))
@@ -101,7 +101,7 @@ async def test_concurrent_calls_keep_their_own_spans(sandbox: Sandbox, told: Tol
 
 
 async def test_metrics(sandbox: Sandbox, north: Account, told: Told) -> None:
-    """The duration of calls, by how they ended, what attempts waited for their turn, and how many were retries."""
+    """Metrics have the duration of calls by result, the wait of attempts for their turn, and the retries."""
     sandbox.script("north", Answer(429, retry_after=0), Answer(200), Answer(404))
     limit = RateLimit(rate=20.0)
     async with AudiencesClient(
@@ -120,7 +120,7 @@ async def test_metrics(sandbox: Sandbox, north: Account, told: Told) -> None:
 
 
 async def test_beside_an_http_instrumentation(sandbox: Sandbox, north: Account, told: Told) -> None:
-    """There is one client span for each request, aiohttp's, below the call's; retries say so on it."""
+    """Each request has one client span, aiohttp's, below the call's; retries are marked on it."""
     instrumentor = AioHttpClientInstrumentor()
     instrumentor.instrument(tracer_provider=told.tracers, request_hook=request_hook)
     try:
@@ -138,7 +138,7 @@ async def test_beside_an_http_instrumentation(sandbox: Sandbox, north: Account, 
 
 
 async def test_a_shared_request_is_one_span(sandbox: Sandbox, north: Account, told: Told) -> None:
-    """With a cache there is a span for each request that goes out, and none for those who share it."""
+    """With a cache there is one span per request sent, and none for callers that share it."""
     async with AudiencesClient(base_url=sandbox.base_url, on_event=told.hook, cache=CachePolicy(10.0)) as client:
         await asyncio.gather(*(client.get_audiences(north) for _ in range(10)))
         await client.get_audiences(north)
@@ -146,6 +146,6 @@ async def test_a_shared_request_is_one_span(sandbox: Sandbox, north: Account, to
 
 
 async def test_the_global_providers_are_the_default(sandbox: Sandbox, north: Account) -> None:
-    """Without providers of one's own the global ones are used, which do nothing until somebody sets them up."""
+    """Without explicit providers the global ones are used, which do nothing until they are configured."""
     async with AudiencesClient(base_url=sandbox.base_url, on_event=OpenTelemetry()) as client:
         assert len(await client.get_audiences(north)) == 2

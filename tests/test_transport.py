@@ -1,4 +1,4 @@
-"""One attempt on real sockets: bodies, encodings, caps, broken connections, TLS, cookies and proxies."""
+"""One attempt on real sockets: bodies, encodings, limits, broken connections, TLS, cookies and proxies."""
 
 import asyncio
 import functools
@@ -50,7 +50,7 @@ LONG_ANSWER = json.dumps({"status": "200", "data": list(many_audiences("a", 5000
 
 @pytest.fixture(autouse=True, params=["direct", "session"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How our own session sends: on its pool directly, or as with an aiohttp of another version."""
+    """Set how our own session sends: directly on its pool, or as with another version of aiohttp."""
     if request.param == "session":
         monkeypatch.setattr(direct, "_is_known", lambda: False)
     return str(request.param)
@@ -62,7 +62,7 @@ def deflate(data: bytes, wbits: int) -> bytes:
 
 
 async def a_few_turns() -> None:
-    """Let the event loop do what can be done without a wait, such as reading what has come."""
+    """Let the event loop finish work that needs no wait, such as reading received data."""
     for _ in range(10):
         await asyncio.sleep(0)
 
@@ -97,7 +97,7 @@ async def test_either_way_sends_the_same(raw: StartRaw, monkeypatch: pytest.Monk
 
 
 async def test_this_aiohttp_is_known(way: str) -> None:
-    """Requests go by the pool of the installed aiohttp; where its version is a new one, read what has changed first."""
+    """Requests use the installed aiohttp's pool directly. If a new version fails, review its changes first."""
     async with aiohttp.ClientSession() as session:
         requests = direct.direct_requests(session, URL("http://localhost/audiences"))
         assert (requests is not None and requests.usable) is (way == "direct")
@@ -137,7 +137,7 @@ async def test_a_changed_aiohttp_is_asked_in_public(
     way: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A member that is gone, or that somebody has wrapped, is found when a client starts; nothing is raised."""
+    """A member that is missing or wrapped is detected when a client starts; nothing is raised."""
     async with aiohttp.ClientSession() as session:
         with monkeypatch.context() as patch:
             change(owner, name, patch)
@@ -150,7 +150,7 @@ async def test_a_changed_aiohttp_is_asked_in_public(
 async def test_a_connection_that_is_lost_at_once(
     sandbox: Sandbox, north: Account, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A connection that is gone when aiohttp gives it out is a failed one, and tried again."""
+    """A connection that is already lost when aiohttp returns it is a failed one, and retried."""
     connect = aiohttp.TCPConnector.connect
 
     async def lost(*arguments: Any) -> Connection:
@@ -182,7 +182,7 @@ async def test_a_connection_that_is_lost_at_once(
     ],
 )
 async def test_every_encoding_asked_for_is_read(sandbox: Sandbox, north: Account, encoding: str, body: bytes) -> None:
-    """Plain, gzip (of several members too) and both forms of deflate give the same answer."""
+    """Plain, gzip (of several members too) and both forms of deflate have the same result."""
     sandbox.script("north", Answer(200, body, headers={"Content-Encoding": encoding}))
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         response = await client.get_audiences(north)
@@ -203,7 +203,7 @@ async def test_every_encoding_asked_for_is_read(sandbox: Sandbox, north: Account
 async def test_a_cut_or_corrupt_encoding_is_no_answer(
     sandbox: Sandbox, north: Account, encoding: str, body: bytes
 ) -> None:
-    """An encoding that is cut, mislabelled or not asked for is a failed connection, and tried again."""
+    """An encoding that is cut, mislabelled or unexpected is a failed connection, and retried."""
     sandbox.script("north", *[Answer(200, body, headers={"Content-Encoding": encoding})] * 2)
     async with AudiencesClient(str(north.api_key), base_url=sandbox.base_url, retry=THRICE) as client:
         assert len(await client.get_audiences()) == 2
@@ -215,7 +215,7 @@ async def test_a_cut_or_corrupt_encoding_is_no_answer(
 
 
 async def test_the_content_type_does_not_matter(sandbox: Sandbox, north: Account) -> None:
-    """A 200 is read as UTF-8 JSON whatever its content type says."""
+    """A 200 is read as UTF-8 JSON, whatever its content type."""
     sandbox.script("north", Answer(200, EMPTY_ANSWER, headers={"Content-Type": "text/html; charset=utf-16"}))
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         assert len(await client.get_audiences(north)) == 0
@@ -226,7 +226,7 @@ async def test_the_content_type_does_not_matter(sandbox: Sandbox, north: Account
 
 @pytest.mark.parametrize("encoding", ["identity", "gzip", "deflate"])
 async def test_a_body_above_the_cap_is_refused(sandbox: Sandbox, north: Account, encoding: str) -> None:
-    """A 200 above max_body_bytes after inflating is refused, not retried, and its connection dropped."""
+    """A 200 above max_body_bytes after decompression is refused, not retried, and its connection dropped."""
     packed = {"identity": LONG_ANSWER, "gzip": gzip.compress(LONG_ANSWER), "deflate": zlib.compress(LONG_ANSWER)}
     sandbox.script("north", Answer(200, packed[encoding], headers={"Content-Encoding": encoding}))
     cap = len(LONG_ANSWER) - 1
@@ -247,7 +247,7 @@ async def test_a_body_at_the_cap_is_read(sandbox: Sandbox, north: Account, encod
 
 
 async def test_a_chunked_body_above_the_cap_is_dropped_at_the_cap(raw: StartRaw) -> None:
-    """A body without an announced length is read up to the cap and no further."""
+    """A body without an announced length is read up to the limit and no further."""
     gone = asyncio.Event()
 
     async def serve(connection: RawConnection) -> None:
@@ -269,7 +269,7 @@ async def test_a_chunked_body_above_the_cap_is_dropped_at_the_cap(raw: StartRaw)
 
 @pytest.mark.parametrize("encoding", ["identity", "gzip"])
 async def test_of_an_error_body_only_the_start_is_read(sandbox: Sandbox, north: Account, encoding: str) -> None:
-    """Of an error's body at most 64 KiB are kept, and the status decides."""
+    """At most 64 KiB of an error's body are kept, and the status decides."""
     body = b"x" * 10**6
     packed = gzip.compress(body) if encoding == "gzip" else body
     sandbox.script("north", Answer(404, packed, headers={"Content-Encoding": encoding}))
@@ -290,7 +290,7 @@ async def test_of_an_error_body_only_the_start_is_read(sandbox: Sandbox, north: 
 async def test_an_error_with_a_broken_body_is_still_that_error(
     sandbox: Sandbox, north: Account, answer: Answer
 ) -> None:
-    """The status decides, however much of the body can be read."""
+    """The status decides, however much of the body is readable."""
     sandbox.script("north", answer)
     async with AudiencesClient(str(north.api_key), base_url=sandbox.base_url) as client:
         assert isinstance(await error_of(client), UnauthorizedError)
@@ -312,7 +312,7 @@ async def test_an_error_with_a_body_that_hangs_is_still_that_error(raw: StartRaw
 
 
 async def test_a_key_at_the_cut_of_a_body_is_masked(sandbox: Sandbox) -> None:
-    """Where the 64 KiB end inside an echoed key, what is left of it is masked too."""
+    """If the 64 KiB end inside an echoed key, the rest of the key is masked too."""
     account = sandbox.add_account("north", api_key="secret-key-0123456789")
     sandbox.script("north", Answer(400, b"x" * (64 * 1024 - 12) + b"secret-key-0123456789" * 9))
     async with AudiencesClient(base_url=sandbox.base_url) as client:
@@ -326,7 +326,7 @@ async def test_a_key_at_the_cut_of_a_body_is_masked(sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("lost", [b"", b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"])
 async def test_requests_on_the_wire_never_exceed_max_attempts(raw: StartRaw, lost: bytes) -> None:
-    """A peer that goes away on fresh and on pooled connections sees max_attempts requests, aiohttp's own included."""
+    """A peer that closes new and pooled connections sees max_attempts requests, aiohttp's own included."""
 
     async def serve(connection: RawConnection) -> None:
         await connection.request()
@@ -344,7 +344,7 @@ async def test_requests_on_the_wire_never_exceed_max_attempts(raw: StartRaw, los
 
 
 async def test_a_given_sessions_resends_count_too(raw: StartRaw) -> None:
-    """The same on a session of the caller's, whose own middlewares still run."""
+    """The same holds on a caller's session, whose own middlewares still run."""
     passed: list[str] = []
 
     async def middleware(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
@@ -366,7 +366,7 @@ async def test_a_given_sessions_resends_count_too(raw: StartRaw) -> None:
 
 
 async def test_a_given_session_that_cannot_connect() -> None:
-    """Where nobody listens, a session of the caller's comes to the same error as our own."""
+    """If the port is closed, a caller's session raises the same error as our own."""
     async with aiohttp.ClientSession() as session:
         url = f"http://127.0.0.1:{free_port()}/"
         error = await error_of(AudiencesClient("key", base_url=url, session=session, retry=ONCE))
@@ -375,7 +375,7 @@ async def test_a_given_session_that_cannot_connect() -> None:
 
 
 async def test_a_middleware_cannot_send_twice(sandbox: Sandbox, north: Account) -> None:
-    """A middleware that sends again on its own is stopped: requests on the wire are attempts."""
+    """A middleware that sends again on its own is stopped: each request sent is an attempt."""
 
     async def middleware(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
         (await send(request)).close()
@@ -389,7 +389,7 @@ async def test_a_middleware_cannot_send_twice(sandbox: Sandbox, north: Account) 
 
 
 @pytest.mark.parametrize("has_poll", [True, False], ids=["poll", "select"])
-@pytest.mark.parametrize("turns", [0, 1, 2, 3])  # of the event loop, in which it reads what has come
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])  # turns of the event loop, in which it reads the data
 @pytest.mark.parametrize("is_given", [False, True], ids=["own", "given"])
 @pytest.mark.parametrize(
     "unasked", [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", None], ids=["a reply", "the end"]
@@ -403,7 +403,7 @@ async def test_what_comes_unasked_answers_nobody(
     is_given: bool,
     has_poll: bool,
 ) -> None:
-    """What comes on an idle connection is no answer to the next request, not even before the event loop has read it."""
+    """Unsolicited data on an idle connection is never taken for the next response, even while unread."""
     if not has_poll:
         monkeypatch.delattr(select, "poll")
     idle, sent = asyncio.Event(), asyncio.Event()
@@ -438,7 +438,7 @@ async def test_what_comes_unasked_answers_nobody(
 @pytest.mark.slow
 @pytest.mark.parametrize("is_given", [False, True], ids=["own", "given"])
 async def test_the_end_of_an_idle_connection_is_no_ones_error(raw: StartRaw, *, is_given: bool) -> None:
-    """Where a peer resets an idle connection, asyncio has nothing to complain about."""
+    """If a peer resets an idle connection, asyncio reports no unhandled error."""
     told: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
 
@@ -446,7 +446,7 @@ async def test_the_end_of_an_idle_connection_is_no_ones_error(raw: StartRaw, *, 
         for _ in range(2):
             await connection.request()
             await connection.answer()
-        linger = struct.pack("ii", 1, 0)  # its close is a reset
+        linger = struct.pack("ii", 1, 0)  # closing it sends a reset
         connection.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
     server = await raw(serve)
@@ -463,7 +463,7 @@ async def test_the_end_of_an_idle_connection_is_no_ones_error(raw: StartRaw, *, 
 
 
 async def test_nothing_is_read_from_an_idle_connection(raw: StartRaw) -> None:
-    """What comes on an idle connection, however much, ends it at once, and is not kept."""
+    """Unsolicited data on an idle connection, of any size, closes it at once, and is not buffered."""
     idle, ended = asyncio.Event(), asyncio.Event()
 
     async def serve(connection: RawConnection) -> None:
@@ -484,7 +484,7 @@ async def test_nothing_is_read_from_an_idle_connection(raw: StartRaw) -> None:
 
 
 async def test_what_comes_while_a_given_session_takes_its_connection(raw: StartRaw) -> None:
-    """A given session's connection is looked at when it is taken, whatever the session does before."""
+    """A caller's session's connection is checked when it is taken, whatever the session does before."""
     reused, sent = asyncio.Event(), asyncio.Event()
 
     async def serve(connection: RawConnection) -> None:
@@ -514,7 +514,7 @@ async def test_what_comes_while_a_given_session_takes_its_connection(raw: StartR
 async def test_a_given_session_that_loses_its_connection_at_once(
     sandbox: Sandbox, north: Account, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A connection of a given session that tells nobody of its end is used all the same."""
+    """A connection of a caller's session without a signal for its end is used all the same."""
     monkeypatch.setattr(ResponseHandler, "closed", None)
     async with aiohttp.ClientSession() as session:
         client = AudiencesClient(str(north.api_key), base_url=sandbox.base_url, session=session, retry=ONCE)
@@ -523,7 +523,7 @@ async def test_a_given_session_that_loses_its_connection_at_once(
 
 @pytest.mark.parametrize("is_given", [False, True], ids=["own", "given"])
 async def test_what_follows_a_101_answers_nobody(raw: StartRaw, *, is_given: bool) -> None:
-    """The answer that comes after a 101 which nobody asked for is not the next account's."""
+    """The response after an unsolicited 101 is never the next account's."""
 
     async def serve(connection: RawConnection) -> None:
         await connection.request()
@@ -542,7 +542,7 @@ async def test_what_follows_a_101_answers_nobody(raw: StartRaw, *, is_given: boo
 
 @pytest.mark.parametrize("is_given", [False, True], ids=["own", "given"])
 async def test_a_body_that_cannot_be_parsed_ends_its_attempt_at_once(raw: StartRaw, *, is_given: bool) -> None:
-    """A chunk that is none, in a segment of its own, is not waited out."""
+    """An invalid chunk, in its own segment, ends the attempt at once."""
     sent, begun = asyncio.Event(), asyncio.Event()
 
     async def serve(connection: RawConnection) -> None:
@@ -567,7 +567,7 @@ async def test_a_body_that_cannot_be_parsed_ends_its_attempt_at_once(raw: StartR
 
 
 async def test_a_body_that_ends_with_a_reset_is_cut(raw: StartRaw) -> None:
-    """A body of no known length is whole where the connection ends in order, and not where it is reset."""
+    """A body of unknown length is complete if the connection ends cleanly, and not if it is reset."""
     sent, begun = asyncio.Event(), asyncio.Event()
 
     async def serve(connection: RawConnection) -> None:
@@ -576,7 +576,7 @@ async def test_a_body_that_ends_with_a_reset_is_cut(raw: StartRaw) -> None:
         sent.set()
         if connection.server.requests == 1:
             await begun.wait()
-            linger = struct.pack("ii", 1, 0)  # its close is a reset
+            linger = struct.pack("ii", 1, 0)  # closing it sends a reset
             connection.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
     server = await raw(serve)
@@ -592,7 +592,7 @@ async def test_a_body_that_ends_with_a_reset_is_cut(raw: StartRaw) -> None:
 
 
 async def test_whatever_a_middleware_raises_is_a_failed_exchange(sandbox: Sandbox, north: Account) -> None:
-    """An exception from code of the session's owner is one of our errors, and leaves no frames with headers behind."""
+    """An exception from the session owner's code is one of our errors, and leaves no frames with headers behind."""
 
     async def middleware(request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
         raise LookupError(request.headers["Authorization"])
@@ -628,7 +628,7 @@ async def test_a_stale_connection_is_replaced_at_once(raw: StartRaw) -> None:
 
 
 async def test_connections_are_reused_after_errors(sandbox: Sandbox, north: Account, raw: StartRaw) -> None:
-    """A small error body is read to its end, so its connection serves the next attempt."""
+    """A small error body is read to its end, so that its connection serves the next attempt."""
 
     async def serve(connection: RawConnection) -> None:
         await connection.request()
@@ -654,7 +654,7 @@ async def test_connections_are_reused_after_errors(sandbox: Sandbox, north: Acco
     ],
 )
 async def test_a_malformed_head_is_no_answer(raw: StartRaw, head: bytes) -> None:
-    """What is not HTTP is a failed connection: tried again, and never taken for a status."""
+    """A head that is not HTTP is a failed connection: retried, and never taken for a status."""
 
     async def serve(connection: RawConnection) -> None:
         await connection.request()
@@ -669,7 +669,7 @@ async def test_a_malformed_head_is_no_answer(raw: StartRaw, head: bytes) -> None
 
 
 async def test_an_echoed_key_in_a_malformed_head_is_masked(raw: StartRaw) -> None:
-    """Where the garbage holds the key, the error does not."""
+    """If the garbage holds the key, the error does not."""
 
     async def serve(connection: RawConnection) -> None:
         head = await connection.request()
@@ -682,7 +682,7 @@ async def test_an_echoed_key_in_a_malformed_head_is_masked(raw: StartRaw) -> Non
 
 
 async def test_information_before_the_reply_is_passed_over(raw: StartRaw) -> None:
-    """1xx replies before the real one do not matter."""
+    """1xx responses before the final one are ignored."""
 
     async def serve(connection: RawConnection) -> None:
         await connection.request()
@@ -695,7 +695,7 @@ async def test_information_before_the_reply_is_passed_over(raw: StartRaw) -> Non
 
 
 async def test_a_refused_connection_says_where_it_went() -> None:
-    """Nobody listening is a failed connection that names host and port."""
+    """A closed port is a failed connection, and the error has host and port."""
     async with AudiencesClient("key", base_url="http://127.0.0.1:1/", retry=ONCE) as client:
         error = await error_of(client)
     assert isinstance(error, ConnectionFailedError)
@@ -704,7 +704,7 @@ async def test_a_refused_connection_says_where_it_went() -> None:
 
 
 async def test_an_unreadable_200_is_not_retried(sandbox: Sandbox, north: Account) -> None:
-    """A 200 that cannot be read is raised at once, with its problems and the attempt's record."""
+    """An unreadable 200 is raised at once, with its problems and the attempt's record."""
     sandbox.script("north", Answer(200, "<html>"))
     async with AudiencesClient(str(north.api_key), base_url=sandbox.base_url) as client:
         error = await error_of(client)
@@ -716,7 +716,7 @@ async def test_an_unreadable_200_is_not_retried(sandbox: Sandbox, north: Account
 
 
 async def test_cookies_are_not_carried_from_account_to_account(sandbox: Sandbox, north: Account) -> None:
-    """A cookie set for one account is not sent with another's key, nor with its own."""
+    """A cookie set for one account is sent neither with another's key, nor with its own."""
     south = sandbox.add_account("south")
     sandbox.script("north", Answer(headers={"Set-Cookie": "session=north; Path=/"}))
     base_url = sandbox.base_url.replace("127.0.0.1", "localhost")  # a jar ignores bare addresses
@@ -730,7 +730,7 @@ async def test_cookies_are_not_carried_from_account_to_account(sandbox: Sandbox,
 async def test_the_environment_brings_no_proxy_and_no_netrc(
     sandbox: Sandbox, north: Account, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Proxy variables and .netrc do not change where the key goes, or which."""
+    """Proxy variables and .netrc change neither the destination of the key, nor the key."""
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login somebody password else\n")
     monkeypatch.setenv("NETRC", str(netrc))
@@ -755,7 +755,7 @@ async def test_an_explicit_proxy_is_used(raw: StartRaw) -> None:
 
 
 async def test_a_proxy_that_refuses(raw: StartRaw) -> None:
-    """A proxy that makes no connection is told by its status, without its words: they may quote its password."""
+    """A proxy that refuses the connection is reported by status, without its message: it may quote the password."""
 
     async def serve(connection: RawConnection) -> None:
         await connection.request()
@@ -765,11 +765,11 @@ async def test_a_proxy_that_refuses(raw: StartRaw) -> None:
     async with AudiencesClient("key", base_url="https://localhost:1/", proxy=proxy, retry=ONCE) as client:
         error = await error_of(client)
     assert isinstance(error, ConnectionFailedError)
-    assert error.message == "the proxy answered 407 and made no connection"
+    assert error.message == "the proxy refused the connection with status 407"
 
 
 async def test_a_dropped_tls_connection_is_gone_at_once(raw: StartRaw) -> None:
-    """A peer that says nothing, not even good-bye, does not keep a connection that the client has given up."""
+    """A silent peer, which never closes TLS, does not keep a connection that the client has given up."""
     ca = trustme.CA()
     ours, theirs = tls.create_default_context(), tls.create_default_context(tls.Purpose.CLIENT_AUTH)
     ca.configure_trust(ours)
@@ -804,7 +804,7 @@ async def test_a_dropped_tls_connection_is_gone_at_once(raw: StartRaw) -> None:
 
 @pytest.fixture
 async def https(unused_tcp_port: int) -> Any:
-    """A server with a certificate of a CA that nobody knows: its URL, the CA and a count of requests."""
+    """Yield a server with a certificate of an unknown CA: its URL, the CA and a count of requests."""
     ca = trustme.CA()
     context = tls.create_default_context(tls.Purpose.CLIENT_AUTH)
     ca.issue_cert("localhost").configure_cert(context)
@@ -824,7 +824,7 @@ async def https(unused_tcp_port: int) -> Any:
 
 
 async def test_an_untrusted_certificate_is_final(https: Any) -> None:
-    """A certificate that is not trusted ends the call at once, before the key is sent."""
+    """An untrusted certificate ends the call at once, before the key is sent."""
     base_url, _, seen = https
     async with AudiencesClient("key", base_url=base_url, retry=THRICE) as client:
         error = await error_of(client)
@@ -834,7 +834,7 @@ async def test_an_untrusted_certificate_is_final(https: Any) -> None:
 
 
 async def test_a_ca_of_ones_own(https: Any) -> None:
-    """A context that knows the CA opens the way; another host name on the certificate does not."""
+    """A context that knows the CA is accepted; another host name on the certificate is not."""
     base_url, ca, seen = https
     context = tls.create_default_context()
     ca.configure_trust(context)
@@ -847,7 +847,7 @@ async def test_a_ca_of_ones_own(https: Any) -> None:
 
 
 async def test_a_server_error_that_lasts(sandbox: Sandbox, north: Account) -> None:
-    """The last error of a lasting failure keeps headers and body."""
+    """The last error of a persistent failure keeps headers and body."""
     sandbox.script("north", *[Answer(503, "<html>busy</html>", headers={"X-Served-By": "proxy-7"})] * 3)
     async with AudiencesClient(str(north.api_key), base_url=sandbox.base_url, retry=THRICE) as client:
         error = await error_of(client)
@@ -856,7 +856,7 @@ async def test_a_server_error_that_lasts(sandbox: Sandbox, north: Account) -> No
 
 
 async def test_requests_that_are_abandoned_time_out(raw: StartRaw) -> None:
-    """What is under way when a service is found to swallow requests ends at once, and says what it was doing."""
+    """Requests in flight to a service that swallows them end at once, and the error names the phase."""
 
     async def serve(connection: RawConnection) -> None:
         await connection.request()
@@ -870,14 +870,14 @@ async def test_requests_that_are_abandoned_time_out(raw: StartRaw) -> None:
         await asyncio.wait_for(asked.wait(), 5)
         assert client._wire is not None
         client._wire[0].abandon()
-        with pytest.raises(AttemptTimeoutError, match="none to any other request, waiting for the reply"):
+        with pytest.raises(AttemptTimeoutError, match="nor to any other request, waiting for the reply"):
             await call
 
 
 async def test_a_connector_of_another_aiohttp_is_closed_in_its_own_process(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under the name that aiohttp 4 gives it, too, closing the pool is left to the process that made it."""
+    """Closing the pool is left to the process that created it, under aiohttp 4's method name too."""
     if way == "session":
         pytest.skip("the pool is the same")
     monkeypatch.setattr(aiohttp.TCPConnector, "_close_immediately", lambda _, *, abort_ssl: ["closed"], raising=False)
@@ -891,7 +891,7 @@ async def test_a_connector_of_another_aiohttp_is_closed_in_its_own_process(
 
 
 async def test_an_aiohttp_that_refuses_is_asked_in_public(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever goes wrong while the direct way is prepared, the session is used instead."""
+    """If preparing the direct path fails in any way, the session is used instead."""
     assert not direct._takes(aiohttp.ClientRequest.__init__, 1)
 
     def refuse(*_: object) -> None:

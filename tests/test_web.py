@@ -1,4 +1,4 @@
-"""A client in a web app: each recipe runs as printed, in a process of its own, and is asked over real sockets."""
+"""A client in a web app: each recipe runs as printed, in its own process, and serves requests over real sockets."""
 
 import asyncio
 import os
@@ -26,7 +26,7 @@ UVICORN: Final = ["FastAPI", "Litestar", "Starlette"]
 FRAMEWORKS: Final = ["aiohttp.web", *UVICORN]
 
 CLIENT: Final = "AudiencesClient()"
-"""How the recipes make their client."""
+"""The code with which the recipes create their client."""
 SHARING_CLIENT: Final = "AudiencesClient(cache=CachePolicy(ttl=1.0))"
 TELLING_CLIENT: Final = """
 from pathlib import Path
@@ -46,7 +46,7 @@ Raw: TypeAlias = Callable[[Callable[[RawConnection], Awaitable[None]]], Awaitabl
 
 @frozen
 class Got:
-    """What an app answered."""
+    """An app's response."""
 
     status: int
     body: Any
@@ -55,7 +55,7 @@ class Got:
 
 @define
 class Upstream:
-    """A service that holds its answers back until it may give them."""
+    """A service that delays its answers until it is released."""
 
     base_url: str = ""
     asked: list[RawConnection] = field(factory=list[RawConnection])
@@ -70,11 +70,11 @@ class Upstream:
             await connection.answer()
 
     def cut_off(self) -> int:
-        """How many connections with a request have been closed by the other side."""
+        """Return how many connections with a request the other side has closed."""
         return len({id(connection) for connection in self.asked if connection.reader.at_eof()})
 
     async def wait_for_requests(self, count: int) -> None:
-        """Return when so many requests have come."""
+        """Return when *count* requests have arrived."""
         await eventually(lambda: len(self.asked) == count)
 
 
@@ -88,25 +88,25 @@ class App:
     session: aiohttp.ClientSession
 
     async def get(self) -> Got:
-        """Ask for the audiences."""
+        """Request the audiences."""
         async with self.session.get(f"http://127.0.0.1:{self.port}/audiences") as response:
             return Got(response.status, await response.json(), response.headers.get("Retry-After"))
 
     async def gets(self, count: int) -> list[Got]:
-        """Ask so many times at once."""
+        """Send *count* requests at once."""
         return await asyncio.gather(*(self.get() for _ in range(count)))
 
     def traced(self, words: str) -> int:
-        """How often uvicorn's trace has these words."""
+        """Count these words in uvicorn's trace."""
         return self.stderr.read_text().count(words)
 
     def listens(self) -> bool:
-        """Whether it takes connections."""
+        """Return whether it accepts connections."""
         with socket.socket() as sock:
             return sock.connect_ex(("127.0.0.1", self.port)) == 0
 
     async def ended(self) -> None:
-        """Return when the process has ended well, with not a word but of uvicorn's trace."""
+        """Return when the process has ended successfully, with no output but uvicorn's trace."""
         async with asyncio.timeout(10):
             assert await self.process.wait() in {0, -signal.SIGTERM}
         told = self.stderr.read_text().splitlines()
@@ -115,14 +115,14 @@ class App:
 
 @pytest.fixture
 async def upstream(raw: Raw) -> Upstream:
-    """A service that holds its answers back."""
+    """Yield a service that delays its answers."""
     upstream = Upstream()
     upstream.base_url = (await raw(upstream.serve)).base_url
     return upstream
 
 
 async def eventually(holds: Callable[[], bool]) -> None:
-    """Return when this holds; within 10 s it must."""
+    """Return when *holds* is true; raise after 10 s."""
     for _ in range(1000):
         if holds():
             return
@@ -131,7 +131,7 @@ async def eventually(holds: Callable[[], bool]) -> None:
 
 
 def recipe(framework: str, changes: Mapping[str, str]) -> str:
-    """The program below the framework's heading, with these of its words replaced."""
+    """Return the program below the framework's heading, with these words replaced."""
     programs = rf"^#+ {re.escape(framework)}$.*?^```python$(.*?)^```$"
     program: str
     (program,) = re.findall(programs, README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
@@ -152,7 +152,7 @@ async def running(
     key: str = KEY,
     log_level: str = "warning",
 ) -> AsyncIterator[App]:
-    """Run a recipe, with lines before it: it listens when the block begins, and ends well when the block ends."""
+    """Run a recipe, with lines before it: it listens when the block begins, and ends successfully with the block."""
     port = free_port()
     if framework in UVICORN:
         pytest.importorskip(framework.lower())
@@ -186,17 +186,17 @@ async def running(
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 async def test_each_outcome_has_its_status(framework: str, sandbox: Sandbox, tmp_path: Path) -> None:
-    """Audiences come as 200, and each error as its status, with Retry-After where it is known and never the key."""
+    """Audiences are a 200, and each error has its status, with Retry-After if known and never the key."""
     sandbox.add_account(api_key=KEY)
     refused = [
         (Answer(401), 502, None, "HTTP 401 Unauthorized"),
         (Answer(501), 502, None, "HTTP 501 Not Implemented"),
         (Answer(200, f"no JSON, but {KEY}"), 502, None, "the reply cannot be read"),
         (Answer(failure="reset"), 502, None, "before a reply came"),
-        (Answer(delay=1.0), 504, None, "no whole reply within attempt_timeout=0.5 s"),
+        (Answer(delay=1.0), 504, None, "no complete reply within attempt_timeout=0.5 s"),
         (Answer(429), 429, None, "HTTP 429 Too Many Requests"),
         (Answer(429, {"status": 429, "description": KEY}, retry_after=7.95), 429, "8", "HTTP 429 Too Many Requests"),
-        (Answer(), 429, "8", "which does not fit into the call's timeout"),  # never asked for: the account is paused
+        (Answer(), 429, "8", "which does not fit into the call's timeout"),  # never requested: the account is paused
     ]
     one_attempt = {CLIENT: "AudiencesClient(attempt_timeout=0.5, retry=RetryPolicy(max_attempts=1))"}
     before = "from audiences_async import RetryPolicy"
@@ -213,17 +213,17 @@ async def test_each_outcome_has_its_status(framework: str, sandbox: Sandbox, tmp
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 async def test_an_app_without_a_key_answers_500(framework: str, upstream: Upstream, tmp_path: Path) -> None:
-    """An app whose environment has no key starts, and says what is missing."""
+    """An app whose environment has no key starts, and reports the missing key."""
     async with running(framework, tmp_path, upstream.base_url, key="") as app:
         got = await app.get()
     assert (got.status, got.retry_after) == (500, None)
-    assert got.body["error"].startswith("no account: give get_audiences() one")
+    assert got.body["error"].startswith("no account: pass one to get_audiences()")
     assert upstream.asked == []
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 async def test_the_deadline_holds_and_bounds_the_shutdown(framework: str, upstream: Upstream, tmp_path: Path) -> None:
-    """A handler whose call hangs answers 504 at its deadline; an app told to end waits for it and closes its client."""
+    """A handler whose call hangs answers 504 at its deadline; on shutdown an app waits for it and closes its client."""
     changes = {"timeout=3.0": "timeout=0.5", CLIENT: "TellingClient()"}
     async with running(framework, tmp_path, upstream.base_url, changes, before=TELLING_CLIENT) as app:
         clock = asyncio.get_running_loop().time
@@ -242,7 +242,7 @@ async def test_the_deadline_holds_and_bounds_the_shutdown(framework: str, upstre
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 async def test_who_leaves_and_a_shutdown_end_no_other_call(framework: str, upstream: Upstream, tmp_path: Path) -> None:
-    """Of 20 calls under way 5 lose their clients and end; told to end, the app takes no more and answers the rest."""
+    """Of 20 calls in flight 5 lose their clients and end; on shutdown, the app accepts no more and answers the rest."""
     async with running(framework, tmp_path, upstream.base_url) as app:
         upstream.may_answer.set()
         await app.gets(20)
@@ -271,7 +271,7 @@ async def test_who_leaves_and_a_shutdown_end_no_other_call(framework: str, upstr
 async def test_500_handlers_of_which_250_are_left_alone(
     upstream: Upstream, tmp_path: Path, client: str, requests: int
 ) -> None:
-    """Of 500 handlers at once 250 end as their clients go; the others get their answers, with a cache of one call."""
+    """Of 500 handlers 250 end as their clients disconnect; the others are answered, with a cache by one call."""
     changes = {
         "timeout=3.0": "timeout=30.0",
         CLIENT: client,
@@ -279,7 +279,7 @@ async def test_500_handlers_of_which_250_are_left_alone(
     }
     async with running("FastAPI", tmp_path, upstream.base_url, changes, log_level="trace") as app:
         staying = [asyncio.create_task(app.get()) for _ in range(2)]
-        await upstream.wait_for_requests(min(2, requests))  # as many as a new client lets go at once
+        await upstream.wait_for_requests(min(2, requests))  # the initial number of requests in flight of a new client
         leaving = [asyncio.create_task(app.get()) for _ in range(250)]
         staying += [asyncio.create_task(app.get()) for _ in range(248)]
         await eventually(lambda: app.traced("Started scope") == 500 + 1)  # and the lifespan

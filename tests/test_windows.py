@@ -1,4 +1,4 @@
-"""The command line without what only POSIX has: a process from which that has been taken away, as on Windows."""
+"""The command line without POSIX-only features: a process from which they were removed, as on Windows."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox
 
 pytestmark = pytest.mark.slow
 
-# The standard library and filelock are imported first: on Windows they have ways of their own.
+# The standard library and filelock are imported first: they have their own code for Windows.
 WINDOWS = """
 import asyncio, concurrent.futures, contextlib, logging, multiprocessing, os, select, selectors, signal, socket, ssl
 import subprocess, sys, tempfile, threading, uuid
@@ -63,7 +63,7 @@ ON_WINDOWS = [sys.executable, "-c", WINDOWS]
 
 @pytest.fixture(autouse=True)
 def accounts(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A file with the accounts north and south; the environment leads to the sandbox, with the key of north."""
+    """Write a file with the accounts north and south; the environment leads to the sandbox, with the key of north."""
     keys = [sandbox.add_account(name).api_key for name in ("north", "south")]
     monkeypatch.setenv("AUDIENCES_API_KEY", str(keys[0]))
     monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
@@ -74,7 +74,7 @@ def accounts(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts a command of that process; what still runs at the end is killed."""
+    """Start a command of that process; it is killed at the end if it still runs."""
     started: list[subprocess.Popen[str]] = []
 
     def begin(*arguments: str) -> "subprocess.Popen[str]":
@@ -91,7 +91,7 @@ def start() -> Iterator[Start]:
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
-    """The exit code, stdout and stderr of a command."""
+    """Return the exit code, stdout and stderr of a command."""
     done = subprocess.run(
         [*ON_WINDOWS, *arguments], capture_output=True, text=True, encoding="utf-8", timeout=50, check=False
     )
@@ -114,7 +114,7 @@ def test_list_and_doctor() -> None:
 
 @pytest.mark.parametrize("output", ["ndjson", "csv"])
 def test_fetch_and_resume(sandbox: Sandbox, accounts: Path, tmp_path: Path, output: str) -> None:
-    """Every account is fetched into a file; resumed, the job fetches again the one that failed, and no other."""
+    """Every account is fetched into a file; resumed, the job fetches only the failed one again."""
     sandbox.script("south", Answer(404))
     out = tmp_path / f"out.{output}"
     assert fetch(accounts, out, "--output", output)[0] == 7
@@ -128,7 +128,7 @@ def test_fetch_and_resume(sandbox: Sandbox, accounts: Path, tmp_path: Path, outp
 
 
 def test_one_process_at_a_time(sandbox: Sandbox, accounts: Path, tmp_path: Path, start: Start) -> None:
-    """A second job on the same output is refused; Ctrl-C ends the first one, whose work is kept and can be resumed."""
+    """A second job on the same output is refused; Ctrl-C ends the first one, which can be resumed."""
     sandbox.script("south", Answer(delay=60))
     out = tmp_path / "out.ndjson"
     first = start("fetch", "--accounts", str(accounts), "--out", str(out))

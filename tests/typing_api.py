@@ -1,4 +1,4 @@
-"""Checked by mypy, never run: right calls pass, and each wrong call is refused (an ignore that is not needed fails)."""
+"""Checked by mypy, never run: right calls pass, and each wrong call is refused (an unused ignore fails)."""
 
 import ssl
 from collections.abc import AsyncIterator, Mapping

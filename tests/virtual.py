@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class _Jumping(selectors.DefaultSelector):
-    """Waits for nothing: the time it should have waited has passed."""
+    """A selector that never waits: it advances the time instead."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,21 +55,21 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 
 def clock(draw: Callable[[], float] = lambda: 0.5) -> Clock:
-    """A clock that reads the running loop's time."""
+    """Return a clock that reads the running loop's time."""
     loop = asyncio.get_running_loop()
     return Clock(monotonic=loop.time, wall=loop.time, random=draw)
 
 
 def now() -> float:
-    """Seconds since the virtual start."""
+    """Return the seconds since the virtual start."""
     return asyncio.get_running_loop().time() - 1000.0
 
 
 @define
 class Service:
-    """A service in virtual time: takes the place of the transport.
+    """A service in virtual time, in place of the transport.
 
-    `decide` gets a key and the time, and gives a status or a whole reply's status and headers.
+    `decide` takes a key and the time, and returns a status, or a whole response's status and headers.
     """
 
     decide: Callable[[str, float], int | tuple[int, dict[str, str]]]
@@ -78,7 +78,7 @@ class Service:
     seen: list[tuple[float, str, int]] = field(factory=list)
 
     def __call__(self, settings: TransportSettings, deadlines: Deadlines) -> "Service":
-        """Be made in the place of a `Transport`."""
+        """Return itself in place of a `Transport`."""
         return self
 
     async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
@@ -91,18 +91,18 @@ class Service:
         return Reply(status, CIMultiDictProxy(CIMultiDict(headers)), EMPTY_ANSWER if status == 200 else b"")
 
     def abandon(self) -> None:
-        """Nothing to abandon: no attempt hangs."""
+        """Do nothing: no attempt hangs."""
 
     async def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing."""
 
     def times(self, *statuses: int, key: str | None = None) -> list[float]:
-        """When requests came, of these statuses (any, if none are named) and of this key."""
+        """Return the times of requests with these statuses (any by default) and this key."""
         return [at for at, of, status in self.seen if status in (statuses or (status,)) and key in {None, of}]
 
 
 class LeakyBucket:
-    """A limit as nginx's `limit_req` with `nodelay`: *burst* above the rate, then 429, each key for itself."""
+    """A limit like nginx's `limit_req` with `nodelay`: *burst* above the rate, then 429, per key."""
 
     def __init__(self, rate: float, burst: int) -> None:
         self.rate = rate
@@ -119,7 +119,7 @@ class LeakyBucket:
 
 
 class FixedWindow:
-    """A limit of so many requests in each window of so many seconds."""
+    """A limit of *limit* requests in each window of *window* seconds."""
 
     def __init__(self, limit: int, window: float) -> None:
         self._limit = limit
@@ -133,7 +133,7 @@ class FixedWindow:
 
 
 class SlidingWindow:
-    """A limit of so many requests in the last so many seconds; what it refuses does not count."""
+    """A limit of *limit* requests in the last *window* seconds; refused ones do not count."""
 
     def __init__(self, limit: int, window: float) -> None:
         self._limit = limit
@@ -149,7 +149,7 @@ class SlidingWindow:
 
 
 class TokenBucket:
-    """A limit of *rate* tokens a second, of which so many are kept; full at the start."""
+    """A limit of *rate* tokens per second, up to *capacity*; full at the start."""
 
     def __init__(self, rate: float, capacity: int) -> None:
         self._rate = rate
@@ -166,13 +166,13 @@ class TokenBucket:
 
 
 def shared(limit: Callable[[str, float], int], refusal: int = 429) -> Callable[[str, float], int]:
-    """Return the same limit for all keys together, and with another refusal."""
+    """Return the same limit for all keys together, with another refusal."""
     return lambda key, at: refusal if limit("", at) == 429 else 200
 
 
 @define
 class Workers(Service):
-    """A service with a few workers and a queue before them; what its client has given up is worked on all the same."""
+    """A service with a few workers and a queue before them; it also works on abandoned requests."""
 
     decide: Callable[[str, float], int | tuple[int, dict[str, str]]] = field(default=lambda key, at: 200)
     workers: int = 4
@@ -182,7 +182,7 @@ class Workers(Service):
     _free_at: list[float] = field(factory=list)
 
     async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
-        """Answer when a worker has had its time, or time out."""
+        """Answer when a worker is done, or time out."""
         self._free_at = self._free_at or [0.0] * self.workers
         first = min(range(self.workers), key=self._free_at.__getitem__)
         done = self._free_at[first] = max(now(), self._free_at[first]) + self.takes
@@ -197,7 +197,7 @@ class Workers(Service):
 
 @define
 class ConnectionLimit(Service):
-    """A service that refuses what comes while so many requests are under way."""
+    """A service that refuses requests while too many are in flight."""
 
     decide: Callable[[str, float], int | tuple[int, dict[str, str]]] = field(default=lambda key, at: 200)
     limit: int = 10

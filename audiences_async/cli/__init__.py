@@ -1,4 +1,4 @@
-"""The command line ``audiences``, of the extra ``cli``."""
+"""The command line ``audiences``; needs the extra ``cli``."""
 
 import sys
 
@@ -17,7 +17,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in {"cyclopts", "filelock", "rich"}:
             raise
-        sys.stderr.write("error: the command line needs an extra\nhint: pip install 'audiences_async[cli]'\n")
+        sys.stderr.write("error: the command line needs the extra 'cli'\nhint: pip install 'audiences_async[cli]'\n")
         sys.exit(USAGE)
     with ending_as_ctrl_c():
         code = run()

@@ -1,4 +1,4 @@
-"""The commands: data on stdout, everything else on stderr; keys from the environment or a file, never from argv."""
+"""The commands: data on stdout, all else on stderr. Keys come from the environment or a file, never from argv."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ from audiences_async.cli import signals
 from audiences_async.cli import worker as working
 from audiences_async.cli.doctor import examine
 from audiences_async.cli.exits import AUTHENTICATION, DONE, FAILED, PARTIAL, USAGE, exit_code
-from audiences_async.cli.output import FileFormat, Format, notices, say, write
+from audiences_async.cli.output import FileFormat, Format, notices, notify, write
 from audiences_async.client import AudiencesClient
 from audiences_async.credentials import Secret
 from audiences_async.errors import AudiencesError, ConfigurationError, printable
@@ -33,7 +33,7 @@ from audiences_async.wire import PRODUCTION, endpoint
 
 app: Final = App(
     name="audiences",
-    help="Every audience of a CommBox account, or an error that says why not.",
+    help="Fetch audiences from the CommBox API: complete answers or errors.",
     version=__version__,
     error_console=Console(file=notices(), emoji=False, markup=False),
     suppress_keyboard_interrupt=False,
@@ -43,8 +43,8 @@ _Flag = Annotated[bool, Parameter(negative="")]
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run one command and give its exit code; a wrong usage exits with 2 on its own."""
-    # A table may be shown in a locale that lacks its letters; data is written as bytes.
+    """Run one command and return its exit code; a usage error exits with 2."""
+    # The locale may lack characters of the table; data is written as bytes.
     stdout: Any = sys.stdout
     stdout.reconfigure(errors="replace")
     try:
@@ -52,24 +52,23 @@ def run(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return signals.exit_code()
     except OSError as error:
-        # Nobody can be written to: a reader that has gone, as `head` does, or a full disk. The interpreter must not
-        # try once more at exit.
+        # stdout is unwritable: a closed pipe (`head`) or a full disk. Keep the interpreter from writing again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED if isinstance(error, BrokenPipeError) else _complain(f"cannot write: {error}", "", FAILED)
+        return FAILED if isinstance(error, BrokenPipeError) else _report_error(f"cannot write: {error}", "", FAILED)
     return code if isinstance(code, int) else DONE
 
 
 @app.command
 def demo(*, seed: int | None = None) -> None:
-    """Fetch three accounts from a sandbox that throttles, fails and hangs up; show what came and what it took.
+    """Fetch three accounts from a sandbox that throttles, fails and hangs up; show the audiences and the attempts.
 
     Parameters
     ----------
     seed
-        Decides the faults and the waits; the same seed shows the same again. Left out, one is drawn.
+        Seed of the faults and waits; the same seed gives the same output. Random by default.
     """
     chosen = random.SystemRandom().randrange(10_000) if seed is None else seed
-    say(f"a sandbox with faults, and a limit of 1 request/s for each account (--seed {chosen}) …")
+    notify(f"starting a sandbox with faults and a limit of 1 request/s per account (--seed {chosen}) …")
     demonstration.run(chosen, Console())
 
 
@@ -88,44 +87,46 @@ def list_audiences(
     Parameters
     ----------
     output
-        The form of the list; left out, a table on a terminal and NDJSON elsewhere.
+        Output format; by default a table on a terminal and NDJSON elsewhere.
     api_key_file
-        A file that holds the key and nothing else; /dev/stdin reads it from a pipe.
+        File that contains only the key; /dev/stdin reads it from a pipe.
     base_url
-        Where the service is; else AUDIENCES_BASE_URL, else production.
+        URL of the service; by default AUDIENCES_BASE_URL, else production.
     timeout
-        Seconds for the whole call, every attempt and wait included.
+        Seconds for the whole call, including every attempt and wait.
     max_attempts
-        Requests at the most, the first included.
+        Maximum number of requests, the first included.
     debug
         Show the traceback of an error.
     """
     if api_key_file is None and not os.environ.get("AUDIENCES_API_KEY"):
-        return _complain("no API key", "set AUDIENCES_API_KEY, or give --api-key-file", AUTHENTICATION)
+        return _report_error("no API key", "set AUDIENCES_API_KEY or use --api-key-file", AUTHENTICATION)
     try:
         key = None if api_key_file is None else api_key_file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeError) as error:
-        return _complain(f"cannot read {api_key_file}: {error}", "give a text file that holds the key", USAGE)
+        return _report_error(
+            f"cannot read {api_key_file}: {error}", "use a text file that contains only the key", USAGE
+        )
     try:
         response = asyncio.run(_fetch(key, base_url, timeout, max_attempts))
     except AudiencesError as error:
         if debug:
-            say(traceback.format_exc())
-        return _complain(error.summary, error.hint, exit_code(error))
+            notify(traceback.format_exc())
+        return _report_error(error.summary, error.hint, exit_code(error))
     write(response, output)
     return DONE
 
 
 @app.command
 def doctor(*, api_key_file: Path | None = None, base_url: str | None = None, timeout: float = 10.0) -> int:
-    """Check the key, the name, the connection, one request and the clock, and say what to do about what fails.
+    """Check the key, the host name, the connection, one request and the clock, and suggest a fix for each failure.
 
     Parameters
     ----------
     api_key_file
-        A file that holds the key and nothing else; left out, the key is read from AUDIENCES_API_KEY.
+        File that contains only the key; by default the key is read from AUDIENCES_API_KEY.
     base_url
-        Where the service is; else AUDIENCES_BASE_URL, else production.
+        URL of the service; by default AUDIENCES_BASE_URL, else production.
     timeout
         Seconds for each check.
     """
@@ -135,11 +136,13 @@ def doctor(*, api_key_file: Path | None = None, base_url: str | None = None, tim
         where = endpoint(Secret(base_url or os.environ.get("AUDIENCES_BASE_URL") or PRODUCTION), allow_http=False)
         findings = asyncio.run(examine(key, printable(source), where, checks.seconds("timeout", timeout)))
     except (OSError, UnicodeError) as error:
-        return _complain(f"cannot read {api_key_file}: {error}", "give a text file that holds the key", USAGE)
+        return _report_error(
+            f"cannot read {api_key_file}: {error}", "use a text file that contains only the key", USAGE
+        )
     except ConfigurationError as error:
-        return _complain(error.summary, "check --base-url and AUDIENCES_BASE_URL, or --timeout", USAGE)
+        return _report_error(error.summary, "check --base-url and AUDIENCES_BASE_URL, or --timeout", USAGE)
     for finding in findings:
-        print(f"{'FAILED' if finding.code else 'ok':8}{finding.check:9}{printable(finding.told, limit=500)}")
+        print(f"{'FAILED' if finding.code else 'ok':8}{finding.check:9}{printable(finding.message, limit=500)}")
         if finding.code:
             print(f"{'':8}{'':9}{finding.hint}")
     return next((finding.code for finding in findings if finding.code), DONE)
@@ -162,44 +165,46 @@ def fetch(
     docket: str | None = None,
     parts: Path | None = None,
 ) -> int:
-    """Fetch every account of a file into another file, each account's audiences or its error.
+    """Fetch every account of a file; write each account's audiences, or its error, to another file.
 
     Parameters
     ----------
     accounts
-        A TOML, CSV or NDJSON file with the name and the api_key, or the api_key_env, of each account.
+        TOML, CSV or NDJSON file with the name and the api_key, or api_key_env, of each account.
     out
-        The file to write. NDJSON is appended to, account by account, and is what --resume goes on from.
+        File to write. NDJSON is appended account by account, and is the checkpoint for --resume.
     output
-        The form of the file; json and csv are written at the end, from an NDJSON file beside it that stays.
+        Format of the file; json and csv are written at the end, from an NDJSON file beside it that is kept.
     resume
-        Go on with what is there: fetched accounts are kept, failed ones and the rest are fetched.
+        Continue an existing output: keep fetched accounts, fetch failed and missing ones.
     concurrency
-        Accounts under way at the same time.
+        Maximum number of accounts in flight.
     rate
-        Requests per second, of all accounts together; left out, a limit of the service's is learned. Waiting for it
-        takes nothing of an account's time.
+        Requests per second of all accounts together; by default the service's limit is learned. Waiting for the rate
+        does not count towards an account's timeout.
     timeout
-        Seconds for each account, every attempt and wait of its own included.
+        Seconds for each account, including its attempts and its own waits.
     patience
-        Seconds in a row in which the service may answer nobody, before the remaining accounts fail.
+        Longest outage in seconds: after that long without an answer to any account, the remaining accounts fail.
     max_attempts
-        Requests for each account at the most, the first included.
+        Maximum number of requests per account, the first included.
     base_url
-        Where the service is; else AUDIENCES_BASE_URL, else production.
+        URL of the service; by default AUDIENCES_BASE_URL, else production.
     allow_partial
-        Exit with 0 also where accounts have failed.
+        Exit with 0 even if accounts failed.
     docket
-        URL of a Redis: let the workers of `audiences worker` fetch; how they do it is theirs to say.
+        URL of a Redis: `audiences worker` processes fetch the accounts, with their own settings.
     parts
-        With --docket: the directory that the workers write to; else the output's name with .parts.
+        With --docket: directory that the workers write to; by default the output's name with .parts appended.
     """
     tally = fetching.Tally()
     try:
         if docket is not None:
-            _need_docket()
+            _require_docket()
             if (concurrency, rate, timeout, patience, max_attempts, base_url) != (100, None, 60.0, 900.0, 5, None):
-                raise ConfigurationError("how accounts are fetched is for `audiences worker` to say, not with --docket")
+                options = "--concurrency, --rate, --timeout, --patience, --max-attempts or --base-url"
+                problem = f"--docket cannot be combined with {options}"
+                raise ConfigurationError(f"{problem}; set these limits on `audiences worker` instead")
         file = AccountFile(accounts, with_keys=docket is None)
         job = fetching.Job(file, out, output, resume, concurrency, rate, timeout, patience, max_attempts, base_url)
         if docket is None:
@@ -207,16 +212,20 @@ def fetch(
         else:
             fetching.run_distributed(job, tally, docket, parts or out.with_name(f"{out.name}.parts"))
     except AudiencesError as error:
-        return _complain(error.summary, error.hint, exit_code(error))
+        return _report_error(error.summary, error.hint, exit_code(error))
     except OSError as error:
-        return _complain(
-            f"cannot write {out}: {error.strerror or error}", "what is done is kept; --resume goes on", FAILED
+        return _report_error(
+            f"cannot write {out}: {error.strerror or error}",
+            "fetched accounts are kept; use --resume to continue",
+            FAILED,
         )
     except KeyboardInterrupt:
         kept = f"{tally.fetched:,} of {tally.total:,} accounts are fetched and kept"
-        return _complain(f"interrupted; {kept}", "the same command with --resume goes on", signals.exit_code())
+        return _report_error(
+            f"interrupted; {kept}", "run the same command with --resume to continue", signals.exit_code()
+        )
     for line in tally.summary():
-        say(line)
+        notify(line)
     return DONE if allow_partial or not tally.failed else PARTIAL
 
 
@@ -233,43 +242,43 @@ def worker(
     max_attempts: int = 5,
     base_url: str | None = None,
 ) -> int:
-    """Fetch for `audiences fetch --docket`, until interrupted; what is under way then is finished first.
+    """Fetch accounts for `audiences fetch --docket` until interrupted; accounts in flight are finished first.
 
     Parameters
     ----------
     docket
-        URL of the Redis. Whoever can write to it can run code here.
+        URL of the Redis. Anyone who can write to it can run code in this process.
     accounts
-        A TOML, CSV or NDJSON file with the name and the api_key, or the api_key_env, of each account; keys stay here.
+        TOML, CSV or NDJSON file with the name and the api_key, or api_key_env, of each account; keys stay on this
+        machine.
     out
-        A directory that all workers and whoever submits share.
+        Directory shared by all workers and the submitting machine.
     concurrency
-        Accounts under way at the same time in this process.
+        Maximum number of accounts in flight in this process.
     account_rate
-        Requests per second of each account, whichever worker sends them; left out, each account is held to what the
-        service grants it.
+        Requests per second of each account, over all workers; by default each account's rate is learned.
     timeout
-        Seconds for each account, every attempt and wait of its own included.
+        Seconds for each account, including its attempts and its own waits.
     patience
-        Seconds in a row in which the service may answer nobody, before the remaining accounts fail.
+        Longest outage in seconds: after that long without an answer to any account, the remaining accounts fail.
     max_attempts
-        Requests for each account at the most, the first included.
+        Maximum number of requests per account, the first included.
     base_url
-        Where the service is; else AUDIENCES_BASE_URL, else production.
+        URL of the service; by default AUDIENCES_BASE_URL, else production.
     """
     try:
-        _need_docket()
+        _require_docket()
         known = {account.name: account for account in AccountFile(accounts)}
         settings = working.Settings(
             docket, known, out, concurrency, account_rate, timeout, patience, max_attempts, base_url
         )
         asyncio.run(working.run(settings))
     except AudiencesError as error:
-        return _complain(error.summary, error.hint, exit_code(error))
+        return _report_error(error.summary, error.hint, exit_code(error))
     except OSError as error:
-        return _complain(f"cannot write to {out}: {error.strerror or error}", "", FAILED)
+        return _report_error(f"cannot write to {out}: {error.strerror or error}", "", FAILED)
     except KeyboardInterrupt:
-        pass  # how a worker ends
+        pass  # Ctrl-C is the normal end of a worker
     return DONE
 
 
@@ -285,26 +294,26 @@ def sandbox(
     burst: int = 1,
     seed: int = 0,
 ) -> int:
-    """Serve the sandbox until interrupted; print its base URL and keys, ready for the environment.
+    """Serve the sandbox until interrupted; print its base URL and keys as environment variables.
 
     Parameters
     ----------
     account
-        Name of an account to open; give it again for more. Left out, one named default.
+        Name of an account to open; repeat for more. By default one account named default.
     accounts
-        A TOML, CSV or NDJSON file of accounts to open in place of --account, with their own keys; none is printed.
+        TOML, CSV or NDJSON file of accounts to open instead of --account, with their own keys; no key is printed.
     port
-        Port on the loopback address; 0 means any that is free.
+        Port on the loopback address; 0 picks a free port.
     audiences
-        Audiences of each account.
+        Number of audiences per account.
     fault_rate
-        Share of the answers that go wrong, from 0.0 to 1.0.
+        Share of answers that fail, from 0.0 to 1.0.
     rate
-        Requests per second that each account is granted; left out, any number.
+        Requests per second granted to each account; unlimited by default.
     burst
         Requests granted at once after a pause.
     seed
-        Decides the faults.
+        Seed of the faults.
     """
     try:
         with Sandbox(seed=seed, port=port) as server:
@@ -322,14 +331,14 @@ def sandbox(
             ]
             shown = [] if accounts else [f"AUDIENCES_API_KEY={one.api_key}\n" for one in opened]
             print(f"AUDIENCES_BASE_URL={server.base_url}\n{''.join(shown)}", end="", flush=True)
-            say("serving until interrupted (Ctrl-C) …")
+            notify("serving until interrupted (Ctrl-C) …")
             _wait_forever()
     except KeyboardInterrupt:
-        return DONE  # how a server ends
+        return DONE  # Ctrl-C is the normal end of a server
     except AudiencesError as error:
-        return _complain(error.summary, error.hint, exit_code(error))
+        return _report_error(error.summary, error.hint, exit_code(error))
     except (OSError, OverflowError) as error:
-        return _complain(f"cannot listen on port {port}: {error}", "give another --port", FAILED)
+        return _report_error(f"cannot listen on port {port}: {error}", "choose another --port", FAILED)
 
 
 def _wait_forever() -> NoReturn:
@@ -343,13 +352,13 @@ async def _fetch(key: str | None, base_url: str | None, timeout: float, max_atte
         return await client.get_audiences()
 
 
-def _need_docket() -> None:
+def _require_docket() -> None:
     if find_spec("docket") is None:
-        raise ConfigurationError("several machines need an extra: pip install 'audiences_async[docket]'")
+        raise ConfigurationError("distributed jobs need the extra 'docket': pip install 'audiences_async[docket]'")
 
 
-def _complain(problem: str, hint: str, code: int) -> int:
-    say(f"error: {printable(problem, limit=2000)}")
+def _report_error(problem: str, hint: str, code: int) -> int:
+    notify(f"error: {printable(problem, limit=2000)}")
     if hint:
-        say(f"hint: {hint}")
+        notify(f"hint: {hint}")
     return code

@@ -1,4 +1,4 @@
-"""``audiences demo``: the main job against a service that throttles, fails and hangs up."""
+"""``audiences demo``: three accounts against a service that throttles, fails and hangs up."""
 
 import asyncio
 import random
@@ -25,13 +25,13 @@ _FIRST_FAULT: Final[Mapping[str, Answer]] = {
     "south": Answer(failure="cut-body"),
 }
 _MORE_FAULTS: Final = (Answer(502, "<html>Bad Gateway</html>"), Answer(503, b""), Answer(408))
-# Short waits, always below the second that the sandbox's limit wants: what happens depends on the seed alone.
+# Waits stay below the 1 s of the sandbox's limit, so that the outcome depends on the seed alone.
 _RETRY: Final = RetryPolicy(base_delay=0.2, throttle_base_delay=0.2)
 _jitter: ContextVar[float] = ContextVar("_jitter")
 
 
 def run(seed: int, console: Console) -> None:
-    """Fetch three accounts from a misbehaving sandbox; show what came, and what it took."""
+    """Fetch three accounts from a misbehaving sandbox; show the audiences and the attempts."""
     with Sandbox(seed=seed) as sandbox:
         accounts = [_open(sandbox, name, _source(seed, name)) for name in _FIRST_FAULT]
         asyncio.run(_fetch_and_show(sandbox.base_url, accounts, seed, console))
@@ -51,12 +51,12 @@ async def _fetch_and_show(base_url: str, accounts: Sequence[Account], seed: int,
 
 
 def _source(seed: int, name: str) -> random.Random:
-    """Chance of one account's own: the same seed gives the same waits, however the accounts interleave."""
+    """Return the random source of one account, so that waits do not depend on how the accounts interleave."""
     return random.Random(f"{seed}/{name}")  # noqa: S311 - a demonstration, not a secret
 
 
 def _open(sandbox: Sandbox, name: str, chance: random.Random) -> Account:
-    """An account with one or two faults in its way, and a limit of one request a second."""
+    """Open an account with one or two scripted faults and a limit of one request per second."""
     audiences = [*EXAMPLE_AUDIENCES, *many_audiences(name, chance.randint(1, 3))]
     account = sandbox.add_account(name, audiences=audiences, rate=1.0, retry_after=True)
     sandbox.script(name, _FIRST_FAULT[name], *chance.sample(_MORE_FAULTS, chance.randint(0, 1)))
@@ -64,7 +64,7 @@ def _open(sandbox: Sandbox, name: str, chance: random.Random) -> Account:
 
 
 async def _fetch(base_url: str, accounts: Sequence[Account], seed: int, on_event: EventHook) -> list[AudiencesResponse]:
-    # One value for each account: how often it is drawn depends on how the accounts interleave.
+    # One jitter value per account: the number of draws would depend on how the accounts interleave.
     clock = Clock(random=_jitter.get)
     async with AudiencesClient(base_url=base_url, retry=_RETRY, on_event=on_event, clock=clock) as client:
 

@@ -1,4 +1,4 @@
-"""``audiences doctor``: one check after another, and what to do about the first that fails."""
+"""``audiences doctor``: checks in order, with a suggested fix for each failure."""
 
 import asyncio
 import ssl as tls
@@ -18,38 +18,38 @@ from audiences_async.structuring import whole
 from audiences_async.transport import Transport, TransportSettings
 from audiences_async.wire import Reply, Result, read
 
-_SKEW = 5.0  # s; a Date has whole seconds, and a reply takes its time
+_SKEW = 5.0  # s; Date has whole seconds, and a response takes time
 _MAX_BODY = 64 * 2**20
 
 
 @frozen
 class Finding:
-    """What a check came to.
+    """The result of a check.
 
     Attributes:
-        check: Its name.
-        told: What was found.
-        hint: What to do about it; empty where all is well.
-        code: The exit code that it stands for.
+        check: Name of the check.
+        message: The finding.
+        hint: Suggested fix; empty if the check passed.
+        code: Exit code for this finding.
     """
 
     check: str
-    told: str
+    message: str
     hint: str = ""
     code: int = DONE
 
 
 async def examine(key: str | None, source: str, endpoint: URL, timeout: float) -> list[Finding]:
-    """All findings; what a failure makes pointless is not tried.
+    """Run the checks and return their findings; a failure skips the checks that depend on it.
 
     Args:
-        key: The API key; ``None`` or empty means that there is none.
+        key: The API key; ``None`` or empty if missing.
         source: Where the key comes from.
-        endpoint: The URL to ask.
+        endpoint: The URL to request.
         timeout: Seconds for each check.
     """
     findings = [_key(key, source), await _name(endpoint, timeout)]
-    # CPython 3.11's tracing loses this frame where the check before has caught an exception.
+    # CPython 3.11's tracing loses this frame if the check before has caught an exception.
     if not findings[-1].code:  # pragma: no branch
         findings.append(await _connection(endpoint, timeout))
     if not any(finding.code for finding in findings):
@@ -59,11 +59,13 @@ async def examine(key: str | None, source: str, endpoint: URL, timeout: float) -
 
 def _key(key: str | None, source: str) -> Finding:
     if not key:
-        return Finding("key", "there is none", "set AUDIENCES_API_KEY, or give --api-key-file", AUTHENTICATION)
+        return Finding("key", "no API key", "set AUDIENCES_API_KEY or use --api-key-file", AUTHENTICATION)
     try:
         ApiKey(key).validate(account=None)
     except ConfigurationError as error:
-        return Finding("key", f"from {source}: {error.message}", "copy it anew, alone on its line", AUTHENTICATION)
+        return Finding(
+            "key", f"from {source}: {error.message}", "copy the key again, alone on its line", AUTHENTICATION
+        )
     return Finding("key", f"from {source}, {len(key)} characters")
 
 
@@ -73,9 +75,9 @@ async def _name(endpoint: URL, timeout: float) -> Finding:
         async with asyncio.timeout(timeout):
             found = await asyncio.get_running_loop().getaddrinfo(host, port, type=1)
     except (OSError, UnicodeError) as error:  # a timeout is an OSError
-        told = f"{host} is not found: {_reason(error)}"
-        return Finding("name", told, "check base_url for a typing error, and this machine's DNS", UNAVAILABLE)
-    return Finding("name", f"{host} is {', '.join(sorted({str(one[4][0]) for one in found}))}")
+        problem = f"cannot resolve {host}: {_reason(error)}"
+        return Finding("name", problem, "check base_url for a typo, and this machine's DNS", UNAVAILABLE)
+    return Finding("name", f"{host} resolves to {', '.join(sorted({str(one[4][0]) for one in found}))}")
 
 
 async def _connection(endpoint: URL, timeout: float) -> Finding:
@@ -85,15 +87,17 @@ async def _connection(endpoint: URL, timeout: float) -> Finding:
         async with asyncio.timeout(timeout):
             _, writer = await asyncio.open_connection(endpoint.host, endpoint.port, ssl=context)
     except tls.SSLCertVerificationError as error:
-        told = f"the certificate of {where} is not trusted: {error.verify_message}"
-        hint = "trust its CA (SSL_CERT_FILE, or ssl= in a program); where it is out of date, check the clock"
-        return Finding("tls", told, hint, UNAVAILABLE)
+        problem = f"the certificate of {where} is not trusted: {error.verify_message}"
+        hint = "trust its CA (SSL_CERT_FILE, or ssl= in a program); if it has expired, check the clock"
+        return Finding("tls", problem, hint, UNAVAILABLE)
     except tls.SSLError as error:
-        told = f"{where} does not speak TLS: {_reason(error)}"
-        return Finding("tls", told, "check scheme and port of base_url, and any proxy in between", UNAVAILABLE)
+        problem = f"{where} does not speak TLS: {_reason(error)}"
+        return Finding("tls", problem, "check scheme and port of base_url, and any proxy in between", UNAVAILABLE)
     except OSError as error:
-        told = f"cannot connect to {where}: {_reason(error)}"
-        return Finding("connect", told, "check base_url, and that a firewall lets this machine out", UNAVAILABLE)
+        problem = f"cannot connect to {where}: {_reason(error)}"
+        return Finding(
+            "connect", problem, "check base_url, and the firewall's rules for outgoing connections", UNAVAILABLE
+        )
     secured: tls.SSLObject | None = writer.get_extra_info("ssl_object")
     writer.close()
     with suppress(OSError):
@@ -102,7 +106,7 @@ async def _connection(endpoint: URL, timeout: float) -> Finding:
         return Finding("connect", f"to {where}, without TLS")
     expires = tls.cert_time_to_seconds(str((secured.getpeercert() or {})["notAfter"]))
     days = (expires - time.time()) / 86_400
-    return Finding("tls", f"{secured.version()} to {where}, its certificate is good for {days:.0f} days")
+    return Finding("tls", f"{secured.version()} to {where}, certificate valid for {days:.0f} days")
 
 
 async def _request(key: ApiKey, endpoint: URL, timeout: float) -> list[Finding]:
@@ -134,7 +138,7 @@ def _answer(result: Result) -> Finding:
 
 
 def _refused(error: AudiencesError) -> Finding:
-    return Finding("request", error.summary, error.hint or "see what the service says", exit_code(error))
+    return Finding("request", error.summary, error.hint or "see the service's description", exit_code(error))
 
 
 def _clock(reply: Reply, before: float, after: float) -> Iterator[Finding]:
@@ -143,8 +147,8 @@ def _clock(reply: Reply, before: float, after: float) -> Iterator[Finding]:
         return
     skew = max(sent - after, before - sent - 1.0, 0.0)
     if skew > _SKEW:
-        told = f"this machine's clock is {skew:,.0f} s {'behind' if sent > after else 'ahead of'} the service's"
-        yield Finding("clock", told, "have this machine's clock set, by NTP", FAILED)
+        problem = f"this machine's clock is {skew:,.0f} s {'behind' if sent > after else 'ahead of'} the service's"
+        yield Finding("clock", problem, "synchronise this machine's clock (NTP)", FAILED)
     else:
         yield Finding("clock", "agrees with the service's")
 

@@ -1,4 +1,4 @@
-"""Exit codes: what a script can tell apart."""
+"""Exit codes of the command line."""
 
 from typing import Final
 
@@ -21,11 +21,11 @@ AUTHENTICATION: Final = 4
 UNAVAILABLE: Final = 5
 PARTIAL: Final = 7
 SIGNALLED: Final = 128
-"""To which the number of the signal is added, as a shell does: 130 for Ctrl-C, 143 for SIGTERM."""
+"""Added to the signal number, as a shell does: 130 for Ctrl-C, 143 for SIGTERM."""
 
 
 def exit_code(error: AudiencesError) -> int:
-    """The exit code of an error: 2 usage, 4 authentication, 5 try again later, 1 anything else."""
+    """Return the exit code of *error*: 2 usage, 4 authentication, 5 try again later, 1 anything else."""
     match error:
         case UnauthorizedError() | ForbiddenError():
             return AUTHENTICATION

@@ -1,4 +1,4 @@
-"""``audiences fetch``: every account of a file into another file, and on from there after a crash."""
+"""``audiences fetch``: fetch every account of a file into another file, and resume after a crash."""
 
 import asyncio
 import time
@@ -16,7 +16,7 @@ from rich.text import Text
 
 from audiences_async import checks, errors
 from audiences_async.accounts import AccountFile
-from audiences_async.cli.output import FileFormat, check_target, convert, notices, say
+from audiences_async.cli.output import FileFormat, check_target, convert, notices, notify
 from audiences_async.client import AudiencesClient
 from audiences_async.errors import AudiencesError, ConfigurationError, StatusError, printable
 from audiences_async.events import Event, ServicePaused, ServiceRateLearned, ServiceResumed
@@ -25,25 +25,25 @@ from audiences_async.rates import RateLimit
 from audiences_async.results import Line, OutcomeFile, check_new
 from audiences_async.retrying import RetryPolicy
 
-_NAMED: Final = 3  # accounts shown for each reason
-_WORTH_TELLING: Final = 2.0  # s without an answer; less is no outage
+_NAMED: Final = 3  # accounts shown per reason
+_MIN_OUTAGE: Final = 2.0  # s; a shorter gap without answers is not reported
 
 
 @frozen
 class Job:
-    """What to fetch, how, and where to.
+    """A job's accounts, output and settings.
 
     Attributes:
-        accounts: All of them, those that were fetched before included.
-        out: The file that the user wants.
+        accounts: All accounts, including those fetched by an earlier run.
+        out: The output file.
         output: Its format.
-        resume: Whether to go on with what is there.
-        concurrency: Accounts under way at the same time.
-        rate: Requests per second, of all accounts together; ``None`` means that it is learned, if there is a limit.
+        resume: Whether to continue an existing output.
+        concurrency: Maximum number of accounts in flight.
+        rate: Requests per second of all accounts together; ``None`` means that a limit is learned if there is one.
         timeout: Seconds for each account.
-        patience: Seconds in a row in which the service may answer nobody.
-        max_attempts: Requests for each account at the most, the first included.
-        base_url: Where the service is; ``None`` means as the client has it.
+        patience: Longest outage in seconds; then the remaining accounts fail.
+        max_attempts: Maximum number of requests per account, the first included.
+        base_url: URL of the service; ``None`` means the client's default.
     """
 
     accounts: AccountFile
@@ -59,12 +59,12 @@ class Job:
 
     @property
     def checkpoint(self) -> Path:
-        """The NDJSON that the job appends to: the output itself, or a file beside it."""
+        """The NDJSON file that the job appends to: the output itself, or a file beside it."""
         return self.out if self.output == "ndjson" else self.out.with_name(f"{self.out.name}.ndjson")
 
 
 class ServiceLog:
-    """What a job met of the service's limits and outages, from the client's events."""
+    """Record the service's rate limit and outages from the client's events."""
 
     def __init__(self) -> None:
         self._out_since: float | None = None
@@ -73,7 +73,7 @@ class ServiceLog:
         self._rate: float | None = None
 
     def __call__(self, event: Event) -> None:
-        """Take in an event."""
+        """Handle one event."""
         now = time.monotonic()
         match event:
             case ServicePaused(state="out"):
@@ -86,30 +86,30 @@ class ServiceLog:
                 self._rate = event.rate
 
     def now(self) -> str:
-        """Return the state of the service, for the progress bar; empty if it answers."""
+        """Return the state of the service for the progress bar; empty if it answers."""
         if self._out_since is None:
             return "" if self._rate is None else f"limited to {self._rate:.3g}/s"
         now = time.monotonic()
         return f"no answer for {now - self._out_since:.0f} s, next probe in {max(0.0, self._next_probe - now):.0f} s"
 
     def summary(self) -> Iterator[str]:
-        """Yield what is worth knowing for the next time."""
-        if self._out_for >= _WORTH_TELLING:
-            yield f"  the service answered nobody for {self._out_for:.0f} s in all; --patience says how long to wait"
+        """Yield lines about outages and a learned rate limit; none if there were neither."""
+        if self._out_for >= _MIN_OUTAGE:
+            yield f"  no answer from the service for {self._out_for:.0f} s in total; --patience bounds each outage"
         if self._rate is not None:
-            yield f"  the service limits all accounts together, to about {self._rate:.3g} requests/s"
-            yield f"    hint: --rate {self._rate:.2g} is not refused"
+            yield f"  the service limits all accounts together to about {self._rate:.3g} requests/s"
+            yield f"    hint: use --rate {self._rate:.2g} to stay within it"
 
 
 @define
 class Tally:
-    """What became of the accounts so far.
+    """Counts and failures of a job so far.
 
     Attributes:
         total: Accounts of the job.
-        fetched: Those that were fetched, before this run or in it.
-        failures: For each reason, the names of the accounts that failed in this run, and what to do about it.
-        service: What the job met of the service as a whole.
+        fetched: Accounts fetched, by this run or an earlier one.
+        failures: Names of the accounts that failed in this run, by reason and hint.
+        service: The service's rate limit and outages.
     """
 
     total: int = 0
@@ -119,11 +119,11 @@ class Tally:
 
     @property
     def failed(self) -> int:
-        """Accounts that failed in this run."""
+        """Number of accounts that failed in this run."""
         return sum(map(len, self.failures.values()))
 
     def count(self, outcome: Outcome) -> None:
-        """Add what became of an account."""
+        """Count one account's outcome."""
         if isinstance(outcome, Failed):
             error = outcome.error
             self._fail(outcome.account.name, type(error), error.status if isinstance(error, StatusError) else None)
@@ -131,7 +131,7 @@ class Tally:
             self.fetched += 1
 
     def count_line(self, line: Line) -> None:
-        """The same of an account that a worker has fetched."""
+        """Count one account's outcome that a worker has written."""
         if line.ok:
             self.fetched += 1
         else:
@@ -143,7 +143,7 @@ class Tally:
         self.failures[reason, kind.hint].append(name)
 
     def summary(self) -> Iterator[str]:
-        """What came, and what failed for each reason, the most frequent first."""
+        """Yield the totals, then each reason for failure with its accounts, the most frequent first."""
         yield f"{self.fetched:,} of {self.total:,} accounts fetched, {self.failed:,} failed"
         for (reason, hint), names in sorted(self.failures.items(), key=lambda item: -len(item[1])):
             shown = ", ".join(printable(name) for name in names[:_NAMED])
@@ -155,12 +155,14 @@ class Tally:
 
 
 def run(job: Job, tally: Tally) -> None:
-    """Fetch what is not fetched yet, here; *tally* tells how far it came, also where this ends with an error.
+    """Fetch the accounts that are missing from the output, in this process.
+
+    *tally* is up to date even if this raises.
 
     Raises:
         AudiencesError: The job cannot begin.
         OSError: The output cannot be written.
-        KeyboardInterrupt: Ctrl-C; what is done is kept.
+        KeyboardInterrupt: Ctrl-C; fetched accounts are kept.
     """
     client = AudiencesClient(
         base_url=job.base_url,
@@ -173,7 +175,7 @@ def run(job: Job, tally: Tally) -> None:
 
 
 def run_distributed(job: Job, tally: Tally, url: str, parts: Path) -> None:
-    """As `run`, by the workers of a docket, who write to the directory *parts*."""
+    """Do the same as `run` with the workers of a docket, which write to the directory *parts*."""
     from audiences_async import distributed  # noqa: PLC0415 - of an optional extra
 
     names = (account.name for account in job.accounts)
@@ -186,7 +188,7 @@ def run_distributed(job: Job, tally: Tally, url: str, parts: Path) -> None:
                 show()
 
             def idle() -> None:
-                say("no worker is there yet: audiences worker --docket URL --accounts FILE --out DIRECTORY")
+                notify("no worker yet; start one: audiences worker --docket URL --accounts FILE --out DIRECTORY")
 
             await distributed.submit(url, names, parts, file, resume=job.resume, on_merged=merged, on_idle=idle)
 
@@ -196,7 +198,7 @@ def run_distributed(job: Job, tally: Tally, url: str, parts: Path) -> None:
 def _run(job: Job, tally: Tally, fetch: Callable[[OutcomeFile], Coroutine[Any, Any, None]]) -> None:
     for target in {job.out, job.checkpoint}:
         if _is_same(target, job.accounts.path):
-            raise ConfigurationError(f"{printable(str(target))} is the accounts file; choose another output")
+            raise ConfigurationError(f"output is the accounts file: {printable(str(target))}; choose another file")
     if not job.resume:
         check_new(job.out)
     if job.output != "ndjson":
@@ -222,7 +224,7 @@ async def _fetch(job: Job, tally: Tally, file: OutcomeFile, client: AudiencesCli
 
 @contextmanager
 def progress(tally: Tally) -> Iterator[Callable[[], None]]:
-    """A bar on stderr where that is a terminal; to be called when the tally has changed."""
+    """Show a progress bar if stderr is a terminal; yield a function to call after *tally* has changed."""
     console = Console(file=notices())
     columns = (
         BarColumn(),
@@ -240,7 +242,7 @@ def progress(tally: Tally) -> Iterator[Callable[[], None]]:
 
 
 class _ServiceColumn(ProgressColumn):
-    """The state of the service."""
+    """The state of the service, as a column."""
 
     def __init__(self, log: ServiceLog) -> None:
         super().__init__()
@@ -251,14 +253,14 @@ class _ServiceColumn(ProgressColumn):
 
 
 class _RateColumn(ProgressColumn):
-    """Accounts per second."""
+    """Accounts per second, as a column."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed or 0.0:,.1f}/s")
 
 
 def _is_same(path: Path, other: Path) -> bool:
-    """Return whether two paths lead to one file, by whatever links and spellings."""
+    """Return whether both paths lead to the same file, resolving links."""
     if path.exists() and other.exists():
         return path.samefile(other)
     return path.resolve() == other.resolve()

@@ -1,4 +1,4 @@
-"""Audiences on stdout: a table for people, NDJSON, JSON or CSV for programs."""
+"""Write audiences to stdout: a table for terminals, NDJSON, JSON or CSV for programs."""
 
 import csv
 import io
@@ -33,21 +33,21 @@ def write(response: AudiencesResponse, output: Format | None) -> None:
     if output == "table":
         Console().print(table(("", response)))
         return
-    # Bytes: data is UTF-8 whatever the locale says.
+    # Bytes, because data is UTF-8 in any locale.
     sys.stdout.buffer.write(_FORMATS[output](record(audience) for audience in response))
     sys.stdout.buffer.flush()
 
 
 class _Notices(io.TextIOBase):
-    """Stderr, as long as it can be written to: what is shown never changes what is done."""
+    """A stderr that ignores write errors, so that a lost terminal never stops a job."""
 
     def write(self, text: str) -> int:
-        """Write the text if that is possible."""
+        """Write *text*; errors are ignored."""
         self._try(lambda stderr: stderr.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Flush what was written if that is possible."""
+        """Flush stderr; errors are ignored."""
         self._try(lambda stderr: stderr.flush())
 
     def isatty(self) -> bool:
@@ -56,38 +56,40 @@ class _Notices(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override] # what rich reads
-        """The encoding of stderr."""
+        """Encoding of stderr."""
         return sys.stderr.encoding
 
     def _try(self, write: Callable[[TextIO], object]) -> None:
         try:
             write(sys.stderr)
         except OSError:
-            # A terminal that has gone, or a full disk. The interpreter must not try once more at exit.
+            # The terminal is gone or the disk is full. Keep the interpreter from writing again at exit.
             with suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def notices() -> TextIO:
-    """Return stderr for what people read."""
+    """Return stderr for messages to the user; write errors are ignored."""
     return cast("TextIO", _Notices())
 
 
-def say(text: str) -> None:
-    """Write a line for people to stderr."""
+def notify(text: str) -> None:
+    """Write a line to stderr for the user."""
     print(text, file=notices(), flush=True)
 
 
 def check_target(path: Path, output: FileFormat, checkpoint: Path) -> None:
-    """Refuse a file that `convert` could not write, or must not replace.
+    """Refuse an output file that `convert` could not write or must not replace.
 
     Raises:
-        ConfigurationError: It is not a regular file, or was not written by this command from *checkpoint*.
-        OSError: Its directory cannot be written to.
+        ConfigurationError: *path* is not a regular file, or was not written by this command from *checkpoint*.
+        OSError: Its directory is not writable.
     """
     for each in (path, checkpoint):
         if each.exists() and not each.is_file():
-            raise ConfigurationError(f"{printable(str(each))} is not a regular file; --output ndjson can write to one")
+            raise ConfigurationError(
+                f"{printable(str(each))} is not a regular file; use --output ndjson or another file"
+            )
     if path.exists() and path.stat().st_size:
         with path.open("rb") as file:
             is_ours = file.read(len(_STARTS[output])) == _STARTS[output] and checkpoint.is_file()
@@ -99,17 +101,17 @@ def check_target(path: Path, output: FileFormat, checkpoint: Path) -> None:
 
 
 def convert(outcomes: Path, out: Path, output: FileFormat) -> None:
-    """Write the NDJSON *outcomes* in another format, whole or not at all; one account in memory at a time.
+    """Write the NDJSON *outcomes* in another format, atomically, with one account in memory at a time.
 
-    JSON is an array of the same objects. CSV has one row for each audience; an account without audiences has one with
-    nothing but its name, and one that failed has its error in the last column.
+    JSON is an array of the same objects. CSV has one row per audience. An account without audiences has one row with
+    only its name, and a failed account has its error in the last column.
     """
     chunks = _accounts_as_json if output == "json" else _accounts_as_csv
     write_whole(out, chunks(lines(outcomes)), like=outcomes)
 
 
 def table(*replies: tuple[str, AudiencesResponse]) -> Table:
-    """A table of the audiences of one account, or of several with their names."""
+    """Return a table of the audiences of one account, or of several with their names."""
     named = any(name for name, _ in replies)
     result = Table()
     for name in (*(["account"] if named else []), "id", "name", "type", "created", "users"):
@@ -133,9 +135,8 @@ def _cells(audience: Audience) -> list[Text]:
 
 
 def _text(value: str) -> Text:
-    return Text(
-        printable(value, limit=len(value))
-    )  # Text, so that the service's words are never taken for rich's markup
+    # Text, because a plain string would be parsed as rich markup.
+    return Text(printable(value, limit=len(value)))
 
 
 def _ndjson(records: Iterable[Mapping[str, Any]]) -> bytes:
@@ -147,7 +148,7 @@ def _json(records: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def _csv(records: Iterable[Mapping[str, Any]]) -> bytes:
-    """One column for each documented field, and what goes beyond them as JSON in the last."""
+    """Return one column per documented field; all other fields are JSON in the last column."""
     return _csv_rows([[*_COLUMNS, "extra"], *map(_csv_cells, records)])
 
 
@@ -173,9 +174,9 @@ def _accounts_as_json(outcomes: Iterable[Line]) -> Iterator[bytes]:
 def _accounts_as_csv(outcomes: Iterable[Line]) -> Iterator[bytes]:
     yield _STARTS["csv"]
     for outcome in outcomes:
-        told = msgspec.json.decode(outcome.text)
-        error = "" if outcome.ok else told["error"]["message"]
-        audiences = told.get("audiences") or [{}]
+        decoded = msgspec.json.decode(outcome.text)
+        error = "" if outcome.ok else decoded["error"]["message"]
+        audiences = decoded.get("audiences") or [{}]
         yield _csv_rows([outcome.account, *_csv_cells(audience), error] for audience in audiences)
 
 
@@ -185,7 +186,7 @@ def _cell(value: Any) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
-# How the files begin that `convert` writes.
+# First bytes of the files that `convert` writes.
 _STARTS: Final[Mapping[FileFormat, bytes]] = {
     "json": b'[\n{"account":',
     "csv": _csv_rows([["account", *_COLUMNS, "extra", "error"]]),

@@ -1,4 +1,4 @@
-"""Signals that end a command: all of them as Ctrl-C does, so that what is done is kept and said."""
+"""Treat every terminating signal like Ctrl-C, so that finished work is kept and reported."""
 
 import signal
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ _received: list[int] = []
 
 @contextmanager
 def ending_as_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP do what Ctrl-C does, for the length of the block. For the main thread."""
+    """Handle SIGTERM and SIGHUP like Ctrl-C inside the block. Main thread only."""
     _received.clear()
     ending = [getattr(signal, name) for name in _ENDING if hasattr(signal, name)]
-    # What was ignored when the program started stays ignored: so `nohup` works.
+    # A signal that was ignored at start-up stays ignored, so that `nohup` works.
     before = {number: signal.getsignal(number) for number in ending if signal.getsignal(number) is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, _end)
@@ -36,5 +36,5 @@ def _end(number: int, _: FrameType | None) -> None:
 
 
 def exit_code() -> int:
-    """Return the exit code of a command that was interrupted: 128 and the number of the signal."""
+    """Return the exit code of an interrupted command: 128 plus the signal number."""
     return SIGNALLED + (_received[-1] if _received else signal.SIGINT)

@@ -1,13 +1,13 @@
-"""Standard streams that may be closed."""
+"""Replace closed standard streams."""
 
 import os
 import sys
 
 
 def replace_closed() -> None:
-    """Open the null device in the place of closed standard streams, so that no file of ours gets their numbers.
+    """Open the null device for closed standard streams, so that no other file gets their descriptors.
 
-    It is opened for reading: to write to a closed stdout stays an error. What is written to a closed stderr is lost.
+    It is opened for reading, so that writing to a closed stdout still fails. Text written to a closed stderr is lost.
     """
     for descriptor in range(3):
         try:

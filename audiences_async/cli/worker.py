@@ -1,4 +1,4 @@
-"""``audiences worker``: one client for the process, chunks until SIGTERM or Ctrl-C."""
+"""``audiences worker``: fetch chunks with one client per process until SIGTERM or Ctrl-C."""
 
 import asyncio
 import signal
@@ -17,19 +17,19 @@ from audiences_async.retrying import RetryPolicy
 
 @frozen
 class Settings:
-    """How a worker fetches.
+    """Settings of a worker.
 
     Attributes:
-        docket: URL of the Redis; not printed, for it may hold a password.
-        accounts: By name, with their keys.
-        out: The directory for the parts.
-        concurrency: Accounts under way at the same time.
-        account_rate: Requests per second of each account, of all workers together; ``None`` means that each account's
-            rate is learned.
+        docket: URL of the Redis; hidden from ``repr`` because it may contain a password.
+        accounts: Accounts with their keys, by name.
+        out: Directory for the parts.
+        concurrency: Maximum number of accounts in flight.
+        account_rate: Requests per second of each account, over all workers; ``None`` means that each account's rate is
+            learned.
         timeout: Seconds for each account.
-        patience: Seconds in a row in which the service may answer nobody.
-        max_attempts: Requests for each account at the most, the first included.
-        base_url: Where the service is; ``None`` means as the client has it.
+        patience: Longest outage in seconds; then the remaining accounts fail.
+        max_attempts: Maximum number of requests per account, the first included.
+        base_url: URL of the service; ``None`` means the client's default.
     """
 
     docket: str = field(repr=False)
@@ -44,7 +44,7 @@ class Settings:
 
 
 async def run(settings: Settings) -> None:
-    """Take chunks until SIGTERM or Ctrl-C; what is under way then is finished first."""
+    """Fetch chunks until SIGTERM or Ctrl-C; accounts in flight are finished first."""
     from audiences_async import distributed  # noqa: PLC0415 - of an optional extra
 
     this = asyncio.current_task()
