@@ -35,7 +35,7 @@ from audiences_async.events import (
 from audiences_async.models import Account, AudiencesResponse
 from audiences_async.pacer import Pacer
 from audiences_async.pacing import Place, Verdict
-from audiences_async.quota import announced
+from audiences_async.quota import Quota, announced
 from audiences_async.retrying import RetryPolicy, RetryTokens, wait_full_jitter
 from audiences_async.service import REFUSALS
 from audiences_async.transport import Transport
@@ -212,6 +212,7 @@ class Call:
         witness = self._pacer.witness(turn, key) if turn.probe and self._place is not None else None
         verdict: Verdict = "nothing"
         pause: float | None = None
+        quota: Quota | None = None
         result: Result | None
         try:
             self._sent_at = self._settings.clock.monotonic()
@@ -231,7 +232,13 @@ class Call:
                 pause = result.retry_after
         finally:
             self._is_paced = self._pacer.release(
-                self._lane, turn, verdict, pause=pause, is_own=witness is None, in_job=self._place is not None
+                self._lane,
+                turn,
+                verdict,
+                pause=pause,
+                quota=quota,
+                is_own=witness is None,
+                in_job=self._place is not None,
             )
         self._attempt_elapsed = self._settings.clock.monotonic() - self._sent_at
         self._sent_at = None

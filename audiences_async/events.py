@@ -126,9 +126,11 @@ class RateLearned(Event):
 
     Attributes:
         rate: Requests per second.
+        per: Seconds of a window in which ``rate * per`` requests are granted at once; ``None`` if the limit has none.
     """
 
     rate: float
+    per: float | None = None
 
 
 @frozen
@@ -157,9 +159,22 @@ class ServiceRateLearned(Event):
 
     Attributes:
         rate: Requests per second.
+        per: Seconds of a window in which ``rate * per`` requests are granted at once; ``None`` if the limit has none.
     """
 
     rate: float
+    per: float | None = None
+
+
+@frozen
+class ServiceConcurrencyLearned(Event):
+    """An estimate of how many requests of all accounts the service takes at the same time; ``account`` is empty.
+
+    Attributes:
+        limit: Requests in flight.
+    """
+
+    limit: int
 
 
 EventHook: TypeAlias = Callable[[Event], None]

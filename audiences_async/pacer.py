@@ -9,12 +9,14 @@ from functools import partial
 from itertools import islice
 from typing import Final
 
+from audiences_async.allowance import QuotaScope
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey
 from audiences_async.deadlines import CallTime, Deadlines
 from audiences_async.events import EventHook, emit
 from audiences_async.models import Account
 from audiences_async.pacing import NO_TIME, AccountPace, Lane, Limiter, PauseSettings, Place, Turn, Verdict, never
+from audiences_async.quota import Quota
 from audiences_async.rates import RateLimit
 from audiences_async.service import REFUSALS, ServiceLane
 
@@ -66,6 +68,7 @@ class Pacer:
             settings=self._settings,
             emit=self._emit,
         )
+        self._scope = QuotaScope()
         self._lanes: OrderedDict[Account | str, Lane] = OrderedDict()
 
     def lane(self, account: Account) -> Lane:
@@ -157,6 +160,7 @@ class Pacer:
         verdict: Verdict,
         *,
         pause: float | None = None,
+        quota: Quota | None = None,
         is_own: bool = True,
         in_job: bool = False,
     ) -> bool:
@@ -167,6 +171,7 @@ class Pacer:
             turn: What `acquire` returned.
             verdict: What the reply says.
             pause: Seconds for which the service asked to send nothing, if it did.
+            quota: The quota that the reply announced, if it did.
             is_own: Whether the request was the account's own, and no probe for another one.
             in_job: Whether the call is of a job, which waits as long as the service limits it.
 
@@ -180,9 +185,17 @@ class Pacer:
             lane.returned(now, turn.sent_at, "nothing", None)
         else:
             lane.returned(now, turn.sent_at, verdict, pause)
+            self._announced(lane, now, turn.sent_at, quota)
         if of_service:
             return self.service.paces_retries or (in_job and self.service.is_limited)
         return verdict == "throttled" and lane.paces_retries
+
+    def _announced(self, lane: Lane, now: float, sent_at: float, quota: Quota | None) -> None:
+        if quota is not None:
+            self._scope.announced(lane, now, quota)
+        is_shared = quota is not None and self._scope.is_shared
+        self.service.announced(now, sent_at, quota if is_shared else None)
+        lane.announced(now, sent_at, None if is_shared else quota)
 
     def _concerns_all(self, lane: Lane, turn: Turn, verdict: Verdict) -> bool:
         """Return whether a refusal or a failure may be the service's, and not this account's alone."""

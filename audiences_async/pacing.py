@@ -9,11 +9,13 @@ from typing import Final, Literal, NamedTuple, Protocol, TypeAlias, runtime_chec
 
 from attrs import define, field, frozen
 
+from audiences_async.allowance import Allowance
 from audiences_async.clock import Clock
 from audiences_async.deadlines import Deadlines, Scope, is_cancelled
 from audiences_async.errors import DeadlineExceededError, TransportError, callback_error
 from audiences_async.events import AccountPaused, AccountResumed, Event, RateLearned
 from audiences_async.learning import LearnedRate
+from audiences_async.quota import Quota
 from audiences_async.rates import KnownRate, RateLimit
 from audiences_async.windows import LearnedWindow
 
@@ -220,8 +222,8 @@ class PacedQueue(Queue):
     """A queue at a known or a learned rate, closed for a while after a refusal; one probe then goes ahead."""
 
     __slots__ = (
-        "_closed_until", "_cut_at", "_failures", "_last_at", "_learned", "_pace", "_probe_out", "_probing", "_settings",
-        "_window",
+        "_allowance", "_closed_until", "_cut_at", "_failures", "_last_at", "_learned", "_pace", "_probe_out",
+        "_probing", "_settings", "_window",
     )  # fmt: skip
 
     in_flight: int
@@ -240,6 +242,7 @@ class PacedQueue(Queue):
             learned if limit is None else KnownRate(limit if isinstance(limit, RateLimit) else None)
         )
         self._window = LearnedWindow()
+        self._allowance: Allowance | None = None  # if the service announces its quota
         self._settings = settings
         self._last_at = -math.inf  # when a request last came back
         self._closed_until = -math.inf
@@ -274,7 +277,9 @@ class PacedQueue(Queue):
         if self._probing and self._probe_out:
             return math.inf
         delay = self._pace.delay(now, self.in_flight)
-        return delay if self._window.limit is None else max(delay, self._window.delay(now, self.in_flight))
+        if self._window.limit is not None:
+            delay = max(delay, self._window.delay(now, self.in_flight))
+        return delay if self._allowance is None else max(delay, self._allowance.delay(now, self.in_flight))
 
     def sent(self, now: float) -> bool:
         """Note that a request goes now; ``True`` if it is a probe."""
@@ -286,6 +291,14 @@ class PacedQueue(Queue):
         self._probe_out = self._probing
         self._pace.sent(now)
         return self._probing
+
+    def announced(self, now: float, sent_at: float, quota: Quota | None) -> None:
+        """Keep to the *quota* announced in the reply to a request sent at *sent_at*; ``None`` if there was none."""
+        if quota is not None:
+            self._allowance = self._allowance or Allowance()
+            self._allowance.announced(now, sent_at, quota)
+        elif self._allowance is not None:
+            self._allowance.not_announced(now)
 
     def _returned(self, now: float, sent_at: float) -> bool:
         """Note that a request has come to its end; ``False`` if it was sent before the last cut, and is old news."""
@@ -325,10 +338,12 @@ class PacedQueue(Queue):
             until_open = self._window.refused(sent_at)
             if until_open is not None:
                 self._learned.forget()
+                assert self._window.rate is not None
+                self._on_rate(self._window.rate, self._window.period)
                 return until_open
             if self._learned.throttled(now, asked=asked):
                 assert self._learned.rate is not None
-                self._on_rate(self._learned.rate)
+                self._on_rate(self._learned.rate, None)
         return self._draw_pause()
 
     def _draw_pause(self) -> float:
@@ -363,7 +378,7 @@ class PacedQueue(Queue):
         """Note that they go again."""
 
     @abstractmethod
-    def _on_rate(self, rate: float) -> None:
+    def _on_rate(self, rate: float, per: float | None) -> None:
         """Note a new measure of the rate."""
 
 
@@ -460,8 +475,8 @@ class Lane(PacedQueue):
     def _on_resumed(self) -> None:
         self._emit(AccountResumed(self.account))
 
-    def _on_rate(self, rate: float) -> None:
-        self._emit(RateLearned(self.account, rate))
+    def _on_rate(self, rate: float, per: float | None) -> None:
+        self._emit(RateLearned(self.account, rate, per))
 
 
 def never(seconds: float) -> DeadlineExceededError:

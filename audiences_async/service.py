@@ -11,7 +11,7 @@ from audiences_async.clock import Clock
 from audiences_async.concurrency import LearnedConcurrency
 from audiences_async.deadlines import Deadlines
 from audiences_async.errors import TransportError
-from audiences_async.events import Event, ServicePaused, ServiceRateLearned, ServiceResumed
+from audiences_async.events import Event, ServiceConcurrencyLearned, ServicePaused, ServiceRateLearned, ServiceResumed
 from audiences_async.learning import LearnedRate
 from audiences_async.pacing import NO_TIME, Lane, Limiter, PacedQueue, PauseSettings, Turn, Verdict
 from audiences_async.rates import RateLimit
@@ -345,6 +345,7 @@ class ServiceLane(PacedQueue):
         if self._learned is not None:
             self._learned.forget()
         self._limit = min(self._limit, self._concurrency.limit)
+        self._emit(ServiceConcurrencyLearned("", int(self._concurrency.limit)))
         return True
 
     def _judge(self) -> None:
@@ -401,9 +402,9 @@ class ServiceLane(PacedQueue):
                 self.abandon()  # its probes, which nobody will answer
         self._emit(ServiceResumed(""))
 
-    def _on_rate(self, rate: float) -> None:
+    def _on_rate(self, rate: float, per: float | None) -> None:
         self._seen = 0
-        self._emit(ServiceRateLearned("", rate))
+        self._emit(ServiceRateLearned("", rate, per))
 
 
 def _ignore() -> None:

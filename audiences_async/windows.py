@@ -42,11 +42,11 @@ class LearnedWindow:
     @property
     def rate(self) -> float | None:
         """Requests per second in the long run."""
-        return None if self.limit is None else self.limit / self._period
+        return None if self.limit is None else self.limit / self.period
 
     @property
-    def _period(self) -> float:
-        """When to try, in seconds after the request that has to leave the window."""
+    def period(self) -> float:
+        """Seconds of the window: how long after a request another one is tried in its place."""
         if self._longest == math.inf:
             return self._shortest
         assert self.limit is not None
@@ -67,7 +67,7 @@ class LearnedWindow:
             return 0.0
         if not self._settled:
             return math.inf if in_flight else 0.0
-        trial = self._period - since
+        trial = self.period - since
         return self._longest - since if in_flight and trial <= 0 else trial
 
     def backlog(self, now: float, ahead: int) -> float:
@@ -115,7 +115,7 @@ class LearnedWindow:
         since = sent_at - self._grants[0]
         if len(self._grants) == self.limit and since < self._shortest:
             self._settle(self.limit)
-            return self._period - since
+            return self.period - since
         if len(self._grants) == self.limit and since < self._longest < math.inf:
             self._shortest = since
             return self._longest - since
@@ -133,7 +133,7 @@ class LearnedWindow:
             return None
         self._settle(recent)
         self._trim()
-        return max(0.0, self._period - (sent_at - self._grants[0]))
+        return max(0.0, self.period - (sent_at - self._grants[0]))
 
     def _settle(self, limit: int) -> None:
         self.limit = limit

@@ -257,9 +257,14 @@ def test_what_a_job_meets_of_the_service_is_reported(monkeypatch: pytest.MonkeyP
     assert log.now() == "no answer for 5 s, next probe in 2 s"
     log(events.ServiceResumed(""))
     log(events.ServiceResumed(""))
-    log(events.ServiceRateLearned("", 49.7))
+    log(events.ServiceRateLearned("", 49.7, per=10.0))
     assert log.now() == "limited to 49.7/s"
+    assert "49.7 requests/s, in windows of 10 s" in "\n".join(log.summary())
+    log(events.ServiceRateLearned("", 49.7))
     told = "\n".join(log.summary())
     assert "no answer from the service for 5 s in total" in told
     assert "use --rate 50 to stay within it" in told
     log(events.CallStarted("north"))
+    log(events.ServiceConcurrencyLearned("", 10))
+    assert "use --concurrency 10 to stay within it" in "\n".join(log.summary())
+    assert log.now() == ""

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import math
 import random
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import virtual
-from virtual import FixedWindow, LeakyBucket, Service
+from virtual import FixedWindow, LeakyBucket, Service, SlidingWindow, TokenBucket
 
 from audiences_async import (
     Account,
@@ -314,6 +315,192 @@ def test_a_window_of_the_services_is_learned_too(client: Callable[..., Audiences
     virtual.run(main())
     assert max(service.times(200)) < 3 * 120, "the ideal is 120 s; spread evenly it takes longer"
     assert len(service.times(429)) <= 100, "a window that doubles finds the limit for at most what it was granted"
+
+
+@pytest.mark.parametrize(
+    ("limit", "calls", "ideal"),
+    [
+        (lambda: FixedWindow(10, 2.0), 100, 18.0),
+        (lambda: FixedWindow(60, 10.0), 240, 30.0),
+        (lambda: SlidingWindow(10, 2.0), 100, 18.0),
+        (lambda: SlidingWindow(60, 10.0), 240, 30.0),
+        (lambda: TokenBucket(20, 10), 200, 9.5),
+        (lambda: LeakyBucket(20, 5), 200, 9.7),
+    ],
+    ids=["fixed-10", "fixed-60", "sliding-10", "sliding-60", "token", "leaky"],
+)
+@pytest.mark.parametrize("round_trip", [0.002, 0.05])
+def test_every_kind_of_limit_is_learned(
+    client: Callable[..., AudiencesClient],
+    limit: Callable[[], Callable[[str, float], int]],
+    calls: int,
+    ideal: float,
+    round_trip: float,
+) -> None:
+    """With the defaults and without headers, no call fails, and the median of five seeds keeps to both bounds."""
+    times, requests = [], []
+    for seed in range(5):
+        service = Service(limit(), round_trip=round_trip)
+
+        async def main(service: Service, seed: int) -> float:
+            async with client(service, draw=random.Random(seed).random) as c:
+                assert kinds(await outcomes(c.get_audiences() for _ in range(calls))) == {"AudiencesResponse": calls}
+            return virtual.now()
+
+        times.append(virtual.run(main(service, seed)) / ideal)
+        requests.append(len(service.seen) / calls)
+    assert statistics.median(times) <= 1.25
+    assert statistics.median(requests) <= 1.15
+
+
+class Later:
+    """A limit whose clock is ahead: a job begins in the middle of a window."""
+
+    def __init__(self, limit: Callable[[str, float], int], seconds: float) -> None:
+        self._limit = limit
+        self._seconds = seconds
+
+    def __call__(self, key: str, at: float) -> int:
+        return self._limit(key, at + self._seconds)
+
+
+def test_a_window_that_began_earlier_is_learned(client: Callable[..., AudiencesClient]) -> None:
+    """The first period that is seen is too short; the window is found all the same, and no call fails."""
+    for seed in range(5):
+        service = Service(Later(FixedWindow(60, 10.0), 7.0), round_trip=0.05)
+
+        async def main(seed: int, service: Service) -> float:
+            async with client(service, draw=random.Random(seed).random) as c:
+                assert kinds(await outcomes(c.get_audiences() for _ in range(240))) == {"AudiencesResponse": 240}
+            return virtual.now()
+
+        assert virtual.run(main(seed, service)) <= 1.5 * 23
+        assert len(service.seen) <= 1.15 * 240
+
+
+def test_a_window_that_grants_more_or_less_later_is_learned_anew(client: Callable[..., AudiencesClient]) -> None:
+    """A limit that is raised from 10 to 30 per 2 s, and then lowered to 5, is followed."""
+    raised, lowered = FixedWindow(30, 2.0), FixedWindow(5, 2.0)
+    first = FixedWindow(10, 2.0)
+
+    def decide(key: str, at: float) -> int:
+        return (first if at < 40 else raised if at < 120 else lowered)(key, at)
+
+    service = Service(decide)
+
+    async def main() -> AccountPace:
+        async with client(service, draw=random.Random(2).random, timeout=900.0) as c:
+            await outcomes(c.get_audiences(timeout=900.0) for _ in range(1500))
+            return next(iter(c.snapshot().accounts))
+
+    virtual.run(main())
+    granted = service.times(200)
+    assert sum(90 <= at < 118 for at in granted) >= 0.6 * 14 * 30
+    assert sum(130 <= at < 230 for at in granted) >= 0.6 * 50 * 5
+    assert len(service.seen) <= 1.3 * len(granted), "a window of five has few requests to spare for probes"
+
+
+def test_a_bucket_is_not_taken_for_a_window(client: Callable[..., AudiencesClient]) -> None:
+    """A slow bucket with a burst is closed for long too; its rate is learned."""
+    service = Service(TokenBucket(1, 10))
+
+    async def main() -> float | None:
+        async with client(service, draw=random.Random(3).random, timeout=900.0) as c:
+            await outcomes(c.get_audiences() for _ in range(60))
+            return next(iter(c.snapshot().accounts)).rate
+
+    rate = virtual.run(main())
+    assert service.times(200)[59] <= 1.15 * 50
+    assert rate == pytest.approx(1.0, rel=0.25)
+
+
+def test_a_window_ends_a_call_that_has_no_time_for_the_next_one(client: Callable[..., AudiencesClient]) -> None:
+    """Once the window is known, a call whose turn comes too late fails at once, and says when to come back."""
+    service = Service(FixedWindow(10, 2.0))
+
+    async def main() -> None:
+        async with client(service, draw=random.Random(1).random) as c:
+            await outcomes(c.get_audiences() for _ in range(105))
+            waiting = [asyncio.create_task(c.get_audiences()) for _ in range(100)]
+            await asyncio.sleep(0)
+            before = virtual.now()
+            with pytest.raises(DeadlineExceededError) as caught:
+                await c.get_audiences(timeout=5.0)
+            assert virtual.now() == before
+            assert caught.value.retry_after is not None
+            assert caught.value.retry_after > 5.0
+            for task in waiting:
+                task.cancel()
+            await asyncio.wait(waiting)
+
+    virtual.run(main())
+
+
+def test_a_window_is_an_event(client: Callable[..., AudiencesClient]) -> None:
+    """The rate in a window is reported with the window's length."""
+    events: list[Event] = []
+
+    async def main() -> None:
+        async with client(Service(FixedWindow(10, 2.0)), on_event=events.append) as c:
+            await outcomes(c.get_audiences() for _ in range(60))
+
+    virtual.run(main())
+    learned = [event for event in events if isinstance(event, RateLearned) and event.per is not None]
+    assert learned[-1].per == pytest.approx(2.0, rel=0.25)
+    assert learned[-1].rate == pytest.approx(5.0, rel=0.25)
+
+
+def announced(limit: int, per: float, *, is_fixed: bool = True) -> Callable[[str, float], tuple[int, dict[str, str]]]:
+    """Return a window that announces what remains of it on every reply."""
+    used: list[float] = []
+
+    def decide(key: str, at: float) -> tuple[int, dict[str, str]]:
+        start = math.floor(at / per) * per if is_fixed else at - per
+        used[:] = [time for time in used if (time >= start if is_fixed else time > start)]
+        status = 200 if len(used) < limit else 429
+        if status == 200:
+            used.append(at)
+        reset = (start if is_fixed else used[0]) + per - at
+        return status, {"RateLimit": f'"default";r={limit - len(used)};t={math.ceil(reset)}'}
+
+    return decide
+
+
+@pytest.mark.parametrize("is_fixed", [True, False])
+@pytest.mark.parametrize("round_trip", [0.002, 0.05, 0.3])
+def test_an_announced_quota_is_spent_and_never_overshot(
+    client: Callable[..., AudiencesClient], is_fixed: bool, round_trip: float
+) -> None:
+    """A service that announces what remains refuses nothing, and hardly any time is lost."""
+    service = Service(announced(60, 10.0, is_fixed=is_fixed), round_trip=round_trip)
+
+    async def main() -> float:
+        async with client(service, draw=random.Random(1).random) as c:
+            assert kinds(await outcomes(c.get_audiences() for _ in range(240))) == {"AudiencesResponse": 240}
+        return virtual.now()
+
+    assert virtual.run(main()) <= 1.25 * 30
+    assert not service.times(429)
+
+
+def test_a_quota_that_is_no_longer_announced_holds_nothing_back(client: Callable[..., AudiencesClient]) -> None:
+    """After its reset, and in a reply without the header, the announced quota is forgotten."""
+
+    def decide(key: str, at: float) -> tuple[int, dict[str, str]]:
+        return 200, {"RateLimit": '"default";r=5;t=3'} if at < 1 else {}
+
+    service = Service(decide, round_trip=0.01)
+
+    async def main() -> float:
+        async with client(service) as c:
+            await asyncio.gather(*(c.get_audiences() for _ in range(100)))
+            await asyncio.sleep(5)
+            await c.get_audiences()
+            before = virtual.now()
+            await asyncio.gather(*(c.get_audiences() for _ in range(100)))
+            return virtual.now() - before
+
+    assert virtual.run(main()) < 0.5
 
 
 def test_a_limit_that_is_lifted_is_noticed(client: Callable[..., AudiencesClient]) -> None:

@@ -1,6 +1,7 @@
 """What accounts share, in virtual time: limits, outages and load, by counts and times that are exact."""
 
 import asyncio
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import virtual
 from attrs import define
-from virtual import ConnectionLimit, LeakyBucket, Service, Workers, shared
+from virtual import ConnectionLimit, FixedWindow, LeakyBucket, Service, SlidingWindow, TokenBucket, Workers, shared
 
 from audiences_async import (
     Account,
@@ -25,7 +26,13 @@ from audiences_async import (
 )
 from audiences_async.credentials import ApiKey
 from audiences_async.errors import AttemptTimeoutError, ConnectionFailedError, TransportError
-from audiences_async.events import AttemptFinished, ServicePaused, ServiceRateLearned, ServiceResumed
+from audiences_async.events import (
+    AttemptFinished,
+    ServiceConcurrencyLearned,
+    ServicePaused,
+    ServiceRateLearned,
+    ServiceResumed,
+)
 from audiences_async.service import ServicePace
 from audiences_async.wire import Reply
 
@@ -154,6 +161,110 @@ def test_a_limit_of_connections(run: RunJob, refusal: int) -> None:
     assert not done.reasons
     assert done.took <= 1.25 * 40
     assert done.requests_per_answer <= 1.1
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [lambda: FixedWindow(500, 10.0), lambda: SlidingWindow(500, 10.0), lambda: TokenBucket(50, 500)],
+    ids=["fixed", "sliding", "token"],
+)
+def test_every_kind_of_shared_limit_is_learned(run: RunJob, limit: Callable[[], Callable[[str, float], int]]) -> None:
+    """A shared window or bucket fails no account, and few requests are refused."""
+    done = run(Service(shared(limit()), round_trip=0.02), 3000)
+    assert not done.reasons
+    assert done.took <= 1.4 * 50
+    assert done.requests_per_answer <= 1.1
+
+
+def test_a_shared_quota_is_announced_to_different_accounts(run: RunJob) -> None:
+    """Counts that go on from one account to the next are of one quota, which is spent and not overshot."""
+    used: list[float] = []
+
+    def decide(key: str, at: float) -> tuple[int, dict[str, str]]:
+        start = math.floor(at / 2) * 2
+        used[:] = [time for time in used if time >= start]
+        status = 200 if len(used) < 100 else 429
+        if status == 200:
+            used.append(at)
+        return status, {"RateLimit": f'"default";r={100 - len(used)};t={math.ceil(start + 2 - at)}'}
+
+    done = run(Service(decide, round_trip=0.05), 1000)
+    assert not done.reasons
+    assert done.requests <= 1000 + 10
+    assert done.took <= 1.15 * 18
+
+
+def test_quotas_of_accounts_are_no_shared_quota(run: RunJob) -> None:
+    """Accounts that are all told the same count have a quota each, and do not wait for each other."""
+    used: Counter[str] = Counter()
+
+    def decide(key: str, at: float) -> tuple[int, dict[str, str]]:
+        used[key] += 1
+        return 200, {"RateLimit": f'"default";r={5 - used[key]};t=60'}
+
+    done = run(Service(decide, round_trip=0.02), 1000, each=2)
+    assert not done.reasons
+    assert done.took <= 1.0
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.4])
+def test_refusals_that_slowing_does_not_help_do_not_stop_a_job(run: RunJob, share: float) -> None:
+    """After a flood of refusals, those of a share that comes at any rate do not drive the rate to nothing."""
+    chance = random.Random(3)
+    service = Service(lambda key, at: 429 if at < 0.1 or chance.random() < share else 200, round_trip=0.02)
+    done = run(service, 2000)
+    assert done.reasons.keys() <= {"attempts"}
+    assert done.reasons["attempts"] <= 2 * 2000 * share**5 + 5
+    assert done.took <= 300
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_accounts_that_fail_for_ever_under_a_shared_rate(run: RunJob, status: int) -> None:
+    """A twentieth of the accounts failing under a rate that all share does not slow the others down."""
+    bucket = shared(LeakyBucket(50, 5))
+
+    def decide(key: str, at: float) -> int:
+        granted = bucket("", at)
+        return status if key.startswith("bad") and granted == 200 else granted
+
+    done = run(Service(decide, round_trip=0.02), 1500, is_bad=lambda number: number % 20 == 0)
+    assert done.reasons == {"attempts": 75}
+    assert done.took <= 1.35 * 1500 / 50
+
+
+@pytest.mark.parametrize("refusal", [429, 503])
+@pytest.mark.parametrize("outage", [503, 500])
+def test_an_outage_under_a_shared_rate(run: RunJob, refusal: int, outage: int) -> None:
+    """A limit that is known does not hide an outage: the job resumes within 2 s, at the rate it had."""
+    bucket = shared(LeakyBucket(100, 5), refusal)
+    service = Service(lambda key, at: outage if 8 < at < 18 else bucket("", at), round_trip=0.02)
+    done = run(service, 3000)
+    assert not done.reasons
+    assert len([at for at in service.times() if 8 < at < 18]) <= 40
+    assert min(at for at in service.times(200) if at >= 18) <= 18 + 2
+    assert done.took <= 1.25 * 40
+
+
+def test_a_limit_of_connections_is_an_event(run: RunJob) -> None:
+    """The number of requests that the service takes at the same time is reported, and the window keeps to it."""
+    events: list[Event] = []
+    done = run(ConnectionLimit(round_trip=0.2), 2000, on_event=events.append)
+    learned = [event.limit for event in events if isinstance(event, ServiceConcurrencyLearned)]
+    assert (learned[-1], done.pace.window, done.pace.rate) == (10, 10, None)
+
+
+def test_a_limit_of_connections_that_is_lowered(run: RunJob) -> None:
+    """A limit that falls to one request at a time is followed, and fails nobody."""
+
+    @define
+    class Falling(ConnectionLimit):
+        async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
+            self.limit = 10 if virtual.now() < 10 else 4 if virtual.now() < 20 else 1
+            return await super().attempt(key)
+
+    done = run(Falling(round_trip=0.2), 800)
+    assert not done.reasons
+    assert done.requests_per_answer <= 1.5
 
 
 def test_a_known_shared_rate_is_never_overshot(run: RunJob) -> None:

@@ -245,16 +245,16 @@ async def test_who_leaves_and_a_shutdown_end_no_other_call(framework: str, upstr
     """Of 20 calls in flight 5 lose their clients and end; on shutdown, the app accepts no more and answers the rest."""
     async with running(framework, tmp_path, upstream.base_url) as app:
         upstream.may_answer.set()
-        await app.gets(20)
-        await app.gets(20)  # now the client lets 20 go at once
+        for _ in range(4):
+            await app.gets(20)  # then the client lets 20 go at once
         upstream.may_answer.clear()
         getting = [asyncio.create_task(app.get()) for _ in range(20)]
-        await upstream.wait_for_requests(60)
+        await upstream.wait_for_requests(100)
         for task in getting[:5]:
             task.cancel()
         await eventually(lambda: upstream.cut_off() == 5)
         getting += [asyncio.create_task(app.get()) for _ in range(5)]  # in their place
-        await upstream.wait_for_requests(65)
+        await upstream.wait_for_requests(105)
         idle, writer = await asyncio.open_connection("127.0.0.1", app.port)
         app.process.terminate()
         async with asyncio.timeout(10):

@@ -19,7 +19,7 @@ from audiences_async.accounts import AccountFile
 from audiences_async.cli.output import FileFormat, check_target, convert, notices, notify
 from audiences_async.client import AudiencesClient
 from audiences_async.errors import AudiencesError, ConfigurationError, StatusError, printable
-from audiences_async.events import Event, ServicePaused, ServiceRateLearned, ServiceResumed
+from audiences_async.events import Event, ServiceConcurrencyLearned, ServicePaused, ServiceRateLearned, ServiceResumed
 from audiences_async.models import Failed, Outcome
 from audiences_async.rates import RateLimit
 from audiences_async.results import Line, OutcomeFile, check_new
@@ -64,13 +64,14 @@ class Job:
 
 
 class ServiceLog:
-    """Record the service's rate limit and outages from the client's events."""
+    """Record the service's limits and outages from the client's events."""
 
     def __init__(self) -> None:
         self._out_since: float | None = None
         self._next_probe = 0.0
         self._out_for = 0.0
-        self._rate: float | None = None
+        self._rate: ServiceRateLearned | None = None
+        self._concurrency: int | None = None
 
     def __call__(self, event: Event) -> None:
         """Handle one event."""
@@ -83,22 +84,28 @@ class ServiceLog:
                 self._out_for += 0.0 if self._out_since is None else now - self._out_since
                 self._out_since = None
             case ServiceRateLearned():
-                self._rate = event.rate
+                self._rate = event
+            case ServiceConcurrencyLearned():
+                self._rate, self._concurrency = None, event.limit
 
     def now(self) -> str:
         """Return the state of the service for the progress bar; empty if it answers."""
         if self._out_since is None:
-            return "" if self._rate is None else f"limited to {self._rate:.3g}/s"
+            return "" if self._rate is None else f"limited to {self._rate.rate:.3g}/s"
         now = time.monotonic()
         return f"no answer for {now - self._out_since:.0f} s, next probe in {max(0.0, self._next_probe - now):.0f} s"
 
     def summary(self) -> Iterator[str]:
-        """Yield lines about outages and a learned rate limit; none if there were neither."""
+        """Yield lines about outages and learned limits; none if there were none."""
         if self._out_for >= _MIN_OUTAGE:
             yield f"  no answer from the service for {self._out_for:.0f} s in total; --patience bounds each outage"
         if self._rate is not None:
-            yield f"  the service limits all accounts together to about {self._rate:.3g} requests/s"
-            yield f"    hint: use --rate {self._rate:.2g} to stay within it"
+            window = "" if self._rate.per is None else f", in windows of {self._rate.per:.2g} s"
+            yield f"  the service limits all accounts together to about {self._rate.rate:.3g} requests/s{window}"
+            yield f"    hint: use --rate {self._rate.rate:.2g} to stay within it"
+        if self._concurrency is not None:
+            yield f"  the service takes about {self._concurrency} requests at the same time"
+            yield f"    hint: use --concurrency {self._concurrency} to stay within it"
 
 
 @define
