@@ -2,9 +2,12 @@
 
 import asyncio
 import functools
+import gc
+import os
 import random
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -27,8 +30,24 @@ EMPTY_ANSWER = b'{"status": "200", "data": []}'
 # A shell ignores Ctrl-C for what it starts in the background, and so would the programs that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The tests start Python over a hundred times: an environment that keeps no bytecode would have each compile everything.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 settings.register_profile("default", derandomize=True, deadline=None)
 settings.load_profile("default")
+
+
+@pytest.hookimpl(optionalhook=True, wrapper=True)
+def pytest_xdist_auto_num_workers() -> Generator[None, int, int]:
+    """Make ``-n auto`` three processes for two cores: a test that waits leaves its core to another."""
+    return (yield) * 3 // 2
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from going through all that is imported again and again, in every test."""
+    gc.collect()
+    gc.freeze()
 
 
 @define
