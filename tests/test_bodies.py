@@ -1,8 +1,10 @@
 """Generated reply bodies, valid and hostile: each is an answer or one of our errors, as the contract has it.
 
-``python tests/bodies.py`` tries many more of them, afresh with every run.
+``python tests/bodies.py`` tries many more of them, afresh with every run. ``AUDIENCES_FUZZ_EXAMPLES`` below 500, which
+the fuzzed tests of `test_fuzzing` take as their number, makes them fewer.
 """
 
+import os
 from random import Random
 
 import bodies
@@ -13,11 +15,10 @@ from audiences_async import AudiencesResponse, InvalidResponseError
 pytestmark = pytest.mark.slow
 
 SEED = 20_251_001
-PART = 5_000
+PART = min(5_000, 10 * int(os.environ.get("AUDIENCES_FUZZ_EXAMPLES", "0")) or 5_000)
 RECORD = b'{"type": "Dynamic", "id": "1", "name": "", "created_time": "%s"}'
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_any_body_is_an_answer_or_a_typed_error(part: int) -> None:
     """Every body gives an answer, an InvalidResponseError with paths, or the StatusError of its envelope."""
