@@ -226,6 +226,7 @@ def test_kill_9_at_any_moment_loses_and_doubles_nothing(sandbox: Sandbox, tmp_pa
     assert len(sandbox.requests) <= 5_000 + 3 * 200
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_ten_thousand_accounts_with_faults(tmp_path: Path) -> None:
     """With a tenth of all answers wrong, 10,000 accounts are 10,000 lines, and each has its own audiences."""
