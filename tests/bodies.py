@@ -14,6 +14,7 @@ import sys
 import time as clock
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 from random import Random, SystemRandom
 from typing import Any, Final
 
@@ -611,7 +612,8 @@ _CLASSES: Final[Mapping[int, type[StatusError]]] = {
     429: TooManyRequestsError,
 }
 _STRING: Final = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_NESTING: Final = re.compile(rb"[\[\]{}]")
+_STEPS: Final = bytes.maketrans(b"[{]}", b"\2\2\0\0")
+_NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
 # An integer of more than 4,300 characters, which msgspec rejects. Adjacent strings are left alone.
 _LONG_INTEGER: Final = re.compile(
     rb'"(?:[^"\\]|\\.)*"|(?<![0-9.eE+\-])(?P<integer>-[1-9][0-9]{4299,}|[1-9][0-9]{4300,})(?![0-9.eE])', re.DOTALL
@@ -914,11 +916,8 @@ def depth_of(body: bytes) -> int:
     most = body.count(b"[") + body.count(b"{")
     if most <= MAX_DEPTH:
         return most  # maximum depth
-    depth = deepest = 0
-    for found in _NESTING.finditer(_STRING.sub(b"", body)):
-        depth += 1 if found[0] in b"[{" else -1
-        deepest = max(depth, deepest)
-    return deepest
+    steps = _STRING.sub(b"", body).translate(_STEPS, _NO_BRACKETS)
+    return max(accumulate((step - 1 for step in steps), initial=0))
 
 
 def _check_answer(body: bytes, response: AudiencesResponse) -> None:

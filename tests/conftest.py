@@ -2,8 +2,11 @@
 
 import asyncio
 import functools
+import gc
+import os
 import random
 import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +30,18 @@ EMPTY_ANSWER = b'{"status": "200", "data": []}'
 # A shell ignores Ctrl-C for background jobs, and the programs that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The tests start Python over a hundred times: an environment that keeps no bytecode would have each compile everything.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 settings.register_profile("default", derandomize=True, deadline=None)
 settings.load_profile("default")
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from going through all that is imported again and again, in every test."""
+    gc.collect()
+    gc.freeze()
 
 
 @define

@@ -636,7 +636,7 @@ def _chunked() -> Iterator[Fault]:
         "line end": b"5\r\nhelloXX",
         "trailer": b"0\r\n\0no trailer\r\n\r\n",
     }.items():
-        yield _retried(f"chunked: a bad {name} in a later segment", _drips(first, rest))
+        yield _retried(f"chunked: a bad {name} in a later segment", _drips(first, rest, 0.01))
     packed = gzip.compress(ONE)
     yield _retried(
         "Transfer-Encoding: gzip, not asked for",

@@ -98,6 +98,7 @@ async def other_worker(url: str, parts: Path, *wrote: bytes) -> AsyncIterator[No
             await asyncio.wait({task})
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_killed_worker_is_made_up_for(
     redis: str, sandbox: Sandbox, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory

@@ -228,12 +228,15 @@ def test_kill_9_at_any_moment_loses_and_doubles_nothing(sandbox: Sandbox, tmp_pa
     assert len(sandbox.requests) <= 5_000 + 3 * 200
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_ten_thousand_accounts_with_faults(tmp_path: Path) -> None:
     """With a tenth of all answers wrong, 10,000 accounts are 10,000 lines, each with its own audiences."""
     accounts, out = account_file(tmp_path, [f"a{number}" for number in range(10_000)]), tmp_path / "out.ndjson"
     serve = [*COMMAND, "sandbox", "--accounts", str(accounts), "--audiences", "3", "--fault-rate", "0.1"]
-    with subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        stack.callback(server.kill)  # or a fetch that fails would have the test wait for ever
         assert server.stdout is not None
         address = server.stdout.readline().strip().partition("=")[2]
         command = [*COMMAND, "fetch", "--accounts", str(accounts), "--out", str(out), "--base-url", address]

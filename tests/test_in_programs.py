@@ -31,6 +31,7 @@ from audiences_async.structuring import decode
 from audiences_async.telemetry import OpenTelemetry
 
 ROOT = Path(__file__).parent.parent
+CALLS = ROOT / "tests" / "typing_api.py"
 ONCE_MORE = RetryPolicy(max_attempts=2, base_delay=0)
 
 
@@ -172,12 +173,12 @@ def programs(tmp_path: Path) -> Path:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("checker", ["pyright", "mypy"])
 def test_type_checkers_accept_the_programs_of_readme(programs: Path, checker: str) -> None:
-    """Pyright (so Pylance, too), in basic and in strict mode, and strict mypy accept every program of README."""
+    """Pyright, basic and strict, and mypy accept README's programs; mypy refuses each wrong call of typing_api.py."""
     if find_spec(checker) is None and not os.environ.get("CI"):
         pytest.skip(f"{checker} is not installed")
     options = {
         "pyright": ["-p", str(programs), "--pythonpath", sys.executable],
-        "mypy": ["--strict", f"--cache-dir={programs / 'cache'}", str(programs / "strict")],
+        "mypy": ["--strict", f"--cache-dir={os.devnull}", str(programs / "strict"), str(CALLS)],
     }
     command = [sys.executable, "-m", checker, *options[checker]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)

@@ -89,6 +89,7 @@ async def test_a_limit_shared_by_clients_through_redis(sandbox: Sandbox, north: 
     assert sandbox.seen("north")[-1].at - started >= 0.95 * 19 * 0.020
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.skipif(missing("nginx"), reason="nginx is not installed")
 async def test_a_real_limit_is_learned_with_few_requests_to_spare(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ from audiences_async.events import AccountPaused, AccountResumed, AttemptFinishe
 from audiences_async.pacer import Pacer
 from audiences_async.pacing import AccountPace, Turn, Verdict
 
+pytestmark = pytest.mark.once
+
 NORTH, SOUTH = Account("north", "key-north"), Account("south", "key-south")
 
 

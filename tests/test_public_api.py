@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mypy.api
 import pytest
 
 import audiences_async
@@ -44,14 +43,6 @@ def test_the_package_is_typed() -> None:
     """The marker for type checkers is shipped, and so is the contract."""
     assert (ROOT / "py.typed").exists()
     assert (ROOT / "sandbox" / "openapi.json").exists()
-
-
-@pytest.mark.slow
-def test_right_calls_pass_and_wrong_calls_are_refused(tmp_path: Path) -> None:
-    """Mypy accepts the right calls of typing_api.py and refuses each wrong one."""
-    file = Path(__file__).with_name("typing_api.py")
-    out, err, code = mypy.api.run(["--strict", "--warn-unused-ignores", f"--cache-dir={tmp_path}", str(file)])
-    assert (code, err) == (0, ""), out
 
 
 def test_the_version_is_stated_once() -> None:

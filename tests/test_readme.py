@@ -18,6 +18,8 @@ from audiences_async.errors import AudiencesError
 from audiences_async.events import Event
 from audiences_async.sandbox import Sandbox
 
+pytestmark = pytest.mark.once
+
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PROGRAM = re.compile(r"```python\n(.*?)```", re.DOTALL)
 TABLE_ROW = re.compile(r"^\| `(\w+)` \| ([^|]+) \|", re.MULTILINE)
@@ -152,7 +154,8 @@ def test_the_tests_run_as_printed(pytester: pytest.Pytester, plugins: tuple[str,
     """README's examples of a user's tests pass, with each of the plugins in use."""
     pytester.makeconftest("import pytest\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'\n")
     pytester.makepyfile(before + program("Testing your own code"))
-    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", *plugins)
+    unused = [f"-pno:{name}" for name in ("cacheprovider", "faker", "hypothesispytest", "schemathesis", "xdist")]
+    result = pytester.runpytest_subprocess(*unused, *plugins)
     result.assert_outcomes(passed=3)
 
 

@@ -36,7 +36,7 @@ from audiences_async.events import (
 from audiences_async.service import ServicePace
 from audiences_async.wire import Reply
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.once, pytest.mark.slow]
 
 
 @define

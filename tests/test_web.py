@@ -39,7 +39,7 @@ class TellingClient(AudiencesClient):
 """
 KEY: Final = "key-of-the-app"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.once, pytest.mark.slow]
 
 Raw: TypeAlias = Callable[[Callable[[RawConnection], Awaitable[None]]], Awaitable[RawServer]]
 
