@@ -378,20 +378,20 @@ async def _headers(scene: Scene) -> None:
 async def _body(scene: Scene) -> None:
     scene.open()
     await scene.serve(HEALED[:HALF])
-    await scene.call("_Exchange._read_plain")
+    await scene.call("StreamReader.readany")
 
 
 async def _packed_body(scene: Scene) -> None:
     scene.open()
     packed = reply(b"200 OK", gzip.compress(answer_of("a")), b"Content-Encoding: gzip")
     await scene.serve(packed[:HALF])
-    await scene.call("_Exchange._read_deflated")
+    await scene.call("StreamReader.readany")
 
 
 async def _error_body(scene: Scene) -> None:
     scene.open()
     await scene.serve(reply(b"404 Not Found", b"x" * 100)[:HALF])
-    await scene.call("_Exchange._read_plain")
+    await scene.call("StreamReader.readany")
 
 
 async def _decoding(scene: Scene) -> None:
@@ -684,7 +684,7 @@ KINDS_OF_WAITING: Final = {
     "turn": {"Queue._wait"},
     "connecting": {"BaseSelectorEventLoop.sock_connect", "BaseEventLoop._create_connection_transport"},
     "headers": {"ClientResponse.start"},
-    "body": {"_Exchange._read_plain", "_Exchange._read_deflated"},
+    "body": {"StreamReader.readany"},
     "decoding": {"_in_turns"},
     "backoff": {"Steps.sleep"},
 }

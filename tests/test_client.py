@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import aioresponses
 import pytest
-from conftest import EMPTY_ANSWER
+from conftest import EMPTY_ANSWER, RawConnection
 
 from audiences_async import (
     Account,
@@ -621,13 +621,21 @@ async def test_a_given_session_stays_its_owners(sandbox: Sandbox, north: Account
         assert not session.closed
 
 
-async def test_our_own_session_is_closed(sandbox: Sandbox, north: Account) -> None:
+async def test_our_own_session_is_closed(raw: Any) -> None:
     """Closing the client leaves no connection behind."""
-    async with AudiencesClient(base_url=sandbox.base_url) as client:
-        await client.get_audiences(north)
-        assert client._wire is not None
-        transport, _, _ = client._wire
-    assert transport._session.closed
+    ended = asyncio.Event()
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        await connection.answer()
+        await connection.reader.read()
+        ended.set()
+
+    server = await raw(serve)
+    async with AudiencesClient("key", base_url=server.base_url) as client:
+        await client.get_audiences()
+        assert not ended.is_set()
+    await asyncio.wait_for(ended.wait(), 5)
 
 
 async def test_a_session_with_cookies_serves_one_account(sandbox: Sandbox, north: Account) -> None:
