@@ -105,7 +105,8 @@ class _Inflater:
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
         """Yield the next part of the body decompressed, in pieces that may be empty."""
-        while data:
+        piece = b""
+        while data or len(piece) == _PIECE_SIZE:  # zlib may hold more output than fits into a piece
             if self._zlib is None:
                 data = data.lstrip(b"\0") if self.members else data  # padding
                 if not data:

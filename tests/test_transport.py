@@ -214,6 +214,15 @@ async def test_a_cut_or_corrupt_encoding_is_no_answer(
     assert "the body is cut short or corrupt" in str(error)
 
 
+async def test_the_last_bytes_of_a_deflated_body_are_read(sandbox: Sandbox, north: Account) -> None:
+    """All input may be taken before a piece of 256 KiB is full, and the rest of the output then still waits in zlib."""
+    compressor = zlib.compressobj(wbits=-zlib.MAX_WBITS, strategy=zlib.Z_HUFFMAN_ONLY)
+    body = compressor.compress(EMPTY_ANSWER.ljust(256 * 1024 + 3)) + compressor.flush()
+    sandbox.script("north", Answer(200, body, headers={"Content-Encoding": "deflate"}))
+    async with AudiencesClient(base_url=sandbox.base_url, retry=ONCE) as client:
+        assert len(await client.get_audiences(north)) == 0
+
+
 async def test_the_content_type_does_not_matter(sandbox: Sandbox, north: Account) -> None:
     """A 200 is read as UTF-8 JSON, whatever its content type."""
     sandbox.script("north", Answer(200, EMPTY_ANSWER, headers={"Content-Type": "text/html; charset=utf-16"}))
