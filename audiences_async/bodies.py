@@ -32,7 +32,7 @@ class ReplyReader:
 
     @property
     def has_end(self) -> bool:
-        """Whether the response states where its body ends; otherwise it ends with the connection."""
+        """Whether the head announces the end of the body; otherwise the body ends with the connection."""
         return hdrs.CONTENT_LENGTH in self._headers or hdrs.TRANSFER_ENCODING in self._headers
 
     def read(self, cap: int) -> Awaitable[bool]:

@@ -29,7 +29,7 @@ from audiences_async.resolver import SharedResolver
 Phase: TypeAlias = Literal[
     "connecting", "looking up the name", "in the TLS handshake", "waiting for the reply", "reading the body"
 ]
-"""What an attempt was doing when it timed out."""
+"""A phase of an attempt, for the message of a timeout."""
 
 current_lease: ContextVar["Lease"] = ContextVar("lease")
 """The current task's lease; aiohttp's hooks do not pass it on."""
@@ -139,7 +139,7 @@ class Lease:
 
     Attributes:
         trust: The trust in the pool's idle connections.
-        phase: Its current phase, for the message of a timeout.
+        phase: Its current phase.
         address: The first address it connects to, if a name was resolved.
         sockets: Sockets created to connect with TLS.
         reused: Whether another request has used its connection before.
@@ -153,7 +153,7 @@ class Lease:
     _transport: asyncio.Transport | None = None
     phase: Phase = "connecting"
     address: str | None = None
-    sockets: list[socket.socket] = field(factory=list[socket.socket])
+    sockets: list[socket.socket] = field(factory=list)
     reused: bool = False
     content: aiohttp.StreamReader | None = None
     lost_by: BaseException | None = None

@@ -118,7 +118,7 @@ def _failure(error: Exception, lost_by: BaseException | None, key: ApiKey, *, re
 
 
 def _alert(error: BaseException | None) -> str | None:
-    """Return the TLS alert that refused the connection; ``None`` if there was none, or a transient one."""
+    """Return the TLS alert that refused the connection, if any; ``None`` for a transient one."""
     reason = error.reason if isinstance(error, tls.SSLError) else None
     return reason if reason and "ALERT" in reason and "INTERNAL_ERROR" not in reason else None
 

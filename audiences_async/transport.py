@@ -1,4 +1,4 @@
-"""The aiohttp session of a client: the attempts on it, and the checks of a session that is the caller's."""
+"""The aiohttp session of a client and the attempts on it; checks of a caller's session."""
 
 import asyncio
 import ssl as tls

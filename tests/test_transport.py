@@ -39,8 +39,12 @@ from audiences_async import (
     UnauthorizedError,
     direct,
 )
+from audiences_async.connections import Connector, Trust
+from audiences_async.credentials import ApiKey
+from audiences_async.deadlines import Deadlines
 from audiences_async.events import AttemptFinished
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
+from audiences_async.transport import Transport, TransportSettings
 
 StartRaw: TypeAlias = Callable[[Callable[[RawConnection], Awaitable[None]]], Awaitable[RawServer]]
 ONCE = RetryPolicy(max_attempts=1)
@@ -442,6 +446,32 @@ async def test_what_comes_unasked_answers_nobody(
                 await asyncio.sleep(0)
             assert len(await client.get_audiences()) == 0
     assert (server.connections, server.requests) == (2, 2)
+
+
+@pytest.mark.parametrize("is_given", [False, True], ids=["own", "given"])
+async def test_a_connection_that_the_next_request_has_already(raw: StartRaw, *, is_given: bool) -> None:
+    """The pool may reuse a connection before the task that read from it has run; the next request keeps it."""
+    sent = asyncio.Event()
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        await connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(EMPTY_ANSWER))
+        await a_few_turns()
+        await connection.send(EMPTY_ANSWER)
+        sent.set()
+        await connection.request()
+        await connection.answer()
+
+    server = await raw(serve)
+    async with aiohttp.ClientSession() as session:
+        given = session if is_given else None
+        async with AudiencesClient("key", base_url=server.base_url, retry=ONCE, session=given) as client:
+            first = asyncio.create_task(client.get_audiences())
+            await sent.wait()
+            await asyncio.sleep(0)  # the event loop reads the answer, and runs this task before the other one
+            assert not first.done()
+            assert len(await client.get_audiences()) == len(await first) == 0
+    assert (server.connections, server.requests) == (1, 2)
 
 
 @pytest.mark.slow
@@ -873,14 +903,23 @@ async def test_requests_that_are_abandoned_time_out(raw: StartRaw) -> None:
         await asyncio.sleep(30)
 
     asked = asyncio.Event()
-    server = await raw(serve)
-    async with AudiencesClient("key", base_url=server.base_url, retry=ONCE) as client:
-        call = asyncio.create_task(client.get_audiences())
-        await asyncio.wait_for(asked.wait(), 5)
-        assert client._wire is not None
-        client._wire[0].abandon()
-        with pytest.raises(AttemptTimeoutError, match="nor to any other request, waiting for the reply"):
-            await call
+    settings = TransportSettings(
+        endpoint=URL((await raw(serve)).base_url),
+        attempt_timeout=30.0,
+        max_body_bytes=2**20,
+        max_connections=1,
+        ssl=None,
+        proxy=None,
+        session=None,
+    )
+    transport = Transport(settings, Deadlines())
+    attempt = asyncio.create_task(transport.attempt(ApiKey("key")))
+    await asyncio.wait_for(asked.wait(), 5)
+    transport.abandon()
+    error = await attempt
+    await transport.close()
+    assert isinstance(error, AttemptTimeoutError)
+    assert "nor to any other request, waiting for the reply" in str(error)
 
 
 async def test_a_connector_of_another_aiohttp_is_closed_in_its_own_process(
@@ -890,13 +929,12 @@ async def test_a_connector_of_another_aiohttp_is_closed_in_its_own_process(
     if way == "session":
         pytest.skip("the pool is the same")
     monkeypatch.setattr(aiohttp.TCPConnector, "_close_immediately", lambda _, *, abort_ssl: ["closed"], raising=False)
-    async with AudiencesClient("key", base_url="http://localhost/") as client:
-        assert client._wire is not None
-        connector: Any = client._wire[0]._session.connector
-        assert connector._close_immediately() == ["closed"]
-        monkeypatch.setattr("os.getpid", lambda: 0)
-        assert connector._close_immediately() == []
-        monkeypatch.undo()
+    connector = Connector(None, Trust(None), is_tls=False)
+    assert connector._close_immediately() == ["closed"]
+    monkeypatch.setattr("os.getpid", lambda: 0)
+    assert connector._close_immediately() == []
+    monkeypatch.undo()
+    await connector.close()
 
 
 async def test_an_aiohttp_that_refuses_is_asked_in_public(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
