@@ -157,8 +157,8 @@ async def test_a_connection_that_is_lost_at_once(
     """A connection that is already lost when aiohttp returns it is a failed one, and retried."""
     connect = aiohttp.TCPConnector.connect
 
-    async def lost(*arguments: Any) -> Connection:
-        connection = await connect(*arguments)
+    async def lost(*arguments: Any, **named: Any) -> Connection:
+        connection = await connect(*arguments, **named)
         assert connection.protocol is not None
         connection.protocol.abort()
         return connection
@@ -168,6 +168,7 @@ async def test_a_connection_that_is_lost_at_once(
         error = await error_of(client)
     assert isinstance(error, ConnectionFailedError)
     assert error.transient
+    assert error.message == "the connection was closed or reset before a reply came"
 
 
 # --- encodings
