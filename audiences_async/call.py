@@ -32,12 +32,12 @@ from audiences_async.events import (
     emit,
     is_watched,
 )
+from audiences_async.evidence import REFUSALS
 from audiences_async.models import Account, AudiencesResponse
 from audiences_async.pacer import Pacer
 from audiences_async.pacing import Place, Verdict
 from audiences_async.quota import Quota, announced
 from audiences_async.retrying import RetryPolicy, RetryTokens, wait_full_jitter
-from audiences_async.service import REFUSALS
 from audiences_async.transport import Transport
 from audiences_async.wire import Reply, Result, read, read_plain
 

@@ -171,7 +171,7 @@ class Queue(ABC):
 
         Raises:
             DeadlineExceededError: The turn cannot come before the *deadline*, as a pause that begins now shows.
-            TransportError: The service has answered nobody for *patience* seconds.
+            TransportError: The service has answered no account for *patience* seconds.
         """
         waiter = Waiter(deadline, patience, self._deadlines.within(math.inf))
         self._waiters.add(waiter)

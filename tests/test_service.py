@@ -390,7 +390,7 @@ def test_a_job_without_patience(run: RunJob) -> None:
     assert len(done.answered) + done.reasons["patience"] == 1000
     last, outcome = done.outcomes[-1]
     assert isinstance(outcome, Failed)
-    assert "answered nobody for" in str(outcome.error)
+    assert "answered no account for" in str(outcome.error)
     assert last == pytest.approx(5.2, abs=1.5)
 
 
