@@ -22,7 +22,7 @@ from audiences_async.errors import (
     TransportError,
 )
 from audiences_async.models import Account, AudiencesResponse
-from audiences_async.pacing import Place
+from audiences_async.places import Place
 from audiences_async.wire import Result
 
 # Outages only, as in RFC 5861, section 4: an answer such as 403 is not one.

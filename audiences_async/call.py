@@ -35,7 +35,8 @@ from audiences_async.events import (
 from audiences_async.evidence import REFUSALS
 from audiences_async.models import Account, AudiencesResponse
 from audiences_async.pacer import Pacer
-from audiences_async.pacing import Place, Verdict
+from audiences_async.pacing import Verdict
+from audiences_async.places import Place
 from audiences_async.quota import Quota, announced
 from audiences_async.retrying import RetryPolicy, RetryTokens, wait_full_jitter
 from audiences_async.transport import Transport

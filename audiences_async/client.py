@@ -25,10 +25,11 @@ from audiences_async.errors import (
     TransportError,
 )
 from audiences_async.events import EventHook, StopReason, log_unexpected
+from audiences_async.lanes import AccountPace
 from audiences_async.models import Account, AudiencesResponse, Failed, Fetched, Outcome
 from audiences_async.pacer import Pacer
-from audiences_async.pacing import AccountPace, Limiter, Place
-from audiences_async.rates import RateLimit
+from audiences_async.places import Place
+from audiences_async.rates import Limiter, RateLimit
 from audiences_async.retrying import RetryBudget, RetryPolicy, RetryTokens
 from audiences_async.service import ServicePace
 from audiences_async.transport import (

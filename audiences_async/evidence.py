@@ -2,7 +2,8 @@
 
 from typing import Final
 
-from audiences_async.pacing import Lane, Verdict
+from audiences_async.lanes import Lane
+from audiences_async.pacing import Verdict
 
 REFUSALS: Final = frozenset({"throttled", "unavailable"})
 """Verdicts on replies that a rate limit may send."""

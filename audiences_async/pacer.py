@@ -15,10 +15,13 @@ from audiences_async.credentials import ApiKey
 from audiences_async.deadlines import CallTime, Deadlines
 from audiences_async.events import EventHook, emit
 from audiences_async.evidence import REFUSALS
+from audiences_async.lanes import AccountPace, Lane
 from audiences_async.models import Account
-from audiences_async.pacing import NO_TIME, AccountPace, Lane, Limiter, PauseSettings, Place, Turn, Verdict, never
+from audiences_async.pacing import PauseSettings, Turn, Verdict, never
+from audiences_async.places import Place
+from audiences_async.queue import NO_TIME
 from audiences_async.quota import Quota
-from audiences_async.rates import RateLimit
+from audiences_async.rates import Limiter, RateLimit
 from audiences_async.service import ServiceLane
 
 _FIRST_PAUSE: Final = 0.1  # of throttle_base_delay

@@ -1,6 +1,7 @@
 """The rate of requests that a limit allows: known, or kept elsewhere."""
 
 import math
+from typing import Protocol, runtime_checkable
 
 from attrs import field, frozen
 
@@ -23,6 +24,14 @@ class RateLimit:
     rate: float = field(validator=checks.is_positive)
     per: float = field(default=1.0, validator=checks.is_positive)
     burst: int = field(default=1, validator=checks.is_count)
+
+
+@runtime_checkable
+class Limiter(Protocol):
+    """Any object that says when an account may send, such as a limit that several processes share."""
+
+    async def acquire(self, account_name: str) -> object:
+        """Return when the account may send one request. Called before every attempt, retries included."""
 
 
 class KnownRate:

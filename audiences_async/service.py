@@ -18,11 +18,13 @@ from audiences_async.events import (
     ServiceResumed,
 )
 from audiences_async.evidence import REFUSALS, Evidence
+from audiences_async.lanes import Lane
 from audiences_async.learning import LearnedRate
 from audiences_async.load import Load
 from audiences_async.outage import Outage
-from audiences_async.pacing import NO_TIME, Lane, Limiter, PacedQueue, PauseSettings, Turn, Verdict
-from audiences_async.rates import RateLimit
+from audiences_async.pacing import PacedQueue, PauseSettings, Turn, Verdict
+from audiences_async.queue import NO_TIME
+from audiences_async.rates import Limiter, RateLimit
 
 if TYPE_CHECKING:
     from audiences_async.credentials import ApiKey

@@ -31,8 +31,9 @@ from audiences_async import (
 from audiences_async.clock import Clock
 from audiences_async.deadlines import CallTime, Deadlines
 from audiences_async.events import AccountPaused, AccountResumed, AttemptFinished, RateLearned
+from audiences_async.lanes import AccountPace
 from audiences_async.pacer import Pacer
-from audiences_async.pacing import AccountPace, Turn, Verdict
+from audiences_async.pacing import Turn, Verdict
 
 pytestmark = pytest.mark.once
 

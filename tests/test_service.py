@@ -251,6 +251,12 @@ def test_a_limit_of_connections_is_an_event(run: RunJob) -> None:
     done = run(ConnectionLimit(round_trip=0.2), 2000, on_event=events.append)
     learned = [event.limit for event in events if isinstance(event, ServiceConcurrencyLearned)]
     assert (learned[-1], done.pace.window, done.pace.rate) == (10, 10, None)
+    events.clear()
+    done = run(
+        ConnectionLimit(round_trip=0.2), 500, on_event=events.append, service_rate_limit=RateLimit(1000, burst=100)
+    )
+    assert not done.reasons
+    assert any(isinstance(event, ServiceConcurrencyLearned) for event in events)
 
 
 def test_a_limit_of_connections_that_is_lowered(run: RunJob) -> None:
