@@ -51,7 +51,8 @@ class Lane(PacedQueue):
         settings: PauseSettings,
         emit: Callable[[Event], None],
     ) -> None:
-        super().__init__(limit, LearnedRate(), clock, deadlines, settings)
+        learned = LearnedRate() if limit is None else LearnedRate(window=None)
+        super().__init__(limit, learned, clock, deadlines, settings)
         self.account: str = account
         self.users: int = 0
         """Calls that hold on to the lane, also while they neither wait nor send."""
@@ -74,7 +75,8 @@ class Lane(PacedQueue):
             not self.users
             and not self._failures
             and self._closed_until <= now
-            and self._pace.is_idle(now)
+            and self._learned.is_idle(now)
+            and (self._known is None or self._known.is_idle(now))
             and self._window.limit is None
         )
 

@@ -66,7 +66,7 @@ class PacedQueue(Queue):
     """A queue at a known or a learned rate, closed for a while after a refusal; one probe then goes ahead."""
 
     __slots__ = (
-        "_allowance", "_closed_until", "_cut_at", "_failures", "_last_at", "_learned", "_pace", "_probe_out",
+        "_allowance", "_closed_until", "_cut_at", "_failures", "_known", "_last_at", "_learned", "_probe_out",
         "_probing", "_settings", "_window",
     )  # fmt: skip
 
@@ -81,10 +81,8 @@ class PacedQueue(Queue):
         settings: PauseSettings,
     ) -> None:
         super().__init__(clock, deadlines, limit if isinstance(limit, Limiter) else None)
-        self._learned = learned if limit is None else None
-        self._pace: KnownRate | LearnedRate = (
-            learned if limit is None else KnownRate(limit if isinstance(limit, RateLimit) else None)
-        )
+        self._known = KnownRate(limit) if isinstance(limit, RateLimit) else None
+        self._learned = learned  # also below a known rate, which may be too high
         self._window = LearnedWindow()
         self._allowance: Allowance | None = None  # if the service announces its quota
         self._settings = settings
@@ -98,7 +96,7 @@ class PacedQueue(Queue):
     @property
     def rate(self) -> float | None:
         """Requests per second, known or learned; ``None`` if none is known."""
-        return self._window.rate or self._pace.rate
+        return self._window.rate or self._learned.rate or (None if self._known is None else self._known.rate)
 
     @property
     def paces_retries(self) -> bool:
@@ -111,7 +109,9 @@ class PacedQueue(Queue):
 
     def expected(self, now: float) -> float:
         """Estimate the seconds until a call that comes now gets its turn."""
-        backlog = max(self._pace.backlog(now, self.waiting), self._window.backlog(now, self.waiting))
+        backlog = max(self._learned.backlog(now, self.waiting), self._window.backlog(now, self.waiting))
+        if self._known is not None:
+            backlog = max(backlog, self._known.backlog(now, self.waiting))
         return max(0.0, self._closed_until - now, backlog)
 
     def delay(self, now: float) -> float:
@@ -120,7 +120,9 @@ class PacedQueue(Queue):
             return self._closed_until - now
         if self._probing and self._probe_out:
             return math.inf
-        delay = self._pace.delay(now, self.in_flight)
+        delay = self._learned.delay(now, self.in_flight)
+        if self._known is not None:
+            delay = max(delay, self._known.delay(now))
         if self._window.limit is not None:
             delay = max(delay, self._window.delay(now, self.in_flight))
         return delay if self._allowance is None else max(delay, self._allowance.delay(now, self.in_flight))
@@ -129,11 +131,13 @@ class PacedQueue(Queue):
         """Note that a request goes now; ``True`` if it is a probe."""
         # A pause is not idleness: calls wait for its end.
         idle_for = now - max(self._last_at, self._closed_until)
-        if self._learned is not None and not self.in_flight and idle_for > _IDLE:
+        if not self.in_flight and idle_for > _IDLE:
             self._learned.idle()
         self.in_flight += 1
         self._probe_out = self._probing
-        self._pace.sent(now)
+        self._learned.sent(now)
+        if self._known is not None:
+            self._known.sent(now)
         return self._probing
 
     def announced(self, now: float, sent_at: float, quota: Quota | None) -> None:
@@ -154,9 +158,8 @@ class PacedQueue(Queue):
         return fresh
 
     def _answered(self, now: float, sent_at: float, *, fresh: bool) -> None:
-        if self._learned is not None:
-            self._learned.answered(now - sent_at, fresh=fresh)
-            self._window.granted(now, sent_at, fresh=fresh, is_paced=self._learned.rate is not None)
+        self._learned.answered(now - sent_at, fresh=fresh)
+        self._window.granted(now, sent_at, fresh=fresh, is_paced=self._learned.rate is not None)
         if not fresh:
             return
         self._failures = 0
@@ -178,28 +181,27 @@ class PacedQueue(Queue):
 
     def _learn(self, now: float, sent_at: float, *, asked: bool) -> float:
         """Learn from a refusal; return the seconds to pause, if it names none."""
-        if self._learned is not None:
-            until_open = self._window.refused(sent_at)
-            if until_open is not None:
-                self._learned.forget()
-                assert self._window.rate is not None
-                self._on_rate(self._window.rate, self._window.period)
-                return until_open
-            if self._learned.throttled(now, asked=asked):
-                assert self._learned.rate is not None
-                self._on_rate(self._learned.rate, None)
+        until_open = self._window.refused(sent_at)
+        if until_open is not None:
+            self._learned.forget()
+            assert self._window.rate is not None
+            self._on_rate(self._window.rate, self._window.period)
+            return until_open
+        if self._learned.throttled(now, asked=asked):
+            assert self._learned.rate is not None
+            self._on_rate(self._learned.rate, None)
         return self._draw_pause()
 
     def _draw_pause(self) -> float:
         """Draw the seconds to pause after a refusal that names no time."""
-        return self._settings.draw(self._pace.rate, self._failures, self.clock)
+        return self._settings.draw(self.rate, self._failures, self.clock)
 
     def _close(self, now: float, seconds: float, *, asked: bool) -> None:
         self._probing = True
         until = now + seconds
         if until <= self._closed_until:
             return
-        if asked and self._learned is not None:
+        if asked:
             self._learned.excuse(until - max(now, self._closed_until))
         self._closed_until = until
         self._paused_until(until)
@@ -209,9 +211,7 @@ class PacedQueue(Queue):
         self._on_paused(seconds, asked=asked)
 
     def _paused_until(self, when: float) -> None:
-        # A known limit that was not used up during a pause is no more than the burst.
-        if self._learned is not None:
-            self._learned.paused_until(when)
+        self._learned.paused_until(when)
 
     @abstractmethod
     def _on_paused(self, seconds: float, *, asked: bool) -> None:

@@ -248,7 +248,7 @@ class ServiceLane(PacedQueue):
             if verdict == "throttled" and pause is not None:
                 self._throttled(now, turn.sent_at, pause, fresh=False)  # an old request, but its reply names a time
             return True
-        if verdict in REFUSALS and self._is_concurrency(turn):
+        if verdict in REFUSALS and self._is_concurrency(now, turn):
             return True
         if verdict in REFUSALS and (self.is_limited or self.refuses_many):
             return self._is_rate(now, turn, pause)
@@ -257,21 +257,23 @@ class ServiceLane(PacedQueue):
         self._trip(now, turn.sent_at, verdict, pause)
         return True
 
-    def _is_concurrency(self, turn: Turn) -> bool:
+    def _is_concurrency(self, now: float, turn: Turn) -> bool:
         """Return whether the service limits the requests in flight; then no rate holds them back."""
-        if turn.sent_at < self._cut_at or not (self.is_limited or self.load.is_limited):
+        if not (self.is_limited or self.load.is_limited):
             return False
+        if turn.sent_at < self._cut_at:  # before the limit was known
+            return self.load.is_limited
         if not self.load.explains_refusal(turn):
             return False
-        if self._learned is not None:
-            self._learned.forget()
+        self._cut_at = now
+        self._learned.forget()
         self._emit(ServiceConcurrencyLearned("", int(self.load.limit)))
         return True
 
     def _is_rate(self, now: float, turn: Turn, pause: float | None) -> bool:
         """Return whether a refusal may be due to the shared rate, which then is lowered."""
         self._unrefused = 0
-        if self._learned is not None and not self._learned.explains_refusals:
+        if not self._learned.explains_refusals:
             self._learned.throttled(now)
             return False
         self._trip(now, turn.sent_at, "throttled", pause)
@@ -297,7 +299,7 @@ class ServiceLane(PacedQueue):
         self._state = "out"
         self._failures += 1
         self._cut_at = now
-        if verdict == "unavailable" and self._learned is not None:
+        if verdict == "unavailable":
             self._learned.restart(now)  # in case it is a limit after all
         seconds = self.outage.pause(self._failures, self.clock)
         is_asked = pause is not None and seconds < pause
@@ -311,18 +313,18 @@ class ServiceLane(PacedQueue):
     def _draw_pause(self) -> float:
         # Other processes take what a long pause leaves.
         seconds = super()._draw_pause()
-        return seconds if self._pace.rate is None else min(seconds, max(_LONGEST_PACED, 2 / self._pace.rate))
+        return seconds if self.rate is None else min(seconds, max(_LONGEST_PACED, 2 / self.rate))
 
     def _on_paused(self, seconds: float, *, asked: bool) -> None:
         self._emit(ServicePaused("", seconds, asked, self._state))
 
     def _on_resumed(self) -> None:
         now = self.clock.monotonic()
-        if self._learned is not None and now - self._cut_at > _SOON:
+        if now - self._cut_at > _SOON:
             self._learned.idle()
         self.outage.resumed(now)
         if self.is_out:
-            self._state = "open" if self._learned is None or self.rate is None else "limited"
+            self._state = "open" if self._learned.rate is None else "limited"
             self.load.ignore_until(now)
             if self.outage.hangs:
                 self.outage.hangs = False
