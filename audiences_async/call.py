@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Generator
-from typing import TYPE_CHECKING
 
 from attrs import frozen
 from tenacity import AsyncRetrying, RetryCallState
@@ -30,17 +29,14 @@ from audiences_async.events import (
     emit,
     is_watched,
 )
-from audiences_async.evidence import REFUSALS
 from audiences_async.models import Account, AudiencesResponse
 from audiences_async.pacer import Pacer
+from audiences_async.pacing import REFUSALS, Verdict
 from audiences_async.places import Place
 from audiences_async.quota import Quota, announced
 from audiences_async.retrying import RetryPolicy, RetryTokens, wait_full_jitter
 from audiences_async.transport import Transport
 from audiences_async.wire import Reply, Result, read, read_plain
-
-if TYPE_CHECKING:
-    from audiences_async.pacing import Verdict
 
 
 @frozen(eq=False)

@@ -3,10 +3,7 @@
 from typing import Final
 
 from audiences_async.lanes import Lane
-from audiences_async.pacing import Verdict
-
-REFUSALS: Final = frozenset({"throttled", "unavailable"})
-"""Verdicts on replies that a rate limit may send."""
+from audiences_async.pacing import REFUSALS, Verdict
 
 _FEW: Final = 3  # accounts that fail in a row while few requests are in flight
 _MANY: Final = 8

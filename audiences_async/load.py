@@ -3,7 +3,7 @@
 from typing import Final
 
 from audiences_async.concurrency import LearnedConcurrency
-from audiences_async.pacing import Turn, Verdict
+from audiences_async.pacing import REFUSALS, Turn, Verdict
 
 _FIRST_LIMIT: Final = 32.0  # requests in flight; three times as many a round trip later
 _LEAST: Final = 4.0  # requests in flight, however slow the service is
@@ -27,8 +27,8 @@ class Load:
     """
 
     __slots__ = (
-        "_attempt_timeout", "_concurrency", "_cut_at", "_since_cut", "_step", "connections", "limit", "quick_answers",
-        "slowest",
+        "_attempt_timeout", "_concurrency", "_cut_at", "_in_flight", "_sent", "_since_cut", "_step", "connections",
+        "limit", "quick_answers", "slowest",
     )  # fmt: skip
 
     def __init__(self, connections: int, attempt_timeout: float) -> None:
@@ -41,12 +41,25 @@ class Load:
         """Seconds of the slowest answer, fading with later ones."""
         self._attempt_timeout = attempt_timeout
         self._concurrency = LearnedConcurrency()
+        self._in_flight: dict[int, int] = {}  # by the number of each request: how many others were in flight
+        self._sent = 0
         self._step = _FAST_STEP
         self._cut_at = float("-inf")
         self._since_cut = 0  # answers
 
+    def sent(self) -> int:
+        """Note that a request goes now; return its number."""
+        self._sent += 1
+        self._in_flight[self._sent] = len(self._in_flight)
+        return self._sent
+
     def follow(self, now: float, turn: Turn, verdict: Verdict, in_flight: int) -> None:
         """Adapt the limit to the reply to the request of *turn*."""
+        others = self._in_flight.pop(turn.number)
+        if verdict == "answered":
+            self._concurrency.granted(now, turn.sent_at, others)
+        elif verdict in REFUSALS:
+            self._concurrency.refused(now, turn.sent_at, sum(number < turn.number for number in self._in_flight))
         took = now - turn.sent_at
         if verdict == "timed out":
             self._shrink(now, turn, _AFTER_TIMEOUT, in_flight)
@@ -55,9 +68,9 @@ class Load:
         elif verdict in {"answered", "failed", "unavailable"}:
             self._grow(took)
         if verdict == "answered":
-            self._concurrency.granted(turn.others)
             self.slowest = max(took, _FADING * self.slowest)
             self.quick_answers += took <= _QUICK * self._attempt_timeout
+        self.limit = min(self.limit, self._concurrency.limit)
 
     def _shrink(self, now: float, turn: Turn, share: float, in_flight: int) -> None:
         others_were_quick = self.quick_answers - turn.quick_answers >= self.limit
@@ -75,6 +88,11 @@ class Load:
         step = self._step if took <= _QUICK * self._attempt_timeout else min(self._step, _SLOW_STEP)
         self.limit = min(float(self.connections), self._concurrency.limit, self.limit + step)
 
+    @property
+    def concurrency(self) -> float:
+        """The service's own limit of requests in flight; ``inf`` if none is known."""
+        return self._concurrency.limit
+
     def cut(self, limit: float) -> None:
         """Set a lower limit, from which growth is slow."""
         self.limit = max(1.0, limit)
@@ -87,15 +105,3 @@ class Load:
     def ignore_until(self, now: float) -> None:
         """Ignore timeouts of requests that were sent before *now*."""
         self._cut_at = now
-
-    @property
-    def is_limited(self) -> bool:
-        """Whether the service is known to limit the requests in flight."""
-        return self._concurrency.limit < float("inf")
-
-    def explains_refusal(self, turn: Turn) -> bool:
-        """Note a refusal; return whether the service limits the requests in flight, and keep to that limit."""
-        if not self._concurrency.refused(turn.others):
-            return False
-        self.limit = min(self.limit, self._concurrency.limit)
-        return True

@@ -14,10 +14,9 @@ from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey
 from audiences_async.deadlines import CallTime, Deadlines
 from audiences_async.events import EventHook, emit
-from audiences_async.evidence import REFUSALS
 from audiences_async.lanes import AccountPace, Lane
 from audiences_async.models import Account
-from audiences_async.pacing import PauseSettings, Turn, Verdict, never
+from audiences_async.pacing import REFUSALS, PauseSettings, Turn, Verdict, never
 from audiences_async.places import Place
 from audiences_async.queue import NO_TIME
 from audiences_async.quota import Quota
@@ -146,7 +145,7 @@ class Pacer:
     def _send(self, lane: Lane, now: float) -> Turn:
         lane.sent(now)
         service = self.service
-        return Turn(now, service.sent(now), service.load.quick_answers, service.in_flight - 1)
+        return Turn(now, service.sent(now), service.load.quick_answers, service.load.sent())
 
     def witness(self, turn: Turn, key: ApiKey) -> ApiKey | None:
         """Return the key that a job's probe is sent with, in place of the call's own; ``None`` if with its own.

@@ -20,6 +20,9 @@ Verdict: TypeAlias = Literal["answered", "throttled", "unavailable", "failed", "
 """What became of a request: an answer, if only a final refusal; a 429; a 503; another reply that may be retried; no
 reply; none in time; or nothing that says anything of the service."""
 
+REFUSALS: Final = frozenset({"throttled", "unavailable"})
+"""Verdicts on replies that a limit may send."""
+
 _IDLE: Final = 1.0  # s without a request, after which an account counts as idle
 _LONGEST_PAUSE: Final = 86_400.0  # s; who asks for more has mistaken the unit
 _DOUBLINGS: Final = 5  # pauses, each twice as long as the one before
@@ -33,13 +36,13 @@ class Turn(NamedTuple):
         sent_at: When it came, on the client's clock.
         probe: Whether the service is closed, and this request shows whether it opens again.
         quick_answers: Quick answers of the service before it.
-        others: Other requests in flight.
+        number: The request's number, in the order of sending.
     """
 
     sent_at: float
     probe: bool
     quick_answers: int
-    others: int
+    number: int
 
 
 @frozen

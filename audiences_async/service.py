@@ -17,12 +17,12 @@ from audiences_async.events import (
     ServiceRateLearned,
     ServiceResumed,
 )
-from audiences_async.evidence import REFUSALS, Evidence
+from audiences_async.evidence import Evidence
 from audiences_async.lanes import Lane
 from audiences_async.learning import LearnedRate
 from audiences_async.load import Load
 from audiences_async.outage import Outage
-from audiences_async.pacing import PacedQueue, PauseSettings, Turn, Verdict
+from audiences_async.pacing import REFUSALS, PacedQueue, PauseSettings, Turn, Verdict
 from audiences_async.queue import NO_TIME
 from audiences_async.rates import Limiter, RateLimit
 
@@ -209,7 +209,7 @@ class ServiceLane(PacedQueue):
         self._probe_out = probing_before and not turn.probe
         self.evidence.returned(verdict, lane)
         try:
-            self.load.follow(now, turn, verdict, self.in_flight)
+            self._follow_load(now, turn, verdict)
             if verdict == "answered":
                 self._heard(now, turn.sent_at, fresh=fresh)
                 return False
@@ -232,10 +232,19 @@ class ServiceLane(PacedQueue):
         self.load.cut(float(self.in_flight))
         return True
 
+    def _follow_load(self, now: float, turn: Turn, verdict: Verdict) -> None:
+        before = self.load.concurrency
+        self.load.follow(now, turn, verdict, self.in_flight)
+        if self.load.concurrency < before:
+            self._learned.forget()  # it is not the rate that is limited
+            self._emit(ServiceConcurrencyLearned("", int(self.load.concurrency)))
+
     def _heard(self, now: float, sent_at: float, *, fresh: bool) -> None:
         self.answers += 1
         self._unrefused += 1
         if self.is_out:  # any answer ends an outage, even to an old request
+            if now < self._closed_until:
+                self._learned.restart(now)  # a measurement leaves the whole pause out
             self._closed_until, fresh = now, True
         self.outage.answered()
         self._answered(now, sent_at, fresh=fresh)
@@ -248,26 +257,13 @@ class ServiceLane(PacedQueue):
             if verdict == "throttled" and pause is not None:
                 self._throttled(now, turn.sent_at, pause, fresh=False)  # an old request, but its reply names a time
             return True
-        if verdict in REFUSALS and self._is_concurrency(now, turn):
+        if verdict in REFUSALS and self.load.concurrency < math.inf:
             return True
         if verdict in REFUSALS and (self.is_limited or self.refuses_many):
             return self._is_rate(now, turn, pause)
         if not self.evidence.suffices(verdict, lane):
             return False
         self._trip(now, turn.sent_at, verdict, pause)
-        return True
-
-    def _is_concurrency(self, now: float, turn: Turn) -> bool:
-        """Return whether the service limits the requests in flight; then no rate holds them back."""
-        if not (self.is_limited or self.load.is_limited):
-            return False
-        if turn.sent_at < self._cut_at:  # before the limit was known
-            return self.load.is_limited
-        if not self.load.explains_refusal(turn):
-            return False
-        self._cut_at = now
-        self._learned.forget()
-        self._emit(ServiceConcurrencyLearned("", int(self.load.limit)))
         return True
 
     def _is_rate(self, now: float, turn: Turn, pause: float | None) -> bool:
