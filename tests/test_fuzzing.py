@@ -43,7 +43,7 @@ from audiences_async import (
 )
 from audiences_async.credentials import ApiKey
 from audiences_async.sandbox import SteppedTime
-from audiences_async.structuring import decode, whole
+from audiences_async.structuring import decode, run_to_completion
 from audiences_async.wire import Reply, read
 
 ON_DEMAND: Final = int(os.environ.get("AUDIENCES_FUZZ_EXAMPLES", "100"))
@@ -439,7 +439,7 @@ ANY_BODY = bodies() | mutated_bodies() | st.binary(max_size=60) | st.just(b"<htm
 def test_whole_replies(status: int, headers: list[tuple[str, str]], body: bytes, exceeded: int | None) -> None:
     """Any status with any headers and any body is a right value or the error in the table of responses."""
     reply = Reply(status, CIMultiDictProxy(CIMultiDict(headers)), body, exceeded if status == 200 else None)
-    result = whole(read(reply, KEY, now=1_761_030_480.0))
+    result = run_to_completion(read(reply, KEY, now=1_761_030_480.0))
     if isinstance(result, AudiencesResponse):
         assert (status, reply.exceeded) == (200, None)
         assert_is_what_the_contract_says(result, body)

@@ -53,7 +53,7 @@ from audiences_async.credentials import ApiKey
 from audiences_async.events import AttemptFinished
 from audiences_async.results import line
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
-from audiences_async.structuring import whole
+from audiences_async.structuring import run_to_completion
 from audiences_async.wire import Reply, read
 
 StartRaw: TypeAlias = Callable[[Callable[[RawConnection], Awaitable[None]]], Awaitable[RawServer]]
@@ -292,7 +292,7 @@ def test_a_key_that_our_own_words_escape(key: str) -> None:
     record = {"type": "Dynamic", "id": "1", "name": "one", "created_time": key}
     body = json.dumps({"status": "200", "data": [record]}).encode()
     reply = Reply(200, CIMultiDictProxy(CIMultiDict()), body)
-    error = whole(read(reply, ApiKey(key), now=0.0))
+    error = run_to_completion(read(reply, ApiKey(key), now=0.0))
     assert isinstance(error, InvalidResponseError)
     assert any("***" in problem for problem in error.problems)
     assert "Zq7Lw3Rt" not in str(error.problems)
