@@ -74,26 +74,32 @@ EVERY_ERROR: Final = {
 
 
 def json_text(key: str) -> str:
+    """Escape as Python's JSON does."""
     return json.dumps(key)[1:-1]
 
 
 def dotnet_json(key: str) -> str:
+    """Escape as .NET's JSON does, every punctuation mark included."""
     return "".join(c if c.isalnum() and c.isascii() else f"\\u{ord(c):04X}" for c in key)
 
 
 def percent(key: str) -> str:
+    """Escape for a URL."""
     return quote(key, safe="")
 
 
 def lower_percent(key: str) -> str:
+    """Escape for a URL, in lower-case hexadecimal."""
     return "".join(part.lower() if part[:1] == "%" else part for part in percent_parts(key))
 
 
 def percent_parts(key: str) -> list[str]:
+    """Escape each character for a URL."""
     return [quote(c, safe="") for c in key]
 
 
 def html_decimal(key: str) -> str:
+    """Escape as decimal character references of HTML."""
     return "".join(c if c.isalnum() and c.isascii() else f"&#{ord(c)};" for c in key)
 
 

@@ -37,15 +37,18 @@ MORE = "$: there may be more problems; only the first are reported"
 
 
 def body(*data: Any, **envelope: Any) -> bytes:
+    """Return the body of a 200 with these records."""
     sent = {"status": "200", "description": "Audiences retrieved", "response_time": None, "data": list(data)}
     return json.dumps(sent | envelope).encode()
 
 
 def without(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a record without one of its fields."""
     return {field: value for field, value in row.items() if field != name}
 
 
 def problems(wrong: bytes) -> tuple[str, ...]:
+    """Return the problems of an invalid body."""
     with pytest.raises(InvalidResponseError) as caught:
         decode(wrong)
     return caught.value.problems

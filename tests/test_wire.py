@@ -33,6 +33,7 @@ NOON = datetime(2026, 2, 11, 12, tzinfo=UTC).timestamp()
 
 
 def reply(status: int, body: bytes = b"", exceeded: int | None = None, **headers: str) -> Result:
+    """Return what a response is read as."""
     proxied = CIMultiDictProxy(CIMultiDict({name.replace("_", "-"): value for name, value in headers.items()}))
     return run_to_completion(read(Reply(status, proxied, body, exceeded), KEY, now=NOON))
 
