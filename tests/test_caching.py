@@ -33,6 +33,7 @@ ONCE = RetryPolicy(max_attempts=1)
 
 @pytest.fixture
 def north(sandbox: Sandbox) -> Account:
+    """Open an account with two audiences."""
     return sandbox.add_account("north", audiences=many_audiences("north", 2))
 
 
@@ -48,6 +49,7 @@ def make(sandbox: Sandbox, time: SteppedTime) -> Callable[..., AudiencesClient]:
 
 
 def ids(response: AudiencesResponse) -> list[str | None]:
+    """Return the ids of the audiences."""
     return [audience.id for audience in response]
 
 
@@ -58,6 +60,7 @@ async def the_others() -> None:
 
 
 async def error_of(call: Any) -> AudiencesError:
+    """Return the error that an awaitable raises."""
     with pytest.raises(AudiencesError) as caught:
         await call
     return caught.value

@@ -31,6 +31,7 @@ class LeakyBucketLimiter:
         self.asked: list[str] = []
 
     async def acquire(self, account_name: str) -> None:
+        """Wait until the account's level allows a request."""
         self.asked.append(account_name)
         self._levels[account_name] = self._levels.get(account_name, 0.0) + 1
         over = self._levels[account_name] - self._limit

@@ -352,6 +352,7 @@ class Swallowing(Service):
     waiting: set["asyncio.Future[None]"] | None = None
 
     async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
+        """Leave a request from second 1 to 11 without an answer, until it is abandoned or times out."""
         if not 1 < virtual.now() < 11:
             return await super().attempt(key)
         self.seen.append((virtual.now(), key.reveal(), 0))
@@ -365,12 +366,14 @@ class Swallowing(Service):
         return AttemptTimeoutError("no whole reply")
 
     def abandon(self) -> None:
+        """End all waiting requests."""
         for never in self.waiting or ():
             if not never.done():
                 never.set_result(None)
 
 
 def lost(status: int) -> Callable[[str, float], int]:
+    """Return answers that have this status from second 1 to 11."""
     return lambda key, at: status if 1 < at < 11 else 200
 
 
