@@ -81,9 +81,9 @@ class ApiKey(Secret):
         self.before: ApiKey | None = before
         """The key that this one replaced; a late response may still echo it."""
 
-    def digest(self, salt: bytes, *more: str) -> bytes:
-        """Return a keyed digest that identifies the key, together with *more*, without revealing it."""
-        return blake2b("\0".join((self._text, *more)).encode(), key=salt, digest_size=16).digest()
+    def digest(self, salt: bytes) -> bytes:
+        """Return a keyed digest that identifies the key without revealing it."""
+        return blake2b(self._text.encode(), key=salt, digest_size=16).digest()
 
     def redact(self, text: str) -> str:
         """Return *text* with the key masked, and each word that has it in an escaped form, or most of it."""
