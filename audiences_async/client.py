@@ -163,7 +163,6 @@ class AudiencesClient:
             self._cache = Cache(
                 cache,
                 clock,
-                base_url=str(self._transport_settings.endpoint),
                 begin=self._begin,
                 run=self._run,
                 timeout=self._timeout,
@@ -447,8 +446,7 @@ class AudiencesClient:
             error, reason = self._out_of_time(limit)
             error.account, error.elapsed, error.stop_reason = account.name, limit, reason
             error.attempts = calls[-1].attempts_until_now(reason) if calls else ()
-            kept = cache.in_place_of(error, account)
-            return error if kept is None else kept
+            return cache.in_place_of(error, account)
 
     def _out_of_time(self, limit: float) -> tuple[AudiencesError, StopReason]:
         if self._closed:

@@ -146,11 +146,11 @@ def test_an_echoed_key_in_a_problem_is_masked() -> None:
     assert error.problems == ("$.status: expected an HTTP status, got '***'",)
 
 
-@pytest.mark.parametrize("start", ["sk_live_" + "a" * 60, "\\" * 60, "<&>" * 20])
-def test_near_misses_of_the_key_take_no_time(start: str) -> None:
-    """Text full of beginnings of the key is searched in linear time."""
+@pytest.mark.parametrize(("start", "masked"), [("sk_live_" + "a" * 60, True), ("\\" * 60, False), ("<&>" * 20, False)])
+def test_near_misses_of_the_key_take_no_time(start: str, *, masked: bool) -> None:
+    """Text full of beginnings of the key is searched in linear time; it is masked if it has most of the key."""
     text = start * 200
-    assert ApiKey(start + "!").redact(text) == text
+    assert ApiKey(start + "!").redact(text) == ("***" if masked else text)
 
 
 def test_a_key_in_another_encoding_is_masked() -> None:
