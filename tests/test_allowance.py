@@ -55,6 +55,7 @@ def test_a_request_that_ends_without_a_count_may_have_been_counted() -> None:
 
 
 def announce(scope: QuotaScope, counts: list[int], *, reset: float = 60.0) -> bool:
+    """Announce each count to another account; return whether the quota is taken for shared."""
     for account, count in enumerate(counts):
         scope.announced(account, 0.0, Quota(count, reset))
     return scope.is_shared
