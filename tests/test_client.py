@@ -626,8 +626,8 @@ async def test_our_own_session_is_closed(sandbox: Sandbox, north: Account) -> No
     """Closing the client leaves no connection behind."""
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         await client.get_audiences(north)
-        assert client._wire is not None
-        transport, _, _ = client._wire
+        assert client._calls is not None
+        transport = client._calls.transport
     assert transport._session.closed
 
 

@@ -16,6 +16,7 @@ from audiences_async import (
     Account,
     AudiencesClient,
     AudiencesError,
+    CachePolicy,
     ConfigurationError,
     Event,
     Failed,
@@ -552,3 +553,11 @@ def test_single_calls_in_an_outage_keep_to_the_connections(monkeypatch: pytest.M
 
     virtual.run(main())
     assert most == 7
+
+
+@pytest.mark.parametrize("cache", [None, CachePolicy(ttl=60)])
+def test_an_outage_takes_nothing_of_an_accounts_time(run: RunJob, cache: CachePolicy | None) -> None:
+    """Accounts with a timeout far shorter than the outage are all answered, with a cache and without."""
+    service = Service(lambda key, at: 503 if 0.2 < at < 8 else 200, round_trip=0.05)
+    done = run(service, 1000, timeout=1.5, cache=cache)
+    assert not done.reasons

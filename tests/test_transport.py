@@ -870,8 +870,8 @@ async def test_requests_that_are_abandoned_time_out(raw: StartRaw) -> None:
     async with AudiencesClient("key", base_url=server.base_url, retry=ONCE) as client:
         call = asyncio.create_task(client.get_audiences())
         await asyncio.wait_for(asked.wait(), 5)
-        assert client._wire is not None
-        client._wire[0].abandon()
+        assert client._calls is not None
+        client._calls.transport.abandon()
         with pytest.raises(AttemptTimeoutError, match="nor to any other request, waiting for the reply"):
             await call
 
@@ -884,8 +884,8 @@ async def test_a_connector_of_another_aiohttp_is_closed_in_its_own_process(
         pytest.skip("the pool is the same")
     monkeypatch.setattr(aiohttp.TCPConnector, "_close_immediately", lambda _, *, abort_ssl: ["closed"], raising=False)
     async with AudiencesClient("key", base_url="http://localhost/") as client:
-        assert client._wire is not None
-        connector: Any = client._wire[0]._session.connector
+        assert client._calls is not None
+        connector: Any = client._calls.transport._session.connector
         assert connector._close_immediately() == ["closed"]
         monkeypatch.setattr("os.getpid", lambda: 0)
         assert connector._close_immediately() == []
