@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         UnauthorizedError,
     )
     from audiences_async.events import Attempt, Event
+    from audiences_async.lanes import AccountPace
     from audiences_async.models import (
         Account,
         Audience,
@@ -39,8 +40,7 @@ if TYPE_CHECKING:
         StaticAudience,
         UnknownAudience,
     )
-    from audiences_async.pacing import AccountPace, Limiter
-    from audiences_async.rates import RateLimit
+    from audiences_async.rates import Limiter, RateLimit
     from audiences_async.retrying import RetryBudget, RetryPolicy
 
 __all__ = [
@@ -119,8 +119,8 @@ _NAMES = {
         "StaticAudience",
         "UnknownAudience",
     ),
-    "pacing": ("AccountPace", "Limiter"),
-    "rates": ("RateLimit",),
+    "lanes": ("AccountPace",),
+    "rates": ("Limiter", "RateLimit"),
     "retrying": ("RetryBudget", "RetryPolicy"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

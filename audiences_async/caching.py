@@ -4,9 +4,8 @@ import asyncio
 import copy
 import os
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
 
 from attrs import define, field, frozen
 
@@ -22,11 +21,15 @@ from audiences_async.errors import (
     TransportError,
 )
 from audiences_async.models import Account, AudiencesResponse
-from audiences_async.pacing import Place
+from audiences_async.places import Place
 from audiences_async.wire import Result
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 # Outages only, as in RFC 5861, section 4: an answer such as 403 is not one.
 _OUTAGES: Final = (TransportError, ServerError, TooManyRequestsError, DeadlineExceededError)
+_MAX_NAMES: Final = 10_000  # names kept with one answer; if it has more, it is fetched again
 
 
 @frozen
@@ -56,26 +59,25 @@ class CachePolicy:
 
 @frozen(eq=False)
 class _Kept:
-    """A cached answer and the time it arrived."""
+    """A cached answer, the time it arrived, and the names of the accounts that asked for it."""
 
     response: AudiencesResponse
     at: float
-    generation: int
+    names: set[str]
 
 
 @define(eq=False)
 class _Flight:
-    """A request in flight and the number of its waiters. During a refresh, the client counts as one."""
+    """A request in flight, the names of the accounts that asked for it, and the number of its waiting callers.
 
+    During a refresh, the client counts as one caller.
+    """
+
+    digest: bytes
     call: Call
-    generation: int
+    names: set[str]
     waiters: int = 0
-    keep: bool = True
     task: asyncio.Task[Result] = field(init=False)
-
-    def extend(self, timeout: float) -> None:
-        """Extend the request's deadline so that a joining caller gets its full *timeout*."""
-        self.call.time.extend(timeout)
 
 
 class Cache:
@@ -84,7 +86,6 @@ class Cache:
     Args:
         policy: How long answers are reused.
         clock: Source of the time.
-        base_url: URL of the service, part of the cache key.
         begin: Creates a call for an account, a timeout in seconds and a place in a job.
         run: Runs a call.
         timeout: Seconds for a background refresh.
@@ -95,24 +96,20 @@ class Cache:
         policy: CachePolicy,
         clock: Clock,
         *,
-        base_url: str,
         begin: Callable[[Account, float, Place | None], Call],
         run: Callable[[Call], Awaitable[Result]],
         timeout: float,
     ) -> None:
         self._policy = policy
         self._now = clock.monotonic
-        self._base_url = base_url
         self._begin = begin
         self._run = run
         self._timeout = timeout
         self._salt = os.urandom(32)
-        self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
-        self._flights: dict[bytes, _Flight] = {}
+        self._kept: OrderedDict[bytes, _Kept] = OrderedDict()  # by digest of the key
+        self._flights: dict[bytes, _Flight] = {}  # by digest of the key; those that callers may join
         self._tasks: set[asyncio.Task[Result]] = set()
-        self._digests: OrderedDict[Account, bytes] = OrderedDict()
-        self._generation = 0  # incremented by each invalidation
-        self._invalidated: dict[str, int] = {}  # by account name, for accounts with a key function
+        self._digests: OrderedDict[Account, bytes] = OrderedDict()  # of the account's last key
 
     async def get(
         self,
@@ -131,56 +128,36 @@ class Cache:
             on_call: Called with the call that the caller waits for.
             place: The caller's place in a job; ``None`` outside a job.
         """
-        digest = self._digest(key)
-        self._remember(account, digest)
-        kept = self._kept_for(account, digest)
-        if kept is not None:
+        digest = key.digest(self._salt)
+        self._put(self._digests, account, digest)
+        kept = self._kept.get(digest)
+        if kept is not None and len(kept.names) < _MAX_NAMES:
             self._kept.move_to_end(digest)
+            kept.names.add(account.name)
             age = self._now() - kept.at
             if age < self._policy.ttl:
                 return kept.response
             if age < self._policy.ttl + self._policy.stale_while_revalidate:
-                self._refresh(digest, account)
+                if digest not in self._flights:
+                    self._start(digest, account, self._timeout).waiters = 1
                 return kept.response
         result = await self._joined(digest, account, timeout, on_call, place)
-        stale = self._in_place_of(result, account, digest) if isinstance(result, AudiencesError) else None
-        return result if stale is None else stale
+        return self._or_stale(result, digest) if isinstance(result, AudiencesError) else result
 
-    def in_place_of(self, error: AudiencesError, account: Account) -> AudiencesResponse | None:
-        """Return the cached answer that replaces *error*; ``None`` if there is no such answer."""
-        digest = self._digests.get(account)
-        return None if digest is None else self._in_place_of(error, account, digest)
+    def in_place_of(self, error: AudiencesError, account: Account) -> Result:
+        """Return the cached answer that replaces *error*, or the error if there is none."""
+        return self._or_stale(error, self._digests.get(account))
 
     def invalidate(self, account: Account) -> None:
-        """Discard the account's answer, and do not cache the answers of requests in flight."""
+        """Discard the answers that the account asked for, and do not cache those of requests in flight."""
         if isinstance(account.credential, ApiKey):
-            self._forget(self._digest(account.credential))
-            return
-        if len(self._invalidated) >= self._policy.max_accounts:
-            for digest in {*self._kept, *self._flights}:
-                self._forget(digest)
-            self._invalidated.clear()
-        self._generation += 1
-        self._invalidated[account.name] = self._generation
-
-    def _forget(self, digest: bytes) -> None:
-        self._kept.pop(digest, None)
-        flight = self._flights.pop(digest, None)
-        if flight is not None:
-            flight.keep = False
-
-    def _is_valid(self, held: _Kept | _Flight | None, account: Account) -> bool:
-        """Return whether *held* was requested after the account was last invalidated.
-
-        Earlier keys of a key function are unknown, and functions cannot be compared. Accounts with one go by name.
-        """
-        if held is None:
-            return False
-        return isinstance(account.credential, ApiKey) or held.generation >= self._invalidated.get(account.name, 0)
-
-    def _kept_for(self, account: Account, digest: bytes) -> _Kept | None:
-        kept = self._kept.get(digest)
-        return kept if self._is_valid(kept, account) else None
+            digests = [account.credential.digest(self._salt)]
+        else:  # by name: earlier keys of a function are unknown, and functions cannot be compared
+            held: list[tuple[bytes, _Kept | _Flight]] = [*self._kept.items(), *self._flights.items()]
+            digests = [digest for digest, each in held if account.name in each.names]
+        for digest in digests:
+            self._kept.pop(digest, None)
+            self._flights.pop(digest, None)
 
     async def close(self) -> None:
         """Cancel all requests and wait until they have ended."""
@@ -189,24 +166,18 @@ class Cache:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _digest(self, key: ApiKey) -> bytes:
-        return key.digest(self._salt, self._base_url)
-
-    def _remember(self, account: Account, digest: bytes) -> None:
-        self._digests[account] = digest
-        self._digests.move_to_end(account)
-        while len(self._digests) > self._policy.max_accounts:
-            self._digests.popitem(last=False)
-
-    def _in_place_of(self, error: AudiencesError, account: Account, digest: bytes) -> AudiencesResponse | None:
-        kept = self._kept_for(account, digest)
+    def _or_stale(self, error: AudiencesError, digest: bytes | None) -> Result:
+        kept = None if digest is None else self._kept.get(digest)
         if kept is None or not isinstance(error, _OUTAGES):
-            return None
-        return kept.response if self._now() - kept.at < self._policy.ttl + self._policy.stale_if_error else None
+            return error
+        return kept.response if self._now() - kept.at < self._policy.ttl + self._policy.stale_if_error else error
 
-    def _refresh(self, digest: bytes, account: Account) -> None:
-        if digest not in self._flights:
-            self._start(digest, account, self._timeout).waiters = 1
+    def _put(self, recent: OrderedDict[_K, _V], key: _K, value: _V) -> None:
+        """Add an item, and evict the least recently used ones."""
+        recent[key] = value
+        recent.move_to_end(key)
+        while len(recent) > self._policy.max_accounts:
+            recent.popitem(last=False)
 
     async def _joined(
         self,
@@ -216,63 +187,67 @@ class Cache:
         on_call: Callable[[Call], object],
         place: Place | None,
     ) -> Result:
+        """Return the result of the request in flight, or of a new one."""
         until = self._now() + timeout
         flight = self._flights.get(digest)
-        joined = flight is not None and not flight.call.time.scope.expired and self._is_valid(flight, account)
+        joined = flight is not None and not flight.call.time.scope.expired
         if flight is None or not joined:
             flight = self._start(digest, account, timeout, place)
-        flight.extend(timeout)
+        flight.names.add(account.name)
+        flight.call.time.extend(timeout)
         on_call(flight.call)
-        with self._waiting(digest, flight):
-            await asyncio.wait({flight.task})
-        result = flight.task.result()
-        if joined and isinstance(result, DeadlineExceededError) and self._now() + (result.retry_after or 0) < until:
-            # It waited for its turn with the shorter deadline of the first caller.
-            return await self._joined(digest, account, until - self._now(), on_call, place)
-        if joined and place is not None and isinstance(result, AudiencesError) and result.stop_reason == "budget":
-            # It was begun outside a job, so it did not wait for tokens.
-            return await self._joined(digest, account, until - self._now(), on_call, place)
-        return _copy_for(result, account) if isinstance(result, AudiencesError) else result
+        result = await self._result_of(flight)
+        if not isinstance(result, AudiencesError):
+            return result
+        left = until - self._now()
+        if joined and _may_help(result, left, place):
+            return await self._joined(digest, account, left, on_call, place)
+        return _copy_for(result, account)
 
-    @contextmanager
-    def _waiting(self, digest: bytes, flight: _Flight) -> Iterator[None]:
+    async def _result_of(self, flight: _Flight) -> Result:
+        """Wait for a request, and cancel it if the last of its callers leaves."""
         flight.waiters += 1
         try:
-            yield
+            await asyncio.wait({flight.task})
         finally:
             flight.waiters -= 1
             if not flight.waiters and not flight.task.done():
                 flight.task.cancel()
-                self._land(digest, flight)
+                self._land(flight)
+        return flight.task.result()
 
     def _start(self, digest: bytes, account: Account, timeout: float, place: Place | None = None) -> _Flight:
-        flight = _Flight(self._begin(account, timeout, place), self._generation)
+        flight = _Flight(digest, self._begin(account, timeout, place), {account.name})
         self._flights[digest] = flight  # before creating the task, which may start eagerly
-        flight.task = asyncio.get_running_loop().create_task(self._fly(digest, account, flight))
+        flight.task = asyncio.get_running_loop().create_task(self._fly(flight, account))
         self._tasks.add(flight.task)
         flight.task.add_done_callback(self._tasks.discard)
         return flight
 
-    async def _fly(self, digest: bytes, account: Account, flight: _Flight) -> Result:
+    async def _fly(self, flight: _Flight, account: Account) -> Result:
         try:
             result = await self._run(flight.call)
         finally:
-            self._land(digest, flight)
-        if flight.keep and isinstance(result, AudiencesResponse) and flight.call.key is not None:
-            answered = self._digest(flight.call.key)  # the key may be a fresh one, after a 401
-            self._remember(account, answered)
-            self._keep(answered, _Kept(result, self._now(), flight.generation))
+            is_valid = self._land(flight)
+        if is_valid and isinstance(result, AudiencesResponse) and flight.call.key is not None:
+            answered = flight.call.key.digest(self._salt)  # the key may be a fresh one, after a 401
+            self._put(self._digests, account, answered)
+            self._put(self._kept, answered, _Kept(result, self._now(), flight.names))
         return result
 
-    def _land(self, digest: bytes, flight: _Flight) -> None:
-        if self._flights.get(digest) is flight:
-            del self._flights[digest]
+    def _land(self, flight: _Flight) -> bool:
+        """Let no caller join the request any more; return whether one could until now, as it was not invalidated."""
+        is_valid = self._flights.get(flight.digest) is flight
+        if is_valid:
+            del self._flights[flight.digest]
+        return is_valid
 
-    def _keep(self, digest: bytes, kept: _Kept) -> None:
-        self._kept[digest] = kept
-        self._kept.move_to_end(digest)
-        while len(self._kept) > self._policy.max_accounts:
-            self._kept.popitem(last=False)
+
+def _may_help(error: AudiencesError, left: float, place: Place | None) -> bool:
+    """Return whether a request of its own may help a caller with *left* seconds that joined one with this *error*."""
+    if isinstance(error, DeadlineExceededError):  # it waited for its turn with the shorter deadline of another caller
+        return (error.retry_after or 0) < left
+    return place is not None and error.stop_reason == "budget"  # outside a job it did not wait for tokens
 
 
 def _copy_for(error: AudiencesError, account: Account) -> AudiencesError:

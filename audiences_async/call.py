@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Generator
-from typing import Final, Literal, TypeAlias
 
 from attrs import frozen
 from tenacity import AsyncRetrying, RetryCallState
@@ -10,15 +9,13 @@ from tenacity import AsyncRetrying, RetryCallState
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, KeySource
 from audiences_async.deadlines import CallTime
+from audiences_async.decide import Again, Facts, Stop, decide, may_help, verdict_of
 from audiences_async.errors import (
-    AttemptTimeoutError,
     AudiencesError,
     ConnectionFailedError,
     DeadlineExceededError,
     StatusError,
-    TooManyRequestsError,
     TransportError,
-    UnauthorizedError,
 )
 from audiences_async.events import (
     Attempt,
@@ -34,32 +31,12 @@ from audiences_async.events import (
 )
 from audiences_async.models import Account, AudiencesResponse
 from audiences_async.pacer import Pacer
-from audiences_async.pacing import Place, Verdict
+from audiences_async.pacing import REFUSALS, Verdict
+from audiences_async.places import Place
 from audiences_async.quota import Quota, announced
 from audiences_async.retrying import RetryPolicy, RetryTokens, wait_full_jitter
-from audiences_async.service import REFUSALS
 from audiences_async.transport import Transport
 from audiences_async.wire import Reply, Result, read, read_plain
-
-_Reason: TypeAlias = Literal["fresh-key", "stale-connection", "pace", "retry-after", "backoff"]
-
-
-_LIMITED: Final = frozenset({429, 503})
-
-
-@frozen
-class _Again:
-    """The next attempt.
-
-    Attributes:
-        wait: Seconds until it.
-        reason: Why it is made after that time.
-        borrows: Whether it waits for a place among the retries that the budget has no tokens for.
-    """
-
-    wait: float
-    reason: _Reason
-    borrows: bool = False
 
 
 @frozen(eq=False)
@@ -109,8 +86,9 @@ class Call:
         self._sent_at: float | None = None
         self._attempt_elapsed = 0.0
         self._attempts: tuple[Attempt, ...] = ()
-        self._next: _Again | StopReason = "final"
-        self._stale_before = False
+        self._next: Again | Stop = Stop("final")
+        self._borrows = False  # whether the next attempt waits for a place of those without tokens
+        self._was_stale = False
         self._is_paced = False  # whether the lanes do all the waiting for the next attempt
         self._watched = is_watched(settings.on_event)
 
@@ -131,7 +109,9 @@ class Call:
             if self._watched:
                 self._tell(CallStarted(self._account))
             result = await self._attempt() if first is None else first
-            if isinstance(result, AudiencesError) and self._may_help(result):
+            if isinstance(result, AudiencesError) and may_help(
+                result, self._settings.policy, can_refresh_key=self._can_refresh_key
+            ):
                 result = await self._run_again(result)
             return self._finish(result)
         finally:
@@ -193,7 +173,7 @@ class Call:
                 is_free, result = await self._exchange(key)
         except TransportError as error:  # of the key function, of a limiter, or of a job without patience
             if error.stop_reason == "patience":
-                self._next = "patience"
+                self._next = Stop("patience")
             return error.with_traceback(None)
         finally:
             if self._place is not None:
@@ -227,7 +207,7 @@ class Call:
                     result = await _in_turns(read(reply, witness or key, now=self._settings.clock.wall()))
                 quota = announced(reply.headers, now=self._settings.clock.wall())
                 pause = quota.reset if quota is not None and quota.remaining == 0 else None
-            verdict = self._verdict(result) if isinstance(result, AudiencesError) else "answered"
+            verdict = verdict_of(result, self._settings.policy) if isinstance(result, AudiencesError) else "answered"
             if isinstance(result, AudiencesError) and verdict in REFUSALS:
                 pause = result.retry_after
         finally:
@@ -252,96 +232,63 @@ class Call:
             self._pacer.service.witness = key
         return False, result
 
-    def _verdict(self, error: AudiencesError) -> Verdict:
-        """Return what an error says of the service; one that no attempt would mend is an answer."""
-        verdict: Verdict = "nothing"
-        match error:
-            case _ if not self._settings.policy.retries(error):
-                verdict = "answered"
-            case StatusError(status=429):
-                verdict = "throttled"
-            case StatusError(status=503):
-                verdict = "unavailable"
-            case StatusError():
-                verdict = "failed"
-            case AttemptTimeoutError():
-                verdict = "timed out"
-            case ConnectionFailedError(stale_connection=False, unsent=False):
-                verdict = "lost"
-        return verdict
-
-    def _may_help(self, error: AudiencesError) -> bool:
-        """Return whether another attempt may help."""
-        if error.stop_reason == "patience":
-            return False
-        return self._may_refresh_key(error) or self._settings.policy.retries(error)
-
-    def _may_refresh_key(self, error: AudiencesError) -> bool:
-        return isinstance(error, UnauthorizedError) and self._source is not None and self._refused_key is None
+    @property
+    def _can_refresh_key(self) -> bool:
+        return self._source is not None and self._refused_key is None
 
     def _decides_to_retry(self, state: RetryCallState) -> bool:
         result = _result_of(state)
         if isinstance(result, AudiencesError):
             self._next = self._decide(result, state)
-            return isinstance(self._next, _Again)
+            return isinstance(self._next, Again)
         return False
 
-    def _decide(self, error: AudiencesError, state: RetryCallState) -> _Again | StopReason:
-        """Return the next attempt, or why there is none."""
-        if not self._may_help(error):
-            return "patience" if error.stop_reason == "patience" else "final"
-        if state.attempt_number >= self._settings.policy.max_attempts:
-            return "attempts"
-        reason = self._reason(error)
-        is_free = reason in {"fresh-key", "stale-connection", "pace"}
-        wait = 0.0 if is_free else wait_full_jitter(self._settings.policy, self._settings.clock)(state)
-        needed = max(wait, self._pacer.expected(self._lane, self.time))
-        if self._settings.clock.monotonic() + needed >= self.time.deadline:
-            error.retry_after = needed if error.retry_after is None else error.retry_after
-            return "deadline"
-        # A 429's retry is paced; it cannot storm.
-        if is_free or isinstance(error, TooManyRequestsError) or self._settings.tokens.take():
-            return _Again(wait, reason)
-        return "budget" if self._place is None else _Again(wait, reason, borrows=True)
-
-    def _reason(self, error: AudiencesError) -> _Reason:
-        if self._may_refresh_key(error):
-            return "fresh-key"
-        # That the peer closed a pooled connection says nothing about the service: once, ask again at once.
-        if isinstance(error, ConnectionFailedError) and error.stale_connection and not self._stale_before:
-            return "stale-connection"
-        if error.retry_after is not None:
-            return "retry-after"
-        if isinstance(error, StatusError) and error.status in _LIMITED and self._is_paced:
-            return "pace"
-        return "backoff"
+    def _decide(self, error: AudiencesError, state: RetryCallState) -> Again | Stop:
+        facts = Facts(
+            number=state.attempt_number,
+            time_left=self.time.deadline - self._settings.clock.monotonic(),
+            next_turn=self._pacer.expected(self._lane, self.time),
+            can_refresh_key=self._can_refresh_key,
+            was_stale=self._was_stale,
+            is_paced=self._is_paced,
+            backoff=lambda: wait_full_jitter(self._settings.policy, self._settings.clock)(state),
+        )
+        decided = decide(error, facts, self._settings.policy)
+        if isinstance(decided, Stop):
+            if error.retry_after is None:
+                error.retry_after = decided.needed
+        elif not decided.is_free and not self._settings.tokens.take():
+            self._borrows = self._place is not None
+            return decided if self._borrows else Stop("budget")
+        return decided
 
     def _wait(self, _: RetryCallState) -> float:
-        assert isinstance(self._next, _Again)
+        assert isinstance(self._next, Again)
         return self._next.wait
 
     def _before_sleep(self, state: RetryCallState) -> None:
-        assert isinstance(self._next, _Again)
+        assert isinstance(self._next, Again)
         result = _result_of(state)
-        self._stale_before |= self._next.reason == "stale-connection"
+        self._was_stale |= self._next.reason == "stale-connection"
         self._record(self._attempt_record(result, self._next.wait, self._next.reason))
         if self._next.reason == "fresh-key":
             self._refused_key = self._key
 
     async def _sleep(self, seconds: float) -> None:
         """Wait between two attempts, in a job without a place."""
-        assert isinstance(self._next, _Again)
+        assert isinstance(self._next, Again)
         if self._place is not None:
             self._place.leave()
         await self._settings.clock.sleep(seconds)
-        if self._place is not None and self._next.borrows:
+        if self._place is not None and self._borrows:
+            self._borrows = False
             with self.time.held():
                 await self._place.borrow()
 
     def _finish(self, result: Result) -> Result:
         # Decoding may have taken longer than the call had.
         if isinstance(result, AudiencesResponse) and self._settings.clock.monotonic() >= self.time.deadline:
-            self._next = "deadline"
+            self._next = Stop("deadline")
             result = out_of_time(self.time.timeout)
         if isinstance(result, AudiencesResponse):
             self._settings.tokens.give_back()
@@ -349,9 +296,9 @@ class Call:
                 self._record(self._attempt_record(result, 0.0, "success"))
                 self._tell_finished(None)
             return result
-        assert not isinstance(self._next, _Again)
-        self._record(self._attempt_record(result, 0.0, self._next))
-        return self._with_context(result, self._next)
+        assert isinstance(self._next, Stop)
+        self._record(self._attempt_record(result, 0.0, self._next.reason))
+        return self._with_context(result, self._next.reason)
 
     @property
     def _next_number(self) -> int:

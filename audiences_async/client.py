@@ -7,28 +7,26 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, I
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar
-from weakref import WeakValueDictionary
 
 from attrs import frozen
 
 from audiences_async import checks, jobs
-from audiences_async.caching import Cache, CachePolicy
-from audiences_async.call import Call, CallSettings, out_of_time
+from audiences_async.caching import CachePolicy
+from audiences_async.call import CallSettings
+from audiences_async.calls import Calls
 from audiences_async.clock import Clock
-from audiences_async.credentials import ApiKey, KeySource, Secret
-from audiences_async.deadlines import CallTime, Deadlines
+from audiences_async.credentials import ApiKey, Secret
+from audiences_async.deadlines import Deadlines
 from audiences_async.errors import (
     AudiencesError,
     ClientClosedError,
     ConfigurationError,
-    DeadlineExceededError,
-    TransportError,
 )
-from audiences_async.events import EventHook, StopReason, log_unexpected
+from audiences_async.events import EventHook, log_unexpected
+from audiences_async.lanes import AccountPace
 from audiences_async.models import Account, AudiencesResponse, Failed, Fetched, Outcome
 from audiences_async.pacer import Pacer
-from audiences_async.pacing import AccountPace, Limiter, Place
-from audiences_async.rates import RateLimit
+from audiences_async.rates import Limiter, RateLimit
 from audiences_async.retrying import RetryBudget, RetryPolicy, RetryTokens
 from audiences_async.service import ServicePace
 from audiences_async.transport import (
@@ -38,7 +36,7 @@ from audiences_async.transport import (
     check_cookies,
     check_session,
 )
-from audiences_async.wire import PRODUCTION, Result, endpoint, proxy_url
+from audiences_async.wire import PRODUCTION, endpoint, proxy_url
 
 if TYPE_CHECKING:
     import aiohttp
@@ -157,19 +155,9 @@ class AudiencesClient:
             proxy=None if via is None else proxy_url(via),
             session=session,
         )
-        self._cache: Cache | None = None
-        if cache is not None:
-            self._cache = Cache(
-                cache,
-                clock,
-                base_url=str(self._transport_settings.endpoint),
-                begin=self._begin,
-                run=self._run,
-                timeout=self._timeout,
-            )
-        self._key_sources: WeakValueDictionary[tuple[str, int], KeySource] = WeakValueDictionary()
+        self._cache = cache
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._wire: tuple[Transport, Pacer, Deadlines] | None = None
+        self._calls: Calls | None = None  # made on first use, on the event loop
         self._closed = False
 
     def __repr__(self) -> str:
@@ -205,21 +193,16 @@ class AudiencesClient:
                 comes after it. If the *wait* after an attempt does not fit, that attempt's error is raised at once
                 instead, with ``stop_reason="deadline"``.
         """
-        self._open()
+        calls = self._open()
         account = self._checked(account)
         limit = self._timeout if timeout is None else checks.seconds("timeout", timeout)
-        result = await self._answer(account, limit, None)
+        result = await calls.answer(account, limit, None)
         if isinstance(result, AudiencesError):
             try:
                 raise result
             finally:
                 del result  # its traceback refers to this frame: a reference cycle
         return result
-
-    async def _answer(self, account: Account, limit: float, place: Place | None) -> Result:
-        if self._cache is None:
-            return await self._run(self._begin(account, limit, place))
-        return await self._cached(self._cache, account, limit, place)
 
     def stream(
         self,
@@ -306,14 +289,14 @@ class AudiencesClient:
             ConfigurationError: There is neither an *account* nor an account of the client's own.
         """
         account = self._checked(account)
-        if self._cache is not None:
-            self._cache.invalidate(account)
+        if self._calls is not None:
+            self._calls.invalidate(account)
 
     def snapshot(self) -> ClientSnapshot:
         """Return why calls wait right now: the pace of each account in use, and what is left of the retry budget."""
-        if self._wire is None:
+        if self._calls is None:
             return ClientSnapshot((), self._tokens.left, None)
-        pacer = self._wire[1]
+        pacer = self._calls.pacer
         service = pacer.service.snapshot(pacer.clock.monotonic())
         return ClientSnapshot(tuple(pacer.snapshot()), self._tokens.left, service)
 
@@ -322,28 +305,25 @@ class AudiencesClient:
 
         May be called more than once, and concurrently.
         """
-        if self._wire is None:
+        if self._calls is None:
             self._closed = True
             return
         self._check_loop()
         self._closed = True
-        transport, _, deadlines = self._wire
-        try:
-            await deadlines.end()
-            if self._cache is not None:
-                await self._cache.close()
-        finally:
-            await transport.close()
+        await self._calls.close()
 
-    def _open(self) -> tuple[Transport, Pacer, Deadlines]:
+    def _open(self) -> Calls:
         if self._closed:
             raise ClientClosedError("the client is closed; make a new one")
         self._check_loop()
-        if self._wire is None:
+        if self._calls is None:
             deadlines = Deadlines()
             transport = Transport(self._transport_settings, deadlines)
-            self._wire = transport, self._new_pacer(transport, deadlines), deadlines
-        return self._wire
+            pacer = self._new_pacer(transport, deadlines)
+            self._calls = Calls(
+                self._call_settings, transport, pacer, deadlines, cache=self._cache, timeout=self._timeout
+            )
+        return self._calls
 
     def _new_pacer(self, transport: Transport, deadlines: Deadlines) -> Pacer:
         settings = self._call_settings
@@ -374,7 +354,7 @@ class AudiencesClient:
 
     @asynccontextmanager
     async def _watched(self, job: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
-        with self._open()[1].watching():
+        with self._open().pacer.watching():
             async with job as outcomes:
                 yield outcomes
 
@@ -391,8 +371,7 @@ class AudiencesClient:
         async def fetch(account: Account, place: jobs.Place) -> Outcome:
             started = now()
             try:
-                self._open()
-                result = await self._answer(self._checked(account), limit, place)
+                result = await self._open().answer(self._checked(account), limit, place)
             except AudiencesError as error:
                 # Without its frames, which would keep the call and its body alive as long as the outcome.
                 result = error.with_traceback(None)
@@ -405,55 +384,6 @@ class AudiencesClient:
 
         return fetch
 
-    def _begin(self, account: Account, limit: float, place: Place | None = None) -> Call:
-        """Create a call with a deadline in *limit* seconds; *place* is its place in a job, if any."""
-        transport, pacer, deadlines = self._open()
-        now = self._call_settings.clock.monotonic
-        return Call(
-            account,
-            self._credential(account),
-            CallTime(now, deadlines.within(limit), limit, stands_still=place is not None),
-            pacer=pacer,
-            transport=transport,
-            settings=self._call_settings,
-            place=place,
-        )
-
-    async def _run(self, call: Call, first: AudiencesError | None = None) -> Result:
-        try:
-            with call.time.scope:
-                return await call.run(first)
-        except (ConfigurationError, ClientClosedError, DeadlineExceededError) as error:
-            return call.cut_off(error, error.stop_reason)
-        except TimeoutError:
-            return call.cut_off(*self._out_of_time(call.time.timeout))
-        except BaseException as error:
-            call.abandoned(error)
-            raise
-
-    async def _cached(self, cache: Cache, account: Account, limit: float, place: Place | None) -> Result:
-        _, _, deadlines = self._open()
-        credential = self._credential(account)
-        calls: list[Call] = []
-        try:
-            with deadlines.within(limit) as scope:
-                key = credential if isinstance(credential, ApiKey) else await credential.get(account=account.name)
-                scope.check()
-                return await cache.get(account, key, limit, calls.append, place)
-        except TransportError as failure:  # the key function failed, so there is no key to look up
-            return await self._run(self._begin(account, limit, place), failure.with_traceback(None))
-        except TimeoutError:
-            error, reason = self._out_of_time(limit)
-            error.account, error.elapsed, error.stop_reason = account.name, limit, reason
-            error.attempts = calls[-1].attempts_until_now(reason) if calls else ()
-            kept = cache.in_place_of(error, account)
-            return error if kept is None else kept
-
-    def _out_of_time(self, limit: float) -> tuple[AudiencesError, StopReason]:
-        if self._closed:
-            return ClientClosedError("the client was closed while the call ran"), "final"
-        return out_of_time(limit), "deadline"
-
     def _checked(self, account: Account | None) -> Account:
         if account is None:
             account = self._default
@@ -463,13 +393,6 @@ class AudiencesClient:
         if self._transport_settings.session is not None:
             check_cookies(self._transport_settings.session, account)
         return account
-
-    def _credential(self, account: Account) -> ApiKey | KeySource:
-        credential = account.credential
-        if isinstance(credential, ApiKey):
-            return credential
-        # Kept as long as a call refers to it, so that concurrent calls share one key and one refresh.
-        return self._key_sources.setdefault((account.name, id(credential)), KeySource(credential))
 
 
 def _unexpected(error: Exception, account: Account) -> AudiencesError:

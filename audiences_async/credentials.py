@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Final, Self, TypeAlias
-from urllib.parse import quote, quote_plus
+from urllib.parse import quote
 
 from audiences_async.deadlines import is_cancelled
 from audiences_async.errors import ConfigurationError, callback_error
@@ -19,12 +19,13 @@ KeyProvider: TypeAlias = Callable[[], str | Awaitable[str]]
 
 MASK: Final = "***"
 
-_SHORTEST_CUT: Final = 4  # shortest beginning of a key that is masked at a cut; fewer characters reveal nothing
-# Letters and digits are never escaped; any other character of a key may be, even twice.
-_RUN: Final = re.compile("[A-Za-z0-9]+")
-_PIECES: Final = re.compile(r"[A-Za-z0-9]+|\\+|.", re.DOTALL)
-_BACKSLASHES: Final = r"\\*+"
-_SPELLINGS: Final = 16  # spellings per character
+_BREAKS: Final = " \t\r\n\"'<>()[]{},:=.!|"
+"""Characters that end a word, unless the key has them. No usual escape of another character has one."""
+_SHORTEST: Final = 4  # letters and digits that can be a trace of the key; fewer are in too many words
+_SHORTEST_PART: Final = 8  # the same for a part of the key
+
+_Trace: TypeAlias = tuple[str, ...]
+"""The runs of letters and digits of a text, in order. Escaping changes the characters between them, and only these."""
 
 
 class Secret:
@@ -80,15 +81,18 @@ class ApiKey(Secret):
         self.before: ApiKey | None = before
         """The key that this one replaced; a late response may still echo it."""
 
-    def digest(self, salt: bytes, *more: str) -> bytes:
-        """Return a keyed digest that identifies the key, together with *more*, without revealing it."""
-        return blake2b("\0".join((self._text, *more)).encode(), key=salt, digest_size=16).digest()
+    def digest(self, salt: bytes) -> bytes:
+        """Return a keyed digest that identifies the key without revealing it."""
+        return blake2b(self._text.encode(), key=salt, digest_size=16).digest()
 
     def redact(self, text: str) -> str:
-        """Return *text* with every occurrence of the key masked, even if the server has escaped it."""
+        """Return *text* with the key masked, and each word that has it in an escaped form, or most of it."""
+        if self._text.lower() in text.lower():
+            text = re.sub(re.escape(self._text), MASK, text, flags=re.IGNORECASE)
         lowered = text.lower()
-        if any(part in lowered for part in _parts(self._text)):
-            text = _finder(self._text).sub(MASK, text)
+        for trace in _traces(self._text):
+            if all(run.lower() in lowered for run in trace):
+                text = _words_with(trace, self._text).sub(MASK, text)
         return text if self.before is None else self.before.redact(text)
 
     def redact_start(self, body: bytes, limit: int) -> bytes:
@@ -96,17 +100,11 @@ class ApiKey(Secret):
         start = body[:limit]
         for encoding in ("utf-16-le", "utf-16-be"):
             start = start.replace(self._text.encode(encoding), MASK.encode(encoding))
-        text = self._without_cut_key(self.redact(start.decode(errors="surrogateescape")))
-        start = text.encode(errors="surrogateescape")
+        beginning = self._text[:_SHORTEST]
+        cut = _words_with(_trace(beginning) or (beginning,), self._text, end=r"\Z")
+        text = cut.sub(rf"\1{MASK}", start.decode(errors="surrogateescape"))
+        start = self.redact(text).encode(errors="surrogateescape")
         return start if self.before is None else self.before.redact_start(start, len(start))
-
-    def _without_cut_key(self, text: str) -> str:
-        end = text[-2 * max(map(len, _forms(self._text))) :].lower()
-        for form in _forms(self._text):
-            for length in range(min(len(form) - 1, len(end)), _SHORTEST_CUT - 1, -1):
-                if end.endswith(form[:length]):
-                    return text[:-length] + MASK
-        return text
 
     def validate(self, *, account: str | None) -> None:
         """Refuse a key that cannot be a bearer token.
@@ -134,73 +132,37 @@ class ApiKey(Secret):
 
 
 @lru_cache(maxsize=64)
-def _parts(text: str) -> tuple[str, ...]:
-    """Return, in lower case, parts of which one occurs in every text that contains the key in any form."""
-    longest = max(_RUN.findall(text), key=len, default="")
-    return (longest.lower(), _base64(text).lower(), _base64(text, url=True).lower())
+def _traces(key: str) -> list[_Trace]:
+    """Return the traces of the key and of most of it; a word that has one of them is masked."""
+    # Spellings share the trace of the key, except Base64, and all of them if the key has no Latin letters or digits.
+    spellings = {key, json.dumps(key), quote(key), key.encode("ascii", "xmlcharrefreplace").decode()}
+    forms = spellings.union(_base64(key.encode(), after) for after in range(3))
+    return [trace for form in forms for trace in _long_traces(form)]
 
 
-@lru_cache(maxsize=64)
-def _finder(text: str) -> re.Pattern[str]:
-    spelled = "".join(map(_pattern, _PIECES.findall(text)))
-    # Matched once, at the start of a run of backslashes, so that matching takes linear time.
-    start = r"(?<!\\)" if text.startswith("\\") else ""
-    forms = (start + spelled.removeprefix(_BACKSLASHES), re.escape(_base64(text)), re.escape(_base64(text, url=True)))
-    return re.compile("|".join(forms), re.IGNORECASE)
+def _long_traces(form: str) -> list[_Trace]:
+    """Return the traces of *form*, and of three quarters of it, that are long enough for no other word to have them."""
+    quarter = len(form) // 4  # half a key may be a word that errors need, such as the account's name
+    parts = (form[: len(form) - quarter], _SHORTEST_PART), (form[quarter:], _SHORTEST_PART), (form, _SHORTEST)
+    return [trace for part, shortest in parts if len("".join(trace := _trace(part))) >= shortest]
 
 
-@lru_cache(maxsize=64)
-def _forms(text: str) -> tuple[str, ...]:
-    """Return, in lower case, the forms in which a key may be cut off: escaped once, all characters alike."""
-    spelled = zip(*(_spellings(character) for character in text), strict=True)
-    return tuple({"".join(characters).lower() for characters in spelled})
+def _trace(text: str) -> _Trace:
+    return tuple(re.findall("[A-Za-z0-9]+", text))
 
 
-def _pattern(piece: str) -> str:
-    """Return a pattern for a piece of the key, which may have been escaped more than once."""
-    if _RUN.fullmatch(piece):
-        return piece
-    if piece.startswith("\\"):
-        escaped = "|".join(re.escape(spelling) for spelling in _spellings("\\") if not spelling.startswith("\\"))
-        return rf"(?:\\{{{len(piece)},}}+|(?:{_BACKSLASHES}(?:u005c|{escaped})){{{len(piece)}}})"
-    spelled = {spelling.removeprefix("\\") for spelling in _spellings(piece)}
-    alternatives = "|".join(re.escape(each).replace(r"\\", r"\\++") for each in sorted(spelled))
-    return f"{_BACKSLASHES}(?:{alternatives})"
+def _words_with(trace: _Trace, key: str, end: str = "") -> re.Pattern[str]:
+    """Return a pattern for the words with the *trace* of the *key*, followed by *end*; group 1 is before the trace."""
+    inside = f"[^{re.escape(''.join(c for c in _BREAKS if c not in key))}]"
+    # Atomic: the first place of each run decides, so that a word is searched once, in linear time.
+    runs = "".join(f"(?>({inside}*?){re.escape(run)})" for run in trace)
+    return re.compile(f"(?<!{inside}){runs}{inside}*+{end}", re.IGNORECASE)
 
 
-def _spellings(character: str) -> tuple[str, ...]:
-    """Return the character's spellings: plain, and escaped for JSON, JavaScript, URLs, HTML and Python's ``repr``."""
-    if _RUN.fullmatch(character):
-        return (character,) * _SPELLINGS
-    import html.entities  # noqa: PLC0415 - takes 1 ms, and only errors need it
-
-    named = html.entities.codepoint2name.get(ord(character), "apos")
-    utf16 = character.encode("utf-16-be").hex()
-    utf8 = character.encode()
-    return (
-        character,
-        json.dumps(character)[1:-1],
-        json.dumps(character, ensure_ascii=False)[1:-1],
-        "".join(rf"\u{utf16[at : at + 4]}" for at in range(0, len(utf16), 4)),
-        "".join(f"%{byte:02x}" for byte in utf8),
-        quote(character),
-        quote_plus(character),
-        html.escape(character),
-        f"&#{ord(character)};",
-        html.escape(character).replace("&#x27;", "&#039;"),  # PHP's
-        f"&#x{ord(character):x};",
-        f"&{named};",
-        "".join(rf"\x{byte:02x}" if byte > 126 else chr(byte) for byte in utf8),
-        repr(character)[1:-1],
-        character.encode("latin-1", "replace").decode(errors="surrogateescape"),
-        character.encode("ascii", "replace").decode(),
-    )
-
-
-def _base64(text: str, *, url: bool = False) -> str:
-    """Return *text* in Base64 without the last characters, which depend on what follows."""
-    encoded = base64.b64encode(text.encode(), altchars=b"-_" if url else None).decode()
-    return encoded.rstrip("=")[: len(text.encode()) * 4 // 3]
+def _base64(data: bytes, after: int) -> str:
+    """Return *data* in Base64 as it is *after* that many other bytes, without the characters that depend on others."""
+    encoded = base64.b64encode(bytes(after) + data).decode()
+    return encoded[-(-after * 4 // 3) : (after + len(data)) * 4 // 3]
 
 
 class KeySource:

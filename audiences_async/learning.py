@@ -164,8 +164,9 @@ class LearnedRate:
         self._growth = min(largest, max(_MIN_GROWTH, 2 / self._granted**2))
 
     def _measure_carefully(self, active: float) -> None:
-        self._burst = min(self._burst, self._granted)
-        if self._granted > 2 * self._burst:
+        if self._excused:
+            self._burst = min(self._burst, self._granted)
+        if self._granted > max(_SOME, 2 * self._burst):
             measured = (self._granted - self._burst) / active
         else:
             # Most of it was the burst after a pause. With the pause this is too low, without it too high.

@@ -14,11 +14,14 @@ from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey
 from audiences_async.deadlines import CallTime, Deadlines
 from audiences_async.events import EventHook, emit
+from audiences_async.lanes import AccountPace, Lane
 from audiences_async.models import Account
-from audiences_async.pacing import NO_TIME, AccountPace, Lane, Limiter, PauseSettings, Place, Turn, Verdict, never
+from audiences_async.pacing import REFUSALS, PauseSettings, Turn, Verdict, never
+from audiences_async.places import Place
+from audiences_async.queue import NO_TIME
 from audiences_async.quota import Quota
-from audiences_async.rates import RateLimit
-from audiences_async.service import REFUSALS, ServiceLane
+from audiences_async.rates import Limiter, RateLimit
+from audiences_async.service import ServiceLane
 
 _FIRST_PAUSE: Final = 0.1  # of throttle_base_delay
 _KEPT_LANES: Final = 4096
@@ -142,7 +145,7 @@ class Pacer:
     def _send(self, lane: Lane, now: float) -> Turn:
         lane.sent(now)
         service = self.service
-        return Turn(now, service.sent(now), service.quick_answers, service.in_flight - 1)
+        return Turn(now, service.sent(now), service.load.quick_answers, service.load.sent())
 
     def witness(self, turn: Turn, key: ApiKey) -> ApiKey | None:
         """Return the key that a job's probe is sent with, in place of the call's own; ``None`` if with its own.
@@ -151,7 +154,7 @@ class Pacer:
         them stand in a row, do not keep the service closed.
         """
         witness = self.service.witness
-        return witness if witness is not key and self.service.probes % 2 else None
+        return witness if witness is not key and self.service.outage.probes % 2 else None
 
     def release(
         self,

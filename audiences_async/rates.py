@@ -1,6 +1,7 @@
 """The rate of requests that a limit allows: known, or kept elsewhere."""
 
 import math
+from typing import Protocol, runtime_checkable
 
 from attrs import field, frozen
 
@@ -25,25 +26,33 @@ class RateLimit:
     burst: int = field(default=1, validator=checks.is_count)
 
 
+@runtime_checkable
+class Limiter(Protocol):
+    """Any object that says when an account may send, such as a limit that several processes share."""
+
+    async def acquire(self, account_name: str) -> object:
+        """Return when the account may send one request. Called before every attempt, retries included."""
+
+
 class KnownRate:
-    """A known rate by the generic cell rate algorithm: all it keeps is when the next request is due."""
+    """A known rate, kept by the generic cell rate algorithm."""
 
     __slots__ = ("_interval", "_next_at", "_tolerance", "rate")
 
-    def __init__(self, limit: RateLimit | None) -> None:
-        """Keep to *limit*; ``None`` if a `Limiter` keeps the rate, and everything may go at once here."""
-        self.rate: float | None = None if limit is None else limit.rate / limit.per
-        self._interval = 0.0 if limit is None else limit.per / limit.rate
-        self._tolerance = 0.0 if limit is None else (limit.burst - 1) * self._interval
+    def __init__(self, limit: RateLimit) -> None:
+        self.rate: float = limit.rate / limit.per
+        """Requests per second."""
+        self._interval = limit.per / limit.rate
+        self._tolerance = (limit.burst - 1) * self._interval
         self._next_at = -math.inf
 
-    def delay(self, now: float, in_flight: int) -> float:
+    def delay(self, now: float) -> float:
         """Return the seconds until the next request may go."""
         return self._next_at - now
 
     def backlog(self, now: float, ahead: int) -> float:
         """Estimate the seconds until the turn of a request behind *ahead* others."""
-        return max(0.0, self.delay(now, 0) + ahead * self._interval)
+        return max(0.0, self.delay(now) + ahead * self._interval)
 
     def sent(self, now: float) -> None:
         """Note that a request goes now."""
@@ -53,5 +62,5 @@ class KnownRate:
         self._next_at += self._interval
 
     def is_idle(self, now: float) -> bool:
-        """Whether forgetting it would make no difference."""
+        """Return whether forgetting it would make no difference."""
         return self._next_at + self._tolerance <= now

@@ -1,27 +1,28 @@
-"""Decode the body of a 200 into models with cattrs: strictly, and reporting each problem with its path.
+"""Decode the body of a 200 into models: strictly, and reporting each problem with its path.
 
 The schema is the service's own: https://api.commbox.io/ (GET /audiences).
 
-The converter has two hooks for audiences. The union hook is the reference: it reads one record of any content. The hook
-for many reads *plain* records, which have only documented fields, with types checked by msgspec. The service normally
-sends these, and they cost a fifth. All other records take the reference hook, one piece of the body at a time.
+This is the reference: a cattrs converter with a union hook that reads a record of any content by its ``type``. It reads
+what `audiences_async.fast_path` leaves to it, and any body reads the same with and without the fast path.
 """
 
+import json
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import cache
-from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import attrs
 from cattrs import BaseValidationError, Converter, transform_error
 from cattrs.gen import make_dict_structure_fn, override
-from msgspec import UNSET, Meta, MsgspecError, Raw, Struct, UnsetType, ValidationError
+from msgspec import MsgspecError, Raw, Struct, ValidationError
 from msgspec.json import Decoder
 
-from audiences_async.dates import date_and_time, in_utc
+from audiences_async.dates import date_and_time
 from audiences_async.errors import InvalidResponseError, status_error
+from audiences_async.fast_path import STEP, decode_plain, parts
 from audiences_async.models import (
     NOTHING,
     Audience,
@@ -33,29 +34,19 @@ from audiences_async.models import (
 
 _T = TypeVar("_T")
 _Hook: TypeAlias = Callable[[Any, Any], Any]
-_Many: TypeAlias = tuple[Audience, ...]
 
 MAX_PROBLEMS: Final = 20
 """Maximum number of problems reported per body, so that 100,000 invalid records do not block the event loop."""
 
-_AT_ONCE: Final = 128 * 1024  # bytes decoded without yielding: 1 ms for plain records, 4 ms for others
 _LONGEST_TEXT: Final = 40
 _BOM: Final = b"\xef\xbb\xbf"
 _NOT_JSON: Final = (MsgspecError, UnicodeDecodeError, RecursionError)
-# msgspec reads times alike, with two exceptions: it rounds to microseconds, which are truncated here, and it accepts a
-# lower-case T or Z. Each pattern begins with a character that `re` finds fast.
-_BEYOND_MICROSECONDS: Final = re.compile(rb"\.[0-9]{7}").search
-_LOWER_T: Final = re.compile(rb"-[0-9]{2}t").search
-_LOWER_Z: Final = re.compile(rb'z(?<=[0-9]z)"').search
-_ANY_OF_IT_ESCAPED: Final = re.compile(rb"\\u00(?:00|2[DdEe]|3[0-9]|7[4Aa])").search
-_SEEMING_END: Final = re.compile(rb"\}[ \t\n\r]*,").search
 _STATUS: Final = re.compile(r"[1-5][0-9]{2}")
 _ABSENT: Final = Raw()
-_EXPANSION_LIMIT: Final = 1024 * 1024  # above this size, many tiny values are rejected before they are split
-_SMALLEST_RECORD: Final = len('{"type":"a"},')  # bytes of the smallest audience
 # Carries the undocumented fields to `extra`. cattrs puts this name into source code: no quotes, no control characters.
 # A field of the service with this very name is in `extra` like any other.
 _EXTRA: Final = "audiences_async:extra"
+_OUT_OF_RANGE: Final = float("inf")  # a JSON number that no Python number can hold; none is read as infinity
 _MAX_DEPTH: Final = 200  # of an undocumented value; the JSON parser's own limit depends on the Python and its stack
 
 
@@ -71,16 +62,6 @@ class _ProblemError(ValueError):
         self.below = below
 
 
-class _OutOfRange(float):
-    """Stand-in for a JSON number that no Python number can hold."""
-
-    def __repr__(self) -> str:
-        return "a number out of range"
-
-
-_OUT_OF_RANGE: Final = _OutOfRange("inf")
-
-
 def decode(body: bytes) -> AudiencesResponse:
     """Return the audiences in the body of a 200.
 
@@ -93,10 +74,10 @@ def decode(body: bytes) -> AudiencesResponse:
             paths.
     """
     response = decode_plain(body)
-    return whole(decoding(body)) if response is None else response
+    return run_to_completion(decode_in_steps(body)) if response is None else response
 
 
-def whole(steps: Generator[None, None, _T]) -> _T:
+def run_to_completion(steps: Generator[None, None, _T]) -> _T:
     """Run a stepwise computation to completion without yielding to the event loop."""
     while True:
         try:
@@ -106,22 +87,13 @@ def whole(steps: Generator[None, None, _T]) -> _T:
             return result
 
 
-def decode_plain(body: bytes) -> AudiencesResponse | None:
-    """Do the same as `decode` for a small body with only plain records; return ``None`` for any other."""
-    if len(body) > _AT_ONCE or not _has_plain_times(body):
-        return None
-    try:
-        envelope = _plain_envelope(body)
-        status = _status(envelope.status)
-        time = None if envelope.response_time is None else in_utc(envelope.response_time)
-        data = _structure_many(envelope.data, _Many)
-    except Exception:  # noqa: BLE001 - the reference reports the problem, if there is one
-        return None
-    return AudiencesResponse(status, envelope.description or "", time, data) if status < 300 else None
+def decode_in_steps(body: bytes, *, step: int = STEP) -> Generator[None, None, AudiencesResponse]:
+    """Do the same as `decode` without blocking the event loop: yield every few milliseconds.
 
-
-def decoding(body: bytes) -> Generator[None, None, AudiencesResponse]:
-    """Do the same as `decode` for a body of any size, in steps of a few milliseconds at most."""
+    Args:
+        body: As for `decode`.
+        step: Bytes that are decoded without yielding, unless one record is longer.
+    """
     text = body.removeprefix(_BOM)
     problems: list[str] = []
     yield
@@ -130,7 +102,8 @@ def decoding(body: bytes) -> Generator[None, None, AudiencesResponse]:
             text.decode()  # members that are not decoded below, such as duplicates, must be UTF-8 too
             yield
         envelope, data = _envelope(text, problems)
-        audiences = yield from _audiences(data, problems)
+        yield
+        audiences = yield from _audiences(data, problems, step)
     if len(problems) >= MAX_PROBLEMS:
         problems[MAX_PROBLEMS:] = ["$: there may be more problems; only the first are reported"]
     if problems:
@@ -169,25 +142,6 @@ def record(audience: Audience) -> dict[str, Any]:
     return known | dict(audience.extra)
 
 
-class _Record(Struct, forbid_unknown_fields=True, gc=False):
-    """A plain record."""
-
-    type: Literal["Static", "Dynamic"]
-    id: Annotated[str, Meta(min_length=1)]
-    name: str
-    created_time: datetime
-    user_count: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
-
-
-class _Envelope(Struct, forbid_unknown_fields=True):
-    """An envelope of plain records."""
-
-    status: str | int
-    data: list[_Record]
-    description: str | None = None
-    response_time: datetime | None = None
-
-
 class _Members(Struct):
     """The documented members of an envelope as raw JSON; other members are only parsed."""
 
@@ -197,25 +151,18 @@ class _Members(Struct):
     data: Raw = _ABSENT
 
 
-class _Typed(Struct, gc=False):
-    """The minimum that an audience must have."""
-
-    type: Annotated[str, Meta(min_length=1)]
-
-
 _any: Final = Decoder().decode
-_elements: Final = Decoder(list[Raw]).decode
-_typed: Final = Decoder(list[_Typed]).decode
 _members: Final = Decoder(_Members).decode
 _value: Final = Decoder(Raw).decode
 _fields: Final = Decoder(dict[str, Raw]).decode
-_plain_envelope: Final = Decoder(_Envelope).decode
-_plain_records: Final = Decoder(list[_Record]).decode
 
 
 def _envelope(text: bytes, problems: list[str]) -> tuple[AudiencesResponse, Raw]:
     """Return the envelope without its data, and the data as raw JSON."""
-    members = _members_of(text)
+    try:
+        members = _members(text)
+    except ValidationError:
+        raise _invalid([f"$: {_ProblemError('an object', _glimpse(text))}"], text) from None
     named = {"status": members.status, "description": members.description, "response_time": members.response_time}
     sent = {name: _glimpse(value) for name, value in named.items() if value}
     status = 0
@@ -230,111 +177,27 @@ def _envelope(text: bytes, problems: list[str]) -> tuple[AudiencesResponse, Raw]
     return AudiencesResponse(status, description_of(sent), response_time_of(sent), ()), members.data
 
 
-def _members_of(text: bytes) -> _Members:
-    try:
-        return _members(text)
-    except ValidationError:
-        raise _invalid([f"$: {_ProblemError('an object', _glimpse(text))}"], text) from None
-
-
-def _audiences(data: Raw, problems: list[str]) -> Generator[None, None, list[Audience]]:
+def _audiences(data: Raw, problems: list[str], step: int) -> Generator[None, None, list[Audience]]:
     """Return the audiences, one part at a time; append their problems to *problems*."""
     audiences: list[Audience] = []
-    array = memoryview(data)
-    if bytes(array[:1]) != b"[":
+    if bytes(memoryview(data)[:1]) != b"[":
         problems.append("$.data: missing" if not data else f"$.data: {_ProblemError('an array', _glimpse(data))}")
         return audiences
-    first, start = 0, 1
-    while start < len(array) and len(problems) < MAX_PROBLEMS:
-        plain, others, start = yield from _part(array, start, first, problems)
-        if not (plain or others):
-            break  # an empty array, or the part was rejected as a whole
-        audiences += plain
-        for index, piece in _pieces(others, first + len(plain)):
-            yield
-            audiences += _piece(piece, index, problems)
-            if len(problems) >= MAX_PROBLEMS:
-                break
-        first += len(plain) + len(others)
-    return audiences
-
-
-def _part(
-    array: memoryview, start: int, first: int, problems: list[str]
-) -> Generator[None, None, tuple[Sequence[Audience], Sequence[Raw], int]]:
-    """Return the next audiences, or all records as raw JSON if one is not plain, and where the array continues.
-
-    The part ends where a record seems to end. If no record ends there, for example inside a string that has a brace,
-    the part is not a valid array, and a longer one is tried. If it is a valid array, it has the very records that the
-    whole array has there.
-    """
-    size = _AT_ONCE
-    while True:
+    for first, plain, rows in parts(data, problems, step=step):
         yield
-        end = _SEEMING_END(array, start + size)
-        stop, further = (end.start() + 1, end.end()) if end else (len(array) - 1, len(array))
-        part = b"".join((b"[", array[start:stop], b"]"))
-        plain = _plain(part) if size == _AT_ONCE else None
-        if plain is not None:
-            return plain, (), further
-        try:
-            return (), _rows(part, first, problems), further
-        except InvalidResponseError:
-            if end is None:
-                raise
-        size *= 2
-
-
-def _rows(part: bytes, first: int, problems: list[str]) -> Sequence[Raw]:
-    """Return the records of a part as raw JSON.
-
-    Raises:
-        InvalidResponseError: The part is not a valid array.
-    """
-    with _readable(part):
-        # So many values, each of which would be kept apart, cannot all be audiences.
-        if len(part) > _EXPANSION_LIMIT and part.count(b",") * _SMALLEST_RECORD > len(part):
+        audiences += plain
+        size = 0
+        for index, row in enumerate(rows, first):
+            size += len(row)
+            if size > step:
+                yield
+                size = len(row)
             try:
-                _typed(part)
-            except ValidationError as error:
-                what, _, where = str(error).partition(" - at `$[")
-                index, _, below = where.removesuffix("`").partition("]")
-                problems.append(f"$.data[{first + int(index)}]{below}: {what}")
-                return ()
-        return _elements(part)
-
-
-def _pieces(rows: Sequence[Raw], first: int) -> Iterator[tuple[int, Sequence[Raw]]]:
-    """Yield groups of rows of limited total size, each with the index of its first row."""
-    if len(rows) > 1 and sum(map(len, rows)) > 2 * _AT_ONCE:
-        half = len(rows) // 2
-        yield from _pieces(rows[:half], first)
-        yield from _pieces(rows[half:], first + half)
-    elif rows:
-        yield first, rows
-
-
-def _plain(part: bytes) -> Sequence[Audience] | None:
-    """Return the audiences of an array with only plain records; ``None`` for any other."""
-    try:
-        return _structure_many(_plain_records(part), _Many) if _has_plain_times(part) else None
-    except Exception:  # noqa: BLE001 - the reference reports the problem, if there is one
-        return None
-
-
-def _piece(rows: Sequence[Raw], first: int, problems: list[str]) -> Sequence[Audience]:
-    """Return the audiences of *rows*, whose first index is *first*; append their problems to *problems*."""
-    plain = _plain(b"[%b]" % b",".join(rows))
-    if plain is not None:
-        return plain
-    audiences: list[Audience] = []
-    for index, row in enumerate(rows, first):
-        try:
-            audiences.append(_structure(_record(row), Audience))
-        except Exception:  # noqa: BLE001 - cattrs raises whatever its hooks raise; the second pass finds what and where
-            problems += _problems_of(row, f"$.data[{index}]")
-            if len(problems) >= MAX_PROBLEMS:
-                break
+                audiences.append(_structure(_record(row), Audience))
+            except Exception:  # noqa: BLE001 - cattrs raises whatever its hooks raise; a second pass finds what and where
+                problems += _problems_of(row, f"$.data[{index}]")
+                if len(problems) >= MAX_PROBLEMS:
+                    return audiences
     return audiences
 
 
@@ -350,7 +213,7 @@ def _problems_of(row: Raw, path: str) -> list[str]:
     except _ProblemError as problem:
         return [f"{path}{problem.below}: {problem}"]
     except BaseValidationError as group:
-        messages = transform_error(group, path, lambda error, _: _message(error))
+        messages = transform_error(group, path, _message)
         return [f"{where}: {what}" for what, _, where in (line.rpartition(" @ ") for line in messages)]
     return [f"{path}: cannot be read"]  # only in the first pass, but it must not be lost
 
@@ -392,7 +255,7 @@ def _numbers_out_of_range(row: Raw) -> Iterator[tuple[str, _ProblemError]]:
             yield f".{name}" if name else "", _ProblemError("a number in range", _OUT_OF_RANGE)
 
 
-def _message(error: BaseException) -> str:
+def _message(error: BaseException, _: Any) -> str:
     return str(error) if isinstance(error, _ProblemError) else "missing"
 
 
@@ -475,12 +338,12 @@ def _read(hook: Callable[[Any, Any], _T], value: Any) -> _T | None:
 def _shown(value: Any) -> str:
     """Return a value for a message: whole or not at all, so that no part of a secret ever shows."""
     match value:
-        case None:
-            return "null"
-        case bool():
-            return "true" if value else "false"
+        case None | bool():
+            return json.dumps(value)
         case str() if len(value) > _LONGEST_TEXT:
             return f"a string of {len(value)} characters"
+        case float() if value == _OUT_OF_RANGE:
+            return "a number out of range"
         case int() | float() | str():
             return repr(value)
         case list():
@@ -524,45 +387,6 @@ def _unknown(sent: dict[str, Any]) -> UnknownAudience:
     )
 
 
-def _twin(cls: type[Any]) -> type[Any]:
-    """Return a class of the same layout that is not frozen; its instances are then turned into *cls*.
-
-    A frozen ``__init__`` goes through ``object.__setattr__`` for each field, which takes three times as long.
-    """
-    names = [attribute.name for attribute in attrs.fields(cls)]
-    return attrs.make_class(cls.__name__, names, slots=True, weakref_slot=False, eq=False, repr=False)
-
-
-_Static: Final = _twin(StaticAudience)
-_Dynamic: Final = _twin(DynamicAudience)
-
-
-def _many_hook(records: Sequence[_Record], _: Any) -> tuple[Audience, ...]:
-    audiences: list[Any] = []
-    for plain in records:
-        time, count = plain.created_time, plain.user_count
-        if time.tzinfo is not UTC:
-            time = in_utc(time)
-        if plain.type == "Static":
-            if count is UNSET:
-                raise _ProblemError("an integer", ...)
-            audience = _Static(plain.id, plain.name, time, count, NOTHING)
-            audience.__class__ = StaticAudience
-        else:
-            extra = NOTHING if count is UNSET else {"user_count": count}
-            audience = _Dynamic(plain.id, plain.name, time, extra)
-            audience.__class__ = DynamicAudience
-        audiences.append(audience)
-    return tuple(audiences)
-
-
-def _has_plain_times(text: bytes) -> bool:
-    """Return whether msgspec reads every time in *text* as `_utc` does, or rejects it."""
-    if _BEYOND_MICROSECONDS(text) or _LOWER_T(text) or _LOWER_Z(text):
-        return False
-    return b"\\" not in text or _ANY_OF_IT_ESCAPED(text) is None
-
-
 def _converter(*, detailed: bool) -> Converter:
     converter = Converter(detailed_validation=detailed)
     by_type: dict[str, _Hook] = {cls.type: _model_hook(converter, cls) for cls in (StaticAudience, DynamicAudience)}
@@ -577,14 +401,11 @@ def _converter(*, detailed: bool) -> Converter:
         return hook(sent, None) if hook else _unknown(sent)
 
     converter.register_structure_hook(Audience, union_hook)
-    converter.register_structure_hook_func(lambda kind: kind == _Many, _many_hook)
     return converter
 
 
-_CONVERTER: Final = _converter(detailed=False)
 # At import, so that no request pays for it.
-_structure: Final[_Hook] = _CONVERTER.get_structure_hook(Audience)
-_structure_many: Final[_Hook] = _CONVERTER.get_structure_hook(_Many)
+_structure: Final[_Hook] = _converter(detailed=False).get_structure_hook(Audience)
 
 
 @cache

@@ -22,9 +22,10 @@ from audiences_async.errors import (
     StatusError,
     status_error,
 )
+from audiences_async.fast_path import decode_plain
 from audiences_async.models import AudiencesResponse
 from audiences_async.quota import announced
-from audiences_async.structuring import decode_plain, decoding, description_of, parse, response_time_of
+from audiences_async.structuring import decode_in_steps, description_of, parse, response_time_of
 
 PRODUCTION: Final = "https://api.commbox.io/"
 """The vendor's published base URL: https://api.commbox.io/."""
@@ -135,7 +136,7 @@ def read_plain(reply: Reply) -> AudiencesResponse | None:
 
 
 def read(reply: Reply, key: ApiKey, *, now: float) -> Generator[None, None, Result]:
-    """Return the audiences of a response, or the error it stands for, without the key. Stepwise, like `decoding`.
+    """Return the audiences of a response, or its error, without the key; yield as `decode_in_steps` does.
 
     Args:
         reply: The response.
@@ -151,7 +152,7 @@ def read(reply: Reply, key: ApiKey, *, now: float) -> Generator[None, None, Resu
         body = key.redact_start(reply.body, MAX_ERROR_BODY)
         return ResponseTooLargeError(f"the body exceeds max_body_bytes={reply.exceeded}", body=body)
     try:
-        return (yield from decoding(reply.body))
+        return (yield from decode_in_steps(reply.body))
     except StatusError as error:
         return _refusal(reply, key, now, status=error.status)
     except InvalidResponseError as error:

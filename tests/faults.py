@@ -139,6 +139,7 @@ class FaultServer:
     _tasks: set["asyncio.Task[Any]"] = field(factory=set)
 
     async def start(self) -> None:
+        """Listen on a free port of the loopback address."""
         self._listener = await asyncio.start_server(self._handle, "127.0.0.1", 0, ssl=self.tls_context, limit=MIB)
         self.port = self._listener.sockets[0].getsockname()[1]
 
@@ -259,6 +260,7 @@ class Fault:
         return self.tls in {"none", "trusted"}
 
     def server_tls(self) -> ssl.SSLContext | None:
+        """Return the server's TLS context; ``None`` if it speaks plain HTTP."""
         return None if self.tls in {"none", "client-only"} else _server_context(self.tls)
 
     def client(self, server: FaultServer) -> AudiencesClient:
@@ -319,10 +321,12 @@ GZIP, DEFLATE = b"Content-Encoding: gzip", b"Content-Encoding: deflate"
 
 
 def length(count: int) -> bytes:
+    """Return a ``Content-Length`` header."""
     return b"Content-Length: %d" % count
 
 
 def deflated(data: bytes, wbits: int) -> bytes:
+    """Compress *data* with zlib; *wbits* selects zlib, raw deflate or gzip."""
     compressor = zlib.compressobj(wbits=wbits)
     return compressor.compress(data) + compressor.flush()
 

@@ -40,6 +40,7 @@ class LossyService(Service):
     """A service in virtual time whose connections may be lost."""
 
     async def attempt(self, *arguments: Any, **named: Any) -> Any:
+        """Turn a status of `LOST` into a reset connection."""
         reply = await super().attempt(*arguments, **named)
         return ConnectionFailedError("reset") if not isinstance(reply, TransportError) and not reply.status else reply
 
@@ -52,6 +53,7 @@ class PartlyDown:
         self._numbers = itertools.count(1)
 
     def __call__(self, key: str, at: float) -> int:
+        """Return the status of a request."""
         if int(key) % 5 == 0:
             return self._down
         return self._flaky if next(self._numbers) % 10 == 0 else 200

@@ -24,6 +24,7 @@ from audiences_async import (
     ServerError,
     TooManyRequestsError,
     UnauthorizedError,
+    caching,
 )
 from audiences_async.events import AttemptStarted, CallStarted
 from audiences_async.sandbox import Answer, Sandbox, SteppedTime, many_audiences
@@ -33,6 +34,7 @@ ONCE = RetryPolicy(max_attempts=1)
 
 @pytest.fixture
 def north(sandbox: Sandbox) -> Account:
+    """Open an account with two audiences."""
     return sandbox.add_account("north", audiences=many_audiences("north", 2))
 
 
@@ -48,6 +50,7 @@ def make(sandbox: Sandbox, time: SteppedTime) -> Callable[..., AudiencesClient]:
 
 
 def ids(response: AudiencesResponse) -> list[str | None]:
+    """Return the ids of the audiences."""
     return [audience.id for audience in response]
 
 
@@ -58,6 +61,7 @@ async def the_others() -> None:
 
 
 async def error_of(call: Any) -> AudiencesError:
+    """Return the error that an awaitable raises."""
     with pytest.raises(AudiencesError) as caught:
         await call
     return caught.value
@@ -408,6 +412,37 @@ async def test_invalidate_an_account_whose_key_a_function_gives(
             client.invalidate(Account(f"a{number}", lambda: "key"))
         await client.get_audiences(again())
         await client.get_audiences(again())
+    assert len(sandbox.requests) == 2
+
+
+async def test_invalidate_each_key_of_a_function(sandbox: Sandbox, make: Callable[..., AudiencesClient]) -> None:
+    """The answers for all keys that a function has returned are discarded, those of requests in flight included."""
+    keys = [str(sandbox.add_account(name).api_key) for name in ("one", "other")]
+    account = Account("mine", lambda: keys[0])
+    async with make() as client:
+        for _ in range(2):
+            await client.get_audiences(account)
+            keys.reverse()
+        sandbox.script("one", Answer(delay=0.1))
+        client.invalidate(account)
+        early = asyncio.create_task(client.get_audiences(account))
+        await asyncio.to_thread(sandbox.wait_for_requests, 3)
+        client.invalidate(account)
+        await early
+        for _ in range(4):
+            await client.get_audiences(account)
+            keys.reverse()
+    assert [request.account for request in sandbox.requests] == ["one", "other", "one", "one", "other"]
+
+
+async def test_an_answer_with_too_many_names_is_fetched_again(
+    sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer is not reused for more accounts of one key than the cache remembers, so that its memory is bounded."""
+    monkeypatch.setattr(caching, "_MAX_NAMES", 3)
+    async with make() as client:
+        for number in range(4):
+            await client.get_audiences(Account(f"north-{number}", north.api_key))
     assert len(sandbox.requests) == 2
 
 

@@ -64,6 +64,7 @@ def others() -> set["asyncio.Task[Any]"]:
 
 
 def all_done(tasks: Iterable["asyncio.Task[Any]"]) -> bool:
+    """Return whether every task has ended."""
     return all(task.done() for task in tasks)
 
 
@@ -122,10 +123,12 @@ def awaited(task: "asyncio.Task[Any]") -> list[str]:
 
 
 def reply(status: bytes, body: bytes, *headers: bytes) -> bytes:
+    """Return the bytes of a response."""
     return b"\r\n".join([b"HTTP/1.1 " + status, b"Content-Length: %d" % len(body), *headers, b"", body])
 
 
 def answer_of(*ids: str, padding: int = 0) -> bytes:
+    """Return the body of a 200 with these ids, each record longer by *padding* characters."""
     common = {"name": "", "created_time": "2025-10-01T09:10:00Z", "type": "Dynamic", "padding": "x" * padding}
     return json.dumps({"status": "200", "data": [{"id": each, **common} for each in ids]}).encode()
 
@@ -200,16 +203,20 @@ class Scene:
             self._server = await loop.create_server(lambda: _Peer(self), sock=self.listener, ssl=self._tls)
 
     async def hold(self) -> None:
+        """Wait until the scene is healed."""
         await self._healed.wait()
 
     async def key(self) -> str:
+        """Return the key once the scene is healed."""
         await self.hold()
         return "key"
 
     async def acquire(self, account_name: str) -> None:
+        """Let a request pass once the scene is healed."""
         await self.hold()
 
     async def sleep(self, seconds: float) -> None:
+        """Advance the time once the scene is healed."""
         if seconds:
             await self.hold()
             self._now += seconds
@@ -558,9 +565,11 @@ class Steps:
 
     @property
     def clock(self) -> Clock:
+        """Return a clock of this time."""
         return Clock(lambda: self.now, lambda: self.now, self.sleep, self.chance.random)
 
     async def sleep(self, seconds: float) -> None:
+        """Take some turns of the event loop, then advance the time."""
         until = self.now + seconds
         for _ in range(self.chance.randint(1, 30)):
             await asyncio.sleep(0)
@@ -576,6 +585,7 @@ class Told:
     late: defaultdict[Any, list[Event]] = Factory(lambda: defaultdict(list))
 
     def __call__(self, event: Event) -> None:
+        """Count an attempt; keep what a cancelled call still emits."""
         self.attempts[event.account] += isinstance(event, AttemptFinished)
         task = asyncio.current_task()
         if task in self.cancelled:
@@ -691,6 +701,7 @@ KINDS_OF_WAITING: Final = {
 
 
 def kind_of_waiting(task: "asyncio.Task[Any]") -> str:
+    """Return what a task waits for, by the functions that it awaits."""
     functions = set(awaited(task))
     return next((kind for kind, of in KINDS_OF_WAITING.items() if functions & of), "elsewhere")
 

@@ -48,6 +48,7 @@ class Job:
     out: Path
 
     def checkpoint(self, output: str) -> Path:
+        """Return the file that ``--resume`` reads for this format."""
         return self.out if output == "ndjson" else self.folder / "out.ndjson"
 
     def open(self, names: Sequence[str] = NAMES) -> None:
@@ -57,6 +58,7 @@ class Job:
             self.sandbox.add_account(name, api_key=f"{KEY}-{name}", audiences=[{"id": f"id-{name}", **ONE_AUDIENCE}])
 
     def arguments(self, output: str, *more: str) -> list[str]:
+        """Return the command's arguments."""
         return ["fetch", "--accounts", str(self.accounts), "--out", str(self.out), "--output", output, *more]
 
     def run(self, output: str = "ndjson", *more: str) -> Done:
@@ -107,6 +109,7 @@ def fetched(out: Path, output: str = "ndjson") -> list[tuple[str, str]]:
 
 
 def expected(names: Sequence[str] = NAMES) -> list[tuple[str, str]]:
+    """Return the account and audience id of every row."""
     return sorted((name, f"id-{name}") for name in names)
 
 

@@ -45,6 +45,7 @@ KEY = "s3cr3t-k3y"
 
 
 def statuses(error: AudiencesError) -> list[int | None]:
+    """Return the status of each attempt."""
     return [attempt.status for attempt in error.attempts]
 
 

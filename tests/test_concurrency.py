@@ -81,9 +81,11 @@ class Interleaved:
         return Clock(lambda: self.now, lambda: self.now, self.sleep, self.chance.random)
 
     def on_event(self, event: Event) -> None:
+        """Record an event by the task that emitted it."""
         self.told[asyncio.current_task()].append(event)
 
     async def sleep(self, seconds: float) -> None:
+        """Record a sleep by its task, take some turns, and advance the time."""
         self.slept[asyncio.current_task()].append(seconds)
         until = self.now + seconds
         self.sleeping += 1
@@ -93,6 +95,7 @@ class Interleaved:
         self.now = max(self.now, until)
 
     async def some_turns(self) -> None:
+        """Let other tasks run a random number of times."""
         for _ in range(self.chance.randint(1, 9)):
             await asyncio.sleep(0)
 
@@ -124,6 +127,7 @@ class Done:
 
     @property
     def attempts(self) -> list[Attempt]:
+        """Return the call's attempts, from its events."""
         return [event.attempt for event in self.events if isinstance(event, AttemptFinished)]
 
 
@@ -138,6 +142,7 @@ class Run:
     tasks_left: int
 
     def of(self, *kinds: Kind) -> list[Done]:
+        """Return the calls of accounts of these kinds."""
         return [call for call in self.calls if call.kind in kinds]
 
 
@@ -149,6 +154,7 @@ def run() -> Iterator[Run]:
 
 
 async def a_thousand_calls(sandbox: Sandbox) -> Run:
+    """Run the calls of all accounts at once, in random order, on one client."""
     callbacks = Interleaved()
     accounts = [opened(sandbox, callbacks, KINDS[number % len(KINDS)], number) for number in range(ACCOUNTS)]
     settings: dict[str, Any] = {"retry": POLICY, "budget": None, "timeout": 1e6, "max_connections": 30}
@@ -187,6 +193,7 @@ def opened(sandbox: Sandbox, callbacks: Interleaved, kind: Kind, number: int) ->
 
 
 def kind_of(name: str) -> Kind:
+    """Return the kind of an account, by its name."""
     return next(kind for kind in KINDS if name.startswith(f"{kind}-"))
 
 

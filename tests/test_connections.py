@@ -42,6 +42,7 @@ AT_ONCE = RetryPolicy(base_delay=0)
 
 
 async def error_of(client: AudiencesClient, **settings: Any) -> AudiencesError:
+    """Return the error of one call."""
     with pytest.raises(AudiencesError) as caught:
         await client.get_audiences(**settings)
     return caught.value
@@ -181,6 +182,7 @@ class Pool:
     all_ended: asyncio.Event = field(factory=asyncio.Event)
 
     async def serve(self, connection: RawConnection) -> None:
+        """Answer on a connection; if it is one of the first, die once the pool is ill."""
         is_old = connection.server.connections <= self.size
         try:
             while True:

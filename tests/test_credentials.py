@@ -1,8 +1,10 @@
 """The masked API key, and fresh keys from a function."""
 
 import asyncio
+import base64
 import copy
 import pickle
+import time
 import traceback
 from typing import Any
 
@@ -73,6 +75,65 @@ def test_the_key_is_in_no_traceback() -> None:
         ours = [str(frame.locals) for frame in summary.stack if "audiences_async" in frame.filename]
     assert ours
     assert not any(KEY in shown for shown in ours)
+
+
+LONG = "Zq7Lw3RtB9fK2mXv-5hNd8Ys"
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "redacted"),
+    [
+        ("new-key", "old-new-key-now", "old-***-now"),
+        (
+            "new+key",
+            r"the old-new\u002Bkey-now, see https://x.example/?q=new%2Bkey&p=1",
+            "the ***, see https://x.example/?q=***=1",
+        ),
+        (LONG, f"the key {LONG[:18]}... is not {LONG[5:].upper()}", "the key ***... is not ***"),
+        (LONG, f"the key {LONG[:16]} is fine", f"the key {LONG[:16]} is fine"),
+        ("sandbox-key-refusing-7", "refusing-7", "refusing-7"),
+        ("my-account-key", "my account has no key", "my account has no key"),
+        ("my-production-accounts-key", "accounts/production: my key", "accounts/production: my key"),
+        ("key", "monkey: no KEY", "mon***: no ***"),
+        ("a&b", "about a&b", "about ***"),
+        ("Zq7'Lw3", "the key Zq7&#39;Lw3 of 'x'", "the key *** of 'x'"),
+        ("ключ", r"\u043a\u043b\u044e\u0447 %D0%BA%D0%BB%D1%8E%D1%87 &#1082;&#1083;&#1102;&#1095;", "*** *** ***"),
+        ("pass word", "a pass&#32;word", "***"),
+    ],
+)
+def test_words_with_an_escaped_key_are_masked(key: str, text: str, redacted: str) -> None:
+    """The key is masked; a word with an escaped key, or most of it, is masked as a whole; others stay."""
+    assert ApiKey(key).redact(text) == redacted
+
+
+@pytest.mark.parametrize("before", ["Bearer ", "me:", ""])
+def test_base64_is_masked_wherever_the_key_begins(before: str) -> None:
+    """A key in Base64 is masked whatever is encoded before and after it."""
+    encoded = base64.b64encode(f"{before}{LONG} and more".encode()).decode()
+    assert ApiKey(LONG).redact(f"got {encoded}").rstrip("=") == "got ***"
+
+
+@pytest.mark.parametrize("shown", [4, 8, 23])
+@pytest.mark.parametrize("quoted", ["{}", "[{}", '"{}', "x" * 50 + "{}"])
+def test_a_key_at_the_cut_of_a_body(shown: int, quoted: str) -> None:
+    """A body that ends within a key does not show its beginning; one that ends after a word is not changed."""
+    body = quoted.format(LONG).encode()
+    cut = len(quoted) - 2 + shown
+    assert ApiKey(LONG).redact_start(b"bad " + body, 4 + cut) == b"bad " + quoted.format("***").encode()
+    assert ApiKey(LONG).redact_start(b'{"a": "Zq7L"}\xff', 13) == b'{"a": "Zq7L"}'
+    assert ApiKey("----" + LONG).redact_start(b"an error.", 100) == b"an error."
+    assert ApiKey("----" + LONG).redact_start(b"an error: ----Zq", 100) == b"an error: ***"
+    assert ApiKey("a/b/" + LONG).redact_start(rb"an error: a\/b\/Zq", 100) == b"an error: ***"
+
+
+@pytest.mark.parametrize("key", ["x" * 50 + "-" + "y" * 50, "-".join("abcdefghijklmnop"), "\\" * 50, LONG])
+def test_a_long_word_is_searched_in_linear_time(key: str) -> None:
+    """A body of 64 KiB that is one word full of parts of the key takes far less than a second."""
+    start = time.perf_counter()
+    for part in (key[:-1], key[: len(key) // 2], key[len(key) // 2 :], key[:1], key):
+        body = (part * 65_536)[: 65_536 - len(key)] + key
+        assert key.encode() not in ApiKey(key).redact_start(body.encode(), 65_536)
+    assert time.perf_counter() - start < 3
 
 
 async def test_a_function_is_asked_once_for_calls_at_the_same_time() -> None:

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(missing("redis-server"), reason="redis-server is
 
 @pytest.fixture
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start a Redis server and return its URL."""
     with redis_server(tmp_path_factory.mktemp("redis")) as url:
         yield url
 
@@ -48,6 +49,7 @@ def opened(sandbox: Sandbox, count: int) -> dict[str, Account]:
 
 
 def expected(count: int) -> dict[str, list[str]]:
+    """Return the audience ids of each account."""
     return {f"a{number}": [f"a{number}-{audience}" for audience in range(3)] for number in range(count)}
 
 
@@ -176,6 +178,7 @@ async def test_resuming_has_only_the_rest_fetched(redis: str, sandbox: Sandbox, 
 
 
 def sandbox_names(sandbox: Sandbox) -> list[str]:
+    """Return the account of each request, in order."""
     return [str(request.account) for request in sandbox.requests]
 
 
@@ -320,6 +323,7 @@ async def test_one_rate_for_all_processes(redis: str) -> None:
 
 @pytest.fixture
 def run(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Return a function that runs the command line against the sandbox."""
     monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
     return runner(monkeypatch, capsys)
 

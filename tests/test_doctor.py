@@ -18,6 +18,7 @@ from audiences_async.sandbox import Answer, Sandbox
 
 @pytest.fixture
 def run(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Return a function that runs the command line with the sandbox's URL and a valid key."""
     sandbox.add_account("default", api_key=KEY)
     monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
     monkeypatch.setenv("AUDIENCES_API_KEY", KEY)

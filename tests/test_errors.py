@@ -31,6 +31,7 @@ ALL = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubc
 
 
 def made(kind: type[AudiencesError]) -> AudiencesError:
+    """Create an error of this class with every field set."""
     status: dict[str, Any] = (
         {"status": 429, "headers": CIMultiDict({"Retry-After": "5"}), "body": b"x"}
         if issubclass(kind, StatusError)

@@ -62,6 +62,7 @@ async def test_fault(fault: Fault, thread: ServerThread, request: pytest.Fixture
 
 
 async def meet(client: AudiencesClient, fault: Fault) -> tuple[Value | Refused, AudiencesError | None, float]:
+    """Make one call; return its outcome, its error if any, and its seconds."""
     started = perf_counter()
     try:
         response = await client.get_audiences()
@@ -71,6 +72,7 @@ async def meet(client: AudiencesClient, fault: Fault) -> tuple[Value | Refused, 
 
 
 def refused(error: AudiencesError, fault: Fault) -> Refused:
+    """Return an error as the catalogue lists it."""
     status = error.status if isinstance(error, StatusError) else None
     if isinstance(error, StatusError | InvalidResponseError):
         assert len(error.body) <= 64 * 1024
@@ -81,6 +83,7 @@ def refused(error: AudiencesError, fault: Fault) -> Refused:
 
 
 def assert_frugal(fault: Fault, server: FaultServer, requests: int, sent: int) -> None:
+    """Check that no more requests, connections or bytes were sent than the fault allows."""
     assert requests <= fault.requests if fault.fewer else requests == fault.requests
     assert server.connections <= fault.before + fault.attempts + 1  # and one for the call after it
     if fault.most_sent is not None:
@@ -88,6 +91,7 @@ def assert_frugal(fault: Fault, server: FaultServer, requests: int, sent: int) -
 
 
 async def assert_healed(client: AudiencesClient, server: FaultServer) -> None:
+    """Heal the server, and check that the next call is answered."""
     server.healed = True
     response = await client.get_audiences(timeout=5.0)  # far below what an attempt may take
     assert [audience.id for audience in response] == [HEALED_ID]
@@ -133,4 +137,5 @@ async def test_no_stall(fault: Fault, thread: ServerThread, request: pytest.Fixt
 
 
 def add_row(request: pytest.FixtureRequest, name: str, figure: str, measured: Measured) -> None:
+    """Add a row to the table of faults that the run prints."""
     request.config.stash.setdefault(ROWS, []).append(Row(name, figure, 1, measured.seconds))

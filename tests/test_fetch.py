@@ -50,6 +50,7 @@ def fetched(out: Path) -> dict[str, list[str]]:
 
 
 def expected(count: int) -> dict[str, list[str]]:
+    """Return the audience ids of each account."""
     return {f"a{number}": [f"a{number}-{audience}" for audience in range(3)] for number in range(count)}
 
 
@@ -179,6 +180,7 @@ def test_progress_on_a_terminal(sandbox: Sandbox, tmp_path: Path) -> None:
 
 
 def environment(sandbox: Sandbox) -> Mapping[str, str]:
+    """Return the environment of a command that calls the sandbox."""
     return {**os.environ, "AUDIENCES_BASE_URL": sandbox.base_url}
 
 

@@ -43,7 +43,7 @@ from audiences_async import (
 )
 from audiences_async.credentials import ApiKey
 from audiences_async.sandbox import SteppedTime
-from audiences_async.structuring import decode, whole
+from audiences_async.structuring import decode, run_to_completion
 from audiences_async.wire import Reply, read
 
 ON_DEMAND: Final = int(os.environ.get("AUDIENCES_FUZZ_EXAMPLES", "100"))
@@ -199,17 +199,20 @@ _DUPLICATES: Final = [b'"type"', b'"id"', b'"name"', b'"user_count"', b'"created
 
 
 def flip(draw: st.DrawFn, body: bytes) -> bytes:
+    """Change some bits of one byte."""
     at = draw(st.integers(0, len(body) - 1))
     return body[:at] + bytes([body[at] ^ draw(st.integers(1, 255))]) + body[at + 1 :]
 
 
 def cut(draw: st.DrawFn, body: bytes) -> bytes:
+    """Remove a part."""
     start = draw(st.integers(0, len(body)))
     end = draw(st.integers(start, len(body)) | st.integers(start, min(len(body), start + 8)))
     return body[:start] + body[end:]
 
 
 def splice(draw: st.DrawFn, body: bytes) -> bytes:
+    """Insert a part of another body."""
     other = draw(bodies() | st.binary(max_size=12))
     start = draw(st.integers(0, len(other)))
     piece = other[start : draw(st.integers(start, len(other)))]
@@ -218,6 +221,7 @@ def splice(draw: st.DrawFn, body: bytes) -> bytes:
 
 
 def repeat_a_key(draw: st.DrawFn, body: bytes) -> bytes:
+    """Insert a member into an object, which may have one of that name."""
     places = [found.end() for found in re.finditer(rb"{", body)]
     if not places:
         return body
@@ -228,6 +232,7 @@ def repeat_a_key(draw: st.DrawFn, body: bytes) -> bytes:
 
 
 def swap_a_token(draw: st.DrawFn, body: bytes) -> bytes:
+    """Replace a token of JSON by another."""
     tokens = list(_TOKEN.finditer(body))
     if not tokens:
         return body
@@ -304,6 +309,7 @@ def kind_of(status: int) -> type[StatusError]:
 
 
 def verdict(body: bytes) -> AudiencesResponse | AudiencesError:
+    """Return the response, or the error."""
     try:
         return decode(body)
     except AudiencesError as error:
@@ -439,7 +445,7 @@ ANY_BODY = bodies() | mutated_bodies() | st.binary(max_size=60) | st.just(b"<htm
 def test_whole_replies(status: int, headers: list[tuple[str, str]], body: bytes, exceeded: int | None) -> None:
     """Any status with any headers and any body is a right value or the error in the table of responses."""
     reply = Reply(status, CIMultiDictProxy(CIMultiDict(headers)), body, exceeded if status == 200 else None)
-    result = whole(read(reply, KEY, now=1_761_030_480.0))
+    result = run_to_completion(read(reply, KEY, now=1_761_030_480.0))
     if isinstance(result, AudiencesResponse):
         assert (status, reply.exceeded) == (200, None)
         assert_is_what_the_contract_says(result, body)
@@ -599,16 +605,19 @@ async def test_mutated_replies_on_the_wire(
 
 
 def flip_byte(head: bytes, at: int) -> bytes:
+    """Change some bits of one byte of a response's head."""
     place = at % len(head)
     return head[:place] + bytes([head[place] ^ (1 + at % 255)]) + head[place + 1 :]
 
 
 def cut_bytes(head: bytes, at: int) -> bytes:
+    """Remove a few bytes of a response's head."""
     place = at % len(head)
     return head[:place] + head[place + 1 + at % 7 :]
 
 
 def repeat_line(head: bytes, at: int) -> bytes:
+    """Repeat a line of a response's head."""
     lines = head.split(b"\r\n")
     place = at % len(lines)
     return b"\r\n".join([*lines[: place + 1], *lines[place:]])

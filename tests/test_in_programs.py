@@ -47,6 +47,7 @@ class Flaky:
         self.asked = 0
 
     def key(self) -> Any:
+        """Return or raise the next value, and the key after the last."""
         self.asked += 1
         given = self.given.pop(0) if self.given else "the key"
         if isinstance(given, BaseException):
@@ -54,10 +55,12 @@ class Flaky:
         return given
 
     async def async_key(self) -> Any:
+        """Do the same as `key`, after a turn of the event loop."""
         await asyncio.sleep(0)
         return self.key()
 
     async def acquire(self, account_name: str) -> None:
+        """Let a request pass, or raise the next value."""
         await self.async_key()
 
     def use(self, way: str, sandbox: Sandbox, **settings: Any) -> tuple[AudiencesClient, Account]:
@@ -186,15 +189,18 @@ def test_type_checkers_accept_the_programs_of_readme(programs: Path, checker: st
 
 
 async def enter(client: AudiencesClient) -> None:
+    """Enter and leave a client."""
     async with client:
         pass
 
 
 async def ask(client: AudiencesClient) -> None:
+    """Make a call."""
     await client.get_audiences()
 
 
 async def stream(client: AudiencesClient) -> None:
+    """Start a job."""
     async with client.stream([Account("north", "key")]):
         pass
 

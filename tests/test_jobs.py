@@ -43,6 +43,7 @@ def others() -> set["asyncio.Task[Any]"]:
 
 
 async def numbers(count: int) -> AsyncIterator[int]:
+    """Yield the numbers below *count*."""
     for number in range(count):
         yield number
 
@@ -131,6 +132,7 @@ async def test_no_more_tasks_than_accounts() -> None:
 
 
 def numbers_of(count: int) -> Any:
+    """Return the numbers as a job's source."""
     return jobs.each(numbers(count))
 
 

@@ -31,8 +31,9 @@ from audiences_async import (
 from audiences_async.clock import Clock
 from audiences_async.deadlines import CallTime, Deadlines
 from audiences_async.events import AccountPaused, AccountResumed, AttemptFinished, RateLearned
+from audiences_async.lanes import AccountPace
 from audiences_async.pacer import Pacer
-from audiences_async.pacing import AccountPace, Turn, Verdict
+from audiences_async.pacing import Turn, Verdict
 
 pytestmark = pytest.mark.once
 
@@ -51,14 +52,17 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AudiencesClient]:
 
 
 async def outcomes(calls: Iterable[Any]) -> list[Any]:
+    """Run calls at once; return the result or the exception of each."""
     return await asyncio.gather(*calls, return_exceptions=True)
 
 
 def kinds(results: Iterable[Any]) -> Counter[str]:
+    """Count results by class."""
     return Counter(type(result).__name__ for result in results)
 
 
 def pacer(limit: RateLimit | None = None, connections: int = 1000, clock: Clock | None = None) -> Pacer:
+    """Create a pacer on virtual time."""
     return Pacer(
         limit, None, connections=connections, attempt_timeout=15.0, throttle_base_delay=1.0, max_delay=20.0,
         clock=clock or virtual.clock(), deadlines=Deadlines(), on_event=None,
@@ -73,11 +77,13 @@ class Way:
         self.lane = paces.lane(account)
 
     async def acquire(self, deadline: float = 1e9) -> Turn:
+        """Wait for a turn."""
         now = self.paces.clock.monotonic
         with self.paces.deadlines.within(math.inf) as scope:
             return await self.paces.acquire(self.lane, CallTime(now, scope, deadline - now()), None)
 
     def release(self, taken: Turn, verdict: Verdict, *, pause: float | None = None) -> None:
+        """Give a turn back with what came of it."""
         self.paces.release(self.lane, taken, verdict, pause=pause)
 
 
@@ -363,6 +369,7 @@ class Later:
         self._seconds = seconds
 
     def __call__(self, key: str, at: float) -> int:
+        """Return the status of a request."""
         return self._limit(key, at + self._seconds)
 
 
@@ -798,6 +805,7 @@ def test_slow_callers_do_not_spoil_the_measure(client: Callable[..., AudiencesCl
 
 
 def outage(until: float) -> Service:
+    """Return a service that answers 503 until this second."""
     return Service(lambda key, at: 503 if at < until else 200, round_trip=0.01)
 
 

@@ -18,16 +18,19 @@ LINES = ("RateLimit", "X-RateLimit", "X-Rate-Limit")
 
 
 def read(*headers: tuple[str, str], now: float = NOON) -> Quota | None:
+    """Return the quota that these headers announce."""
     return announced(CIMultiDictProxy(CIMultiDict(headers)), now=now)
 
 
 def combined(*fields: str, policy: str | None = None) -> Quota | None:
+    """Return the quota of ``RateLimit`` fields, and of a ``RateLimit-Policy`` if given."""
     return read(
         *(("RateLimit", field) for field in fields), *([] if policy is None else [("RateLimit-Policy", policy)])
     )
 
 
 def lines(remaining: str, reset: str, prefix: str = "X-RateLimit", date: str = "") -> Quota | None:
+    """Return the quota of the older headers, one for each number."""
     return read((f"{prefix}-Remaining", remaining), (f"{prefix}-Reset", reset), ("Date", date))
 
 

@@ -26,15 +26,18 @@ TABLE_ROW = re.compile(r"^\| `(\w+)` \| ([^|]+) \|", re.MULTILINE)
 
 
 def section(title: str) -> str:
+    """Return the text of a section of README."""
     return README.split(f"# {title}\n")[1].split("\n## ")[0]
 
 
 def program(title: str, number: int = 0) -> str:
+    """Return a program of a section, by its number."""
     programs: list[str] = PROGRAM.findall(section(title))
     return programs[number]
 
 
 def run(program: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program with warnings as errors."""
     file = tmp_path / "program.py"
     file.write_text(program)
     return subprocess.run(

@@ -19,11 +19,13 @@ from audiences_async.sandbox.throttling import admission
 
 @pytest.fixture
 async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    """Open an HTTP session."""
     async with aiohttp.ClientSession() as session:
         yield session
 
 
 async def get(http: aiohttp.ClientSession, sandbox: Sandbox, key: str | None, path: str = "audiences") -> Any:
+    """Send a GET; return the status, headers and body."""
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     async with http.get(sandbox.base_url + path, headers=headers) as response:
         return response.status, response.headers, await response.read()
@@ -92,6 +94,7 @@ def test_waiting_for_a_request_that_never_comes(sandbox: Sandbox) -> None:
 
 
 def account(**settings: Any) -> SandboxAccount:
+    """Return the sandbox's own record of an account with these settings."""
     sandbox = Sandbox(seed=settings.pop("seed", 0))
     sandbox.add_account("north", **settings)
     return sandbox._accounts["north"]

@@ -148,6 +148,7 @@ def stepped(time: SteppedTime) -> Iterator[Sandbox]:
 
 @pytest.fixture
 async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    """Open an HTTP session that sends each GET once."""
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session:
         session._retry_connection = False  # aiohttp would send a GET again
         yield session
@@ -162,6 +163,7 @@ async def get(http: aiohttp.ClientSession, sandbox: Sandbox, account: Account) -
 
 
 async def statuses(http: aiohttp.ClientSession, sandbox: Sandbox, account: Account, count: int) -> list[int]:
+    """Send requests one after the other; return their statuses."""
     return [(await get(http, sandbox, account))[0] for _ in range(count)]
 
 

@@ -53,7 +53,7 @@ from audiences_async.credentials import ApiKey
 from audiences_async.events import AttemptFinished
 from audiences_async.results import line
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
-from audiences_async.structuring import whole
+from audiences_async.structuring import run_to_completion
 from audiences_async.wire import Reply, read
 
 StartRaw: TypeAlias = Callable[[Callable[[RawConnection], Awaitable[None]]], Awaitable[RawServer]]
@@ -74,26 +74,32 @@ EVERY_ERROR: Final = {
 
 
 def json_text(key: str) -> str:
+    """Escape as Python's JSON does."""
     return json.dumps(key)[1:-1]
 
 
 def dotnet_json(key: str) -> str:
+    """Escape as .NET's JSON does, every punctuation mark included."""
     return "".join(c if c.isalnum() and c.isascii() else f"\\u{ord(c):04X}" for c in key)
 
 
 def percent(key: str) -> str:
+    """Escape for a URL."""
     return quote(key, safe="")
 
 
 def lower_percent(key: str) -> str:
+    """Escape for a URL, in lower-case hexadecimal."""
     return "".join(part.lower() if part[:1] == "%" else part for part in percent_parts(key))
 
 
 def percent_parts(key: str) -> list[str]:
+    """Escape each character for a URL."""
     return [quote(c, safe="") for c in key]
 
 
 def html_decimal(key: str) -> str:
+    """Escape as decimal character references of HTML."""
     return "".join(c if c.isalnum() and c.isascii() else f"&#{ord(c)};" for c in key)
 
 
@@ -292,7 +298,7 @@ def test_a_key_that_our_own_words_escape(key: str) -> None:
     record = {"type": "Dynamic", "id": "1", "name": "one", "created_time": key}
     body = json.dumps({"status": "200", "data": [record]}).encode()
     reply = Reply(200, CIMultiDictProxy(CIMultiDict()), body)
-    error = whole(read(reply, ApiKey(key), now=0.0))
+    error = run_to_completion(read(reply, ApiKey(key), now=0.0))
     assert isinstance(error, InvalidResponseError)
     assert any("***" in problem for problem in error.problems)
     assert "Zq7Lw3Rt" not in str(error.problems)

@@ -16,6 +16,7 @@ from audiences_async import (
     Account,
     AudiencesClient,
     AudiencesError,
+    CachePolicy,
     ConfigurationError,
     Event,
     Failed,
@@ -251,6 +252,12 @@ def test_a_limit_of_connections_is_an_event(run: RunJob) -> None:
     done = run(ConnectionLimit(round_trip=0.2), 2000, on_event=events.append)
     learned = [event.limit for event in events if isinstance(event, ServiceConcurrencyLearned)]
     assert (learned[-1], done.pace.window, done.pace.rate) == (10, 10, None)
+    events.clear()
+    done = run(
+        ConnectionLimit(round_trip=0.2), 500, on_event=events.append, service_rate_limit=RateLimit(1000, burst=100)
+    )
+    assert not done.reasons
+    assert any(isinstance(event, ServiceConcurrencyLearned) for event in events)
 
 
 def test_a_limit_of_connections_that_is_lowered(run: RunJob) -> None:
@@ -346,6 +353,7 @@ class Swallowing(Service):
     waiting: set["asyncio.Future[None]"] | None = None
 
     async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
+        """Leave a request from second 1 to 11 without an answer, until it is abandoned or times out."""
         if not 1 < virtual.now() < 11:
             return await super().attempt(key)
         self.seen.append((virtual.now(), key.reveal(), 0))
@@ -359,12 +367,14 @@ class Swallowing(Service):
         return AttemptTimeoutError("no whole reply")
 
     def abandon(self) -> None:
+        """End all waiting requests."""
         for never in self.waiting or ():
             if not never.done():
                 never.set_result(None)
 
 
 def lost(status: int) -> Callable[[str, float], int]:
+    """Return answers that have this status from second 1 to 11."""
     return lambda key, at: status if 1 < at < 11 else 200
 
 
@@ -390,7 +400,7 @@ def test_a_job_without_patience(run: RunJob) -> None:
     assert len(done.answered) + done.reasons["patience"] == 1000
     last, outcome = done.outcomes[-1]
     assert isinstance(outcome, Failed)
-    assert "answered nobody for" in str(outcome.error)
+    assert "answered no account for" in str(outcome.error)
     assert last == pytest.approx(5.2, abs=1.5)
 
 
@@ -543,3 +553,11 @@ def test_single_calls_in_an_outage_keep_to_the_connections(monkeypatch: pytest.M
 
     virtual.run(main())
     assert most == 7
+
+
+@pytest.mark.parametrize("cache", [None, CachePolicy(ttl=60)])
+def test_an_outage_takes_nothing_of_an_accounts_time(run: RunJob, cache: CachePolicy | None) -> None:
+    """Accounts with a timeout far shorter than the outage are all answered, with a cache and without."""
+    service = Service(lambda key, at: 503 if 0.2 < at < 8 else 200, round_trip=0.05)
+    done = run(service, 1000, timeout=1.5, cache=cache)
+    assert not done.reasons

@@ -4,10 +4,12 @@ import copy
 import json
 import pickle
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
+from unittest.mock import Mock
 
-import msgspec
 import pytest
 from conftest import SAMPLES
 from hypothesis import example, given
@@ -23,9 +25,10 @@ from audiences_async import (
     StatusError,
     TooManyRequestsError,
     UnknownAudience,
+    fast_path,
     structuring,
 )
-from audiences_async.structuring import MAX_PROBLEMS, decode, decoding, record
+from audiences_async.structuring import MAX_PROBLEMS, decode, decode_in_steps, record, run_to_completion
 
 STATIC = {"id": "1", "name": "one", "created_time": "2025-10-01T09:10:00Z", "user_count": 7, "type": "Static"}
 DYNAMIC = {"id": "2", "name": "two", "created_time": "2025-10-01T09:10:00Z", "type": "Dynamic"}
@@ -34,15 +37,18 @@ MORE = "$: there may be more problems; only the first are reported"
 
 
 def body(*data: Any, **envelope: Any) -> bytes:
-    whole = {"status": "200", "description": "Audiences retrieved", "response_time": None, "data": list(data)}
-    return json.dumps(whole | envelope).encode()
+    """Return the body of a 200 with these records."""
+    sent = {"status": "200", "description": "Audiences retrieved", "response_time": None, "data": list(data)}
+    return json.dumps(sent | envelope).encode()
 
 
 def without(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a record without one of its fields."""
     return {field: value for field, value in row.items() if field != name}
 
 
 def problems(wrong: bytes) -> tuple[str, ...]:
+    """Return the problems of an invalid body."""
     with pytest.raises(InvalidResponseError) as caught:
         decode(wrong)
     return caught.value.problems
@@ -230,7 +236,7 @@ def test_a_number_beyond_reading_is_a_problem(number: bytes) -> None:
 def test_what_is_ignored_is_not_decoded() -> None:
     """An undocumented member of the envelope must be JSON, and is otherwise ignored."""
     ignored = b'"x": 1e400, "y": ' + b"9" * 5000 + b', "z": [{}, "\\ud83d\\ude00"]'
-    assert len(structuring.decode(b'{"status": 200, ' + ignored + b', "data": []}')) == 0
+    assert len(decode(b'{"status": 200, ' + ignored + b', "data": []}')) == 0
     assert problems(b'{"status": 200, "x": [1,], "data": []}')[0].startswith("$: not JSON: ")
 
 
@@ -266,7 +272,7 @@ def test_many_rows_behind_one_that_is_long() -> None:
 def test_many_small_rows() -> None:
     """A body full of audiences that have only a type is read, too."""
     crammed = b'{"status":"200","data":[' + b",".join([b'{"type":"New"}'] * 80_000) + b"]}"
-    assert {audience.type for audience in structuring.decode(crammed)} == {"New"}
+    assert {audience.type for audience in decode(crammed)} == {"New"}
     assert problems(b'{"status":"200","data":{"type":[' + b"0," * 600_000 + b"0]}}") == (
         "$.data: expected an array, got an object",
     )
@@ -278,10 +284,7 @@ def test_rows_of_uneven_length_are_decoded_in_steps() -> None:
     rows = [b'{"type":"New","x":"%d"}' % number for number in range(20_000)] + [long] * 20
     uneven = b'{"status":"200","data":[' + b",".join(rows) + b"]}"
     assert [record(audience) for audience in decode(uneven)] == [json.loads(row) for row in rows]
-    pieces = structuring._pieces([msgspec.Raw(row) for row in rows], 0)
-    assert all(len(piece) == 1 or sum(map(len, piece)) <= 256 * 1024 for _, piece in pieces)
-    (piece,) = structuring._pieces([msgspec.Raw(row) for row in rows[:100]], 7)
-    assert (piece[0], len(piece[1])) == (7, 100)
+    assert sum(1 for _ in decode_in_steps(uneven)) > len(uneven) / (128 * 1024)
 
 
 def test_a_number_beyond_reading_in_a_record() -> None:
@@ -292,19 +295,8 @@ def test_a_number_beyond_reading_in_a_record() -> None:
 
 def test_no_record_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """A record that is unreadable for a reason outside itself is a problem too."""
-
-    def out_of_memory(*_: Any) -> Any:
-        raise MemoryError
-
-    for way in ("_plain_envelope", "_plain_records", "_structure"):
-        monkeypatch.setattr(structuring, way, out_of_memory)
-    assert problems(body(STATIC)) == ("$.data[0]: cannot be read",)
-
-    def unreadable(*_: Any) -> Any:
-        raise msgspec.DecodeError("no such luck")
-
-    monkeypatch.setattr(structuring, "_elements", unreadable)
-    assert problems(body(STATIC)) == ("$: not JSON: no such luck",)
+    monkeypatch.setattr(structuring, "date_and_time", Mock(side_effect=[MemoryError, WHEN]))
+    assert problems(body(STATIC | {"created_time": "2025-10-01T09:10:00.1234567Z"})) == ("$.data[0]: cannot be read",)
 
 
 @pytest.mark.parametrize("data", [None, {}, "", 0])
@@ -360,7 +352,7 @@ def test_record_of_a_time_in_another_zone() -> None:
 def test_a_large_body_is_decoded_in_steps() -> None:
     """A body of any size is decoded in steps, with the same audiences and paths as in one step."""
     many = [STATIC | {"id": str(number)} for number in range(5000)]
-    steps = decoding(body(*many))
+    steps = decode_in_steps(body(*many))
     assert sum(1 for _ in steps) > 4
     assert [audience.id for audience in decode(body(*many))] == [row["id"] for row in many]
     many[4321] = STATIC | {"id": None}
@@ -469,29 +461,19 @@ layouts = st.sampled_from([(None, (",", ":")), (None, (" , ", ": ")), (2, (",", 
     ),
     st.integers(1, 200),
 )
-def test_an_array_is_read_the_same_wherever_it_is_cut(sent: bytes, at_once: int) -> None:
+def test_an_array_is_read_the_same_wherever_it_is_cut(sent: bytes, step: int) -> None:
     """Records with braces and brackets in them are read the same, whatever the size of a step."""
-    expected = verdict(sent)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(structuring, "_AT_ONCE", at_once)
-        assert verdict(sent) == expected
+    assert verdict(sent, step) == verdict(sent)
 
 
 @given(envelopes.map(lambda sent: json.dumps(sent).encode()) | st.lists(near_rows, max_size=6).map(lambda r: body(*r)))
 def test_every_way_through_reads_the_same(sent: bytes) -> None:
     """The fast path, the stepwise path and the reference alone have the same answer or the same error."""
-    ways = [verdict(sent)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(structuring, "_AT_ONCE", 1)
-        ways.append(verdict(sent))
-        patch.setattr(structuring, "_plain_records", refused)
-        ways.append(verdict(sent))
-        patch.setattr(structuring, "_AT_ONCE", 1 << 20)
-        patch.setattr(structuring, "_plain_envelope", refused)
-        ways.append(verdict(sent))
-        patch.setattr(structuring, "_AT_ONCE", 50)
-        ways.append(verdict(sent))
-    assert ways == [ways[0]] * 5
+    steps = (1, 50, 1 << 20)
+    ways = [verdict(sent), *(verdict(sent, step) for step in steps)]
+    with without_fast_path():
+        ways += [verdict(sent, step) for step in steps]
+    assert ways == [ways[0]] * 7
 
 
 times = st.builds(
@@ -523,20 +505,28 @@ def test_every_way_reads_a_time_the_same(sent: list[str]) -> None:
     for n, time in enumerate(sent):
         text = text.replace(f"<{n}>", time)
     short = verdict(text.encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(structuring, "_plain_records", refused)
-        patch.setattr(structuring, "_plain_envelope", refused)
+    with without_fast_path():
         assert verdict(text.encode()) == short
 
 
-def refused(text: bytes) -> Any:
-    raise ValueError("no plain records today")
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Leave every record to the reference."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(structuring, "decode_plain", lambda _: None)
+        patch.setattr(fast_path, "plain_audiences", lambda _: None)
+        yield
 
 
-def verdict(sent: bytes) -> Any:
-    """Return the answer with its classes and hashes, or all fields of the error."""
+def verdict(sent: bytes, step: int | None = None) -> Any:
+    """Return the answer with its classes and hashes, or all fields of the error.
+
+    Args:
+        sent: The body.
+        step: Bytes decoded without yielding; ``None`` decodes the body as a caller does.
+    """
     try:
-        response = decode(sent)
+        response = decode(sent) if step is None else run_to_completion(decode_in_steps(sent, step=step))
     except StatusError as error:
         return type(error), error.status, error.description
     except InvalidResponseError as error:

@@ -32,9 +32,11 @@ class Told:
     hook: OpenTelemetry
 
     def calls(self) -> list[ReadableSpan]:
+        """Return the spans of calls."""
         return [span for span in self.spans.get_finished_spans() if span.name == "get_audiences"]
 
     def metrics(self) -> dict[str, list[Any]]:
+        """Return the data points of each metric."""
         data = self.reader.get_metrics_data()
         assert data is not None
         found = [metric for one in data.resource_metrics for scope in one.scope_metrics for metric in scope.metrics]
@@ -43,6 +45,7 @@ class Told:
 
 @pytest.fixture
 def told() -> Iterator[Told]:
+    """Collect spans and metrics in memory."""
     spans, reader = InMemorySpanExporter(), InMemoryMetricReader()
     tracers, meters = TracerProvider(), MeterProvider([reader])
     tracers.add_span_processor(SimpleSpanProcessor(spans))

@@ -61,6 +61,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def deflate(data: bytes, wbits: int) -> bytes:
+    """Compress *data* with zlib; *wbits* selects zlib, raw deflate or gzip."""
     compressor = zlib.compressobj(wbits=wbits)
     return compressor.compress(data) + compressor.flush()
 
@@ -72,6 +73,7 @@ async def a_few_turns() -> None:
 
 
 async def error_of(client: AudiencesClient) -> AudiencesError:
+    """Return the error of one call."""
     with pytest.raises(AudiencesError) as caught:
         await client.get_audiences()
     return caught.value

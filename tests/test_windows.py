@@ -99,6 +99,7 @@ def run(*arguments: str) -> tuple[int, str, str]:
 
 
 def fetch(accounts: Path, out: Path, *options: str) -> tuple[int, str, str]:
+    """Fetch accounts; return the exit code, stdout and stderr."""
     return run("fetch", "--accounts", str(accounts), "--out", str(out), *options)
 
 

@@ -25,13 +25,16 @@ from audiences_async import (
 
 
 async def key() -> str:
+    """Return a key, as a key function does."""
     return "key"
 
 
-def hook(event: Event) -> None: ...
+def hook(event: Event) -> None:
+    """Take an event, as ``on_event`` does."""
 
 
 async def right() -> None:
+    """Use the client with the right types."""
     async with AudiencesClient("key", retry=RetryPolicy(max_attempts=3), on_event=hook) as client:
         assert_type(client, AudiencesClient)
         response = await client.get_audiences()
@@ -54,6 +57,7 @@ async def right() -> None:
 
 
 async def jobs(client: AudiencesClient, accounts: list[Account], later: AsyncIterator[Account]) -> None:
+    """Use jobs with the right types."""
     assert_type(await client.fetch_all(iter(accounts), concurrency=5, timeout=3), list[Outcome])
     async with client.stream(later) as outcomes:
         async for outcome in outcomes:
@@ -67,12 +71,14 @@ async def jobs(client: AudiencesClient, accounts: list[Account], later: AsyncIte
 
 
 def errors(error: AudiencesError, status: StatusError) -> None:
+    """Read errors with the right types."""
     assert_type(error.attempts, tuple[Attempt, ...])
     assert_type(error.retry_after, float | None)
     assert_type(status.headers, Mapping[str, str])
 
 
 async def wrong(client: AudiencesClient, audience: Audience, account: Account) -> None:
+    """Misuse the client; each ``type: ignore`` is an error that a type checker must report."""
     AudiencesClient(5)  # type: ignore[arg-type]
     AudiencesClient("key", "https://api.commbox.io/")  # type: ignore[call-arg]
     AudiencesClient(ssl=False)  # type: ignore[arg-type]

@@ -110,6 +110,7 @@ class LeakyBucket:
         self._excess: dict[str, tuple[float, float]] = {}
 
     def __call__(self, key: str, at: float) -> int:
+        """Return the status of a request that arrives *at* this second."""
         excess, last = self._excess.get(key, (-1.0, at))
         excess = max(-1.0, excess - self.rate * (at - last)) + 1.0
         if excess > self.burst:
@@ -127,6 +128,7 @@ class FixedWindow:
         self._used: dict[int, int] = {}
 
     def __call__(self, key: str, at: float) -> int:
+        """Return the status of a request that arrives *at* this second."""
         number = int(at / self._window)
         self._used[number] = self._used.get(number, 0) + 1
         return 200 if self._used[number] <= self._limit else 429
@@ -141,6 +143,7 @@ class SlidingWindow:
         self._granted: list[float] = []
 
     def __call__(self, key: str, at: float) -> int:
+        """Return the status of a request that arrives *at* this second."""
         self._granted = [time for time in self._granted if time > at - self._window]
         if len(self._granted) >= self._limit:
             return 429
@@ -157,6 +160,7 @@ class TokenBucket:
         self._tokens, self._last = float(capacity), 0.0
 
     def __call__(self, key: str, at: float) -> int:
+        """Return the status of a request that arrives *at* this second."""
         self._tokens = min(self._capacity, self._tokens + (at - self._last) * self._rate)
         self._last = at
         if self._tokens < 1:

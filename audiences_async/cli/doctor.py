@@ -14,7 +14,7 @@ from audiences_async.credentials import ApiKey
 from audiences_async.dates import http_date
 from audiences_async.deadlines import Deadlines
 from audiences_async.errors import AudiencesError, ConfigurationError, printable
-from audiences_async.structuring import whole
+from audiences_async.structuring import run_to_completion
 from audiences_async.transport import Transport, TransportSettings
 from audiences_async.wire import Reply, Result, read
 
@@ -127,7 +127,7 @@ async def _request(key: ApiKey, endpoint: URL, timeout: float) -> list[Finding]:
         await transport.close()
     if not isinstance(reply, Reply):
         return [_refused(reply)]
-    result = whole(read(reply, key, now=time.time()))
+    result = run_to_completion(read(reply, key, now=time.time()))
     return [_answer(result), *_clock(reply, started, time.time())]
 
 

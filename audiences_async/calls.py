@@ -1,0 +1,137 @@
+"""The calls of one client: each runs within its deadline, alone or by way of the cache."""
+
+from weakref import WeakValueDictionary
+
+from audiences_async.caching import Cache, CachePolicy
+from audiences_async.call import Call, CallSettings, out_of_time
+from audiences_async.credentials import ApiKey, KeySource
+from audiences_async.deadlines import CallTime, Deadlines
+from audiences_async.errors import (
+    AudiencesError,
+    ClientClosedError,
+    ConfigurationError,
+    DeadlineExceededError,
+    TransportError,
+)
+from audiences_async.events import StopReason
+from audiences_async.models import Account
+from audiences_async.pacer import Pacer
+from audiences_async.places import Place
+from audiences_async.transport import Transport
+from audiences_async.wire import Result
+
+
+class Calls:
+    """The calls of one client, on one event loop.
+
+    Args:
+        settings: What all calls share.
+        transport: Makes the attempts.
+        pacer: Grants the turns.
+        deadlines: The deadlines of the calls.
+        cache: How long answers are reused; ``None`` means that every call sends a request.
+        timeout: Seconds for a refresh of the cache.
+    """
+
+    def __init__(
+        self,
+        settings: CallSettings,
+        transport: Transport,
+        pacer: Pacer,
+        deadlines: Deadlines,
+        *,
+        cache: CachePolicy | None,
+        timeout: float,
+    ) -> None:
+        self.transport: Transport = transport
+        self.pacer: Pacer = pacer
+        self._settings = settings
+        self._deadlines = deadlines
+        self._cache: Cache | None = None
+        if cache is not None:
+            self._cache = Cache(cache, settings.clock, begin=self._begin, run=self._run, timeout=timeout)
+        self._key_sources: WeakValueDictionary[tuple[str, int], KeySource] = WeakValueDictionary()
+        self._closing = False
+
+    async def answer(self, account: Account, timeout: float, place: Place | None) -> Result:
+        """Return the account's answer, or the error of its call.
+
+        Args:
+            account: The account.
+            timeout: Seconds for the call.
+            place: Its place in a job; ``None`` outside a job.
+        """
+        if self._cache is None:
+            return await self._run(self._begin(account, timeout, place))
+        return await self._cached(self._cache, account, timeout, place)
+
+    def invalidate(self, account: Account) -> None:
+        """Discard the account's cached answer."""
+        if self._cache is not None:
+            self._cache.invalidate(account)
+
+    async def close(self) -> None:
+        """End all calls, and close the transport."""
+        self._closing = True
+        try:
+            await self._deadlines.end()
+            if self._cache is not None:
+                await self._cache.close()
+        finally:
+            await self.transport.close()
+
+    def _begin(self, account: Account, timeout: float, place: Place | None = None) -> Call:
+        now = self._settings.clock.monotonic
+        return Call(
+            account,
+            self._credential(account),
+            CallTime(now, self._deadlines.within(timeout), timeout, stands_still=place is not None),
+            pacer=self.pacer,
+            transport=self.transport,
+            settings=self._settings,
+            place=place,
+        )
+
+    async def _run(self, call: Call, first: AudiencesError | None = None) -> Result:
+        try:
+            with call.time.scope:
+                return await call.run(first)
+        except (ConfigurationError, ClientClosedError, DeadlineExceededError) as error:
+            return call.cut_off(error, error.stop_reason)
+        except TimeoutError:
+            return call.cut_off(*self._out_of_time(call.time.timeout))
+        except BaseException as error:
+            call.abandoned(error)
+            raise
+
+    async def _cached(self, cache: Cache, account: Account, timeout: float, place: Place | None) -> Result:
+        credential = self._credential(account)
+        calls: list[Call] = []
+        try:
+            with self._deadlines.within(timeout) as scope:
+                key = credential if isinstance(credential, ApiKey) else await credential.get(account=account.name)
+                scope.check()
+                if place is None:
+                    return await cache.get(account, key, timeout, calls.append, place)
+                # In a job, the time of the request bounds the wait: it stands still in an outage.
+                with scope.suspended():
+                    return await cache.get(account, key, timeout, calls.append, place)
+        except TransportError as failure:  # the key function failed, so there is no key to look up
+            return await self._run(self._begin(account, timeout, place), failure.with_traceback(None))
+        except TimeoutError:
+            error, reason = self._out_of_time(timeout)
+            error.account, error.elapsed, error.stop_reason = account.name, timeout, reason
+            error.attempts = calls[-1].attempts_until_now(reason) if calls else ()
+            return cache.in_place_of(error, account)
+
+    def _out_of_time(self, timeout: float) -> tuple[AudiencesError, StopReason]:
+        if self._closing:
+            return ClientClosedError("the client was closed while the call ran"), "final"
+        return out_of_time(timeout), "deadline"
+
+    def _credential(self, account: Account) -> ApiKey | KeySource:
+        credential = account.credential
+        if isinstance(credential, ApiKey):
+            return credential
+        # Kept as long as a call refers to it, so that concurrent calls share one key and one refresh.
+        return self._key_sources.setdefault((account.name, id(credential)), KeySource(credential))

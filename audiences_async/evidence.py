@@ -1,0 +1,50 @@
+"""What different accounts meet in a row: whether a refusal or a failure is the service's."""
+
+from typing import Final
+
+from audiences_async.lanes import Lane
+from audiences_async.pacing import REFUSALS, Verdict
+
+_FEW: Final = 3  # accounts that fail in a row while few requests are in flight
+_MANY: Final = 8
+_PER_ACCOUNT: Final = 4  # requests in flight for each account that must fail
+_WEIGHT: Final = 1 / 16  # of the latest request, in the shares of the latest ones
+_HALF: Final = 0.5
+
+
+class Evidence:
+    """Accounts that are refused or fail, without an answer to any account in between."""
+
+    __slots__ = ("_accounts", "_peak", "_recovered", "_refused")
+
+    def __init__(self) -> None:
+        self._accounts: set[Lane] = set()
+        self._peak = 0  # requests in flight at the same time
+        self._refused = 0.0  # share of the latest requests
+        self._recovered = 0.0  # share of the latest answers, of accounts that had been refused or had failed
+
+    @property
+    def shows_refusals(self) -> bool:
+        """Whether most requests are refused, and most refused accounts are answered later."""
+        return self._refused >= _HALF and self._recovered >= _HALF
+
+    def sent(self, in_flight: int) -> None:
+        """Note that a request goes now, as one of *in_flight*."""
+        self._peak = max(self._peak, in_flight)
+
+    def returned(self, verdict: Verdict, lane: Lane) -> None:
+        """Note the reply to a request of an account."""
+        self._refused += _WEIGHT * ((verdict in REFUSALS) - self._refused)
+        if verdict == "answered":
+            self._recovered += _WEIGHT * (lane.recovers - self._recovered)
+            self._accounts.clear()
+
+    def suffices(self, verdict: Verdict, lane: Lane) -> bool:
+        """Note that an account was refused or failed; return whether enough did, so that the service is the cause."""
+        self._accounts.add(lane)
+        # Accounts have limits of their own, and few have outages of their own.
+        few = _MANY if verdict == "throttled" else _FEW
+        if len(self._accounts) < min(max(few, self._peak // _PER_ACCOUNT), _MANY):
+            return False
+        self._accounts.clear()
+        return True

@@ -1,0 +1,135 @@
+"""The lane of one account: its pace, and its pauses after a 429."""
+
+import math
+from collections.abc import Callable
+from typing import Final
+
+from attrs import frozen
+
+from audiences_async.clock import Clock
+from audiences_async.deadlines import Deadlines
+from audiences_async.events import AccountPaused, AccountResumed, Event, RateLearned
+from audiences_async.learning import LearnedRate
+from audiences_async.pacing import PacedQueue, PauseSettings, Verdict
+from audiences_async.rates import Limiter, RateLimit
+
+_RECENT: Final = 1.0  # s; requests that an account sent in it may explain a refusal
+_LONGEST_ANNOUNCED: Final = 30.0  # s; a pause that no refusal asked for may be misread, and a request will show it
+
+
+@frozen
+class AccountPace:
+    """How one account is paced right now.
+
+    Attributes:
+        account: The account's name.
+        rate: Requests per second, known or learned; ``None`` if none is known yet.
+        paused_for: Seconds until requests may go again; 0.0 means now.
+        waiting: Calls that wait for their turn.
+        in_flight: Requests on the wire.
+    """
+
+    account: str
+    rate: float | None
+    paused_for: float
+    waiting: int
+    in_flight: int
+
+
+class Lane(PacedQueue):
+    """One account's way to the wire, at the account's pace, and closed after a 429."""
+
+    __slots__ = ("_alone", "_emit", "_granted_at", "_suspected_at", "account", "users")
+
+    def __init__(
+        self,
+        account: str,
+        *,
+        limit: RateLimit | Limiter | None,
+        clock: Clock,
+        deadlines: Deadlines,
+        settings: PauseSettings,
+        emit: Callable[[Event], None],
+    ) -> None:
+        learned = LearnedRate() if limit is None else LearnedRate(window=None)
+        super().__init__(limit, learned, clock, deadlines, settings)
+        self.account: str = account
+        self.users: int = 0
+        """Calls that hold on to the lane, also while they neither wait nor send."""
+        self._emit = emit
+        self._granted_at = -math.inf
+        self._suspected_at: int | None = None  # answers of the service when this account began to come to nothing
+        self._alone = False  # whether others were answered since then
+
+    def snapshot(self, now: float) -> AccountPace:
+        """Return how the account is paced right now."""
+        return AccountPace(self.account, self.rate, self.paused_for(now), self.waiting, self.in_flight)
+
+    def is_paused(self, now: float) -> bool:
+        """Return whether the account is closed after a 429."""
+        return now < self._closed_until
+
+    def is_idle(self, now: float) -> bool:
+        """Return whether forgetting the lane would make no difference."""
+        return (
+            not self.users
+            and not self._failures
+            and self._closed_until <= now
+            and self._learned.is_idle(now)
+            and (self._known is None or self._known.is_idle(now))
+            and self._window.limit is None
+        )
+
+    def explains(self, sent_at: float) -> bool:
+        """Return whether a refusal of what was sent then can be the account's own doing: it has sent others lately."""
+        if self.in_flight > 1 or sent_at - self._granted_at < _RECENT:
+            return True
+        return self.rate is not None and sent_at - self._granted_at < 2 / self.rate
+
+    def fails_alone(self, answers: int) -> bool:
+        """Return whether others have been answered between two failures of this account; and remember this one.
+
+        Args:
+            answers: Answers that the service has given so far.
+        """
+        if self._suspected_at is None:
+            self._suspected_at = answers
+        elif answers > self._suspected_at:
+            self._alone = True
+        return self._alone
+
+    @property
+    def recovers(self) -> bool:
+        """Whether its last request came to nothing; that it is answered now shows that this was not its own doing."""
+        return self._suspected_at is not None
+
+    def returned(self, now: float, sent_at: float, verdict: Verdict, pause: float | None) -> None:
+        """Learn from what became of a request.
+
+        Args:
+            now: The time.
+            sent_at: When it was sent.
+            verdict: What the reply says about the account's pace.
+            pause: Seconds for which the service asked to send nothing, if it did.
+        """
+        fresh = self._returned(now, sent_at)
+        try:
+            if verdict == "throttled":
+                self._throttled(now, sent_at, pause, fresh=fresh)
+            elif verdict in {"answered", "failed", "unavailable"}:
+                if verdict == "answered":
+                    self._granted_at, self._suspected_at, self._alone = now, None, False
+                self._answered(now, sent_at, fresh=fresh)  # the account's limit let it through
+                if pause is not None and verdict != "unavailable":
+                    self._close(now, min(pause, _LONGEST_ANNOUNCED), asked=True)
+        finally:  # a hook may raise what ends the program, and be mistaken
+            self.changed()
+
+    def _on_paused(self, seconds: float, *, asked: bool) -> None:
+        self._emit(AccountPaused(self.account, seconds, asked))
+
+    def _on_resumed(self) -> None:
+        self._emit(AccountResumed(self.account))
+
+    def _on_rate(self, rate: float, per: float | None) -> None:
+        self._emit(RateLearned(self.account, rate, per))

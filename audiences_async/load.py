@@ -1,0 +1,107 @@
+"""How many requests of all accounts may be in flight: as many as the service finishes in time."""
+
+from typing import Final
+
+from audiences_async.concurrency import LearnedConcurrency
+from audiences_async.pacing import REFUSALS, Turn, Verdict
+
+_FIRST_LIMIT: Final = 32.0  # requests in flight; three times as many a round trip later
+_LEAST: Final = 4.0  # requests in flight, however slow the service is
+_FAST_STEP: Final = 2.0  # for each answer
+_SLOW_STEP: Final = 0.2
+_ENOUGH: Final = 50  # answers after which growth may be faster
+_QUICK: Final = 1 / 8  # of the attempt timeout
+_SLOW: Final = 1 / 2
+_AFTER_TIMEOUT: Final = 0.5  # of the limit
+_AFTER_SLOW: Final = 0.8
+_AFTER_REFUSAL: Final = 0.25
+_FADING: Final = 0.999  # of the slowest answer, with each later one
+
+
+class Load:
+    """A limit of requests in flight that grows with answers, and shrinks with timeouts and slow answers.
+
+    Args:
+        connections: Requests that may be in flight at most.
+        attempt_timeout: Seconds for one attempt.
+    """
+
+    __slots__ = (
+        "_attempt_timeout", "_concurrency", "_cut_at", "_in_flight", "_sent", "_since_cut", "_step", "connections",
+        "limit", "quick_answers", "slowest",
+    )  # fmt: skip
+
+    def __init__(self, connections: int, attempt_timeout: float) -> None:
+        self.connections: int = connections
+        self.limit: float = min(_FIRST_LIMIT, float(connections))
+        """Requests that may be in flight now."""
+        self.quick_answers: int = 0
+        """Number of answers within a small part of the attempt timeout."""
+        self.slowest: float = 0.0
+        """Seconds of the slowest answer, fading with later ones."""
+        self._attempt_timeout = attempt_timeout
+        self._concurrency = LearnedConcurrency()
+        self._in_flight: dict[int, int] = {}  # by the number of each request: how many others were in flight
+        self._sent = 0
+        self._step = _FAST_STEP
+        self._cut_at = float("-inf")
+        self._since_cut = 0  # answers
+
+    def sent(self) -> int:
+        """Note that a request goes now; return its number."""
+        self._sent += 1
+        self._in_flight[self._sent] = len(self._in_flight)
+        return self._sent
+
+    def follow(self, now: float, turn: Turn, verdict: Verdict, in_flight: int) -> None:
+        """Adapt the limit to the reply to the request of *turn*."""
+        others = self._in_flight.pop(turn.number)
+        if verdict == "answered":
+            self._concurrency.granted(now, turn.sent_at, others)
+        elif verdict in REFUSALS:
+            self._concurrency.refused(now, turn.sent_at, sum(number < turn.number for number in self._in_flight))
+        took = now - turn.sent_at
+        if verdict == "timed out":
+            self._shrink(now, turn, _AFTER_TIMEOUT, in_flight)
+        elif verdict == "answered" and took > _SLOW * self._attempt_timeout:
+            self._shrink(now, turn, _AFTER_SLOW, in_flight)
+        elif verdict in {"answered", "failed", "unavailable"}:
+            self._grow(took)
+        if verdict == "answered":
+            self.slowest = max(took, _FADING * self.slowest)
+            self.quick_answers += took <= _QUICK * self._attempt_timeout
+        self.limit = min(self.limit, self._concurrency.limit)
+
+    def _shrink(self, now: float, turn: Turn, share: float, in_flight: int) -> None:
+        others_were_quick = self.quick_answers - turn.quick_answers >= self.limit
+        if turn.sent_at >= self._cut_at and not others_were_quick:
+            self.ignore_until(now)
+            limit = share * min(self.limit, in_flight + 1)
+            self.cut(max(limit, min(_LEAST, self.connections)))  # one request that hangs must not block the others
+
+    def _grow(self, took: float) -> None:
+        if self.limit >= self.connections:
+            return
+        self._since_cut += 1
+        if self._since_cut % _ENOUGH == 0:
+            self._step = min(_FAST_STEP, 2 * self._step)
+        step = self._step if took <= _QUICK * self._attempt_timeout else min(self._step, _SLOW_STEP)
+        self.limit = min(float(self.connections), self._concurrency.limit, self.limit + step)
+
+    @property
+    def concurrency(self) -> float:
+        """The service's own limit of requests in flight; ``inf`` if none is known."""
+        return self._concurrency.limit
+
+    def cut(self, limit: float) -> None:
+        """Set a lower limit, from which growth is slow."""
+        self.limit = max(1.0, limit)
+        self._step, self._since_cut = _SLOW_STEP, 0
+
+    def refused(self) -> None:
+        """Note a refusal of a shared limit whose rate is unknown."""
+        self.limit = max(2.0, _AFTER_REFUSAL * self.limit)
+
+    def ignore_until(self, now: float) -> None:
+        """Ignore timeouts of requests that were sent before *now*."""
+        self._cut_at = now

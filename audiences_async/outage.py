@@ -1,0 +1,75 @@
+"""An outage of the service: since when no account has been answered, and when the next probe is due."""
+
+import math
+from typing import Final
+
+from audiences_async.clock import Clock
+
+_FIRST_PROBE: Final = 0.25  # s after the first failure; twice as long after each probe
+_LONGEST_PROBE: Final = 1.5  # s, and up to a third more at random
+_STALL: Final = 2.0  # s without any reply, after which the service may hang
+_SOON: Final = 5.0  # s after an outage, in which a 503 is the refusal of a limit
+_FEW: Final = 3  # intervals of a learned rate, after which no limit explains a 503
+
+
+class Outage:
+    """The time without an answer, and the probes in it."""
+
+    __slots__ = ("_probed_at", "_resumed_at", "_silent_since", "_stall", "hangs", "probes")
+
+    def __init__(self) -> None:
+        self.probes: int = 0
+        """Number of probes sent so far."""
+        self.hangs: bool = False
+        """Whether requests are accepted and not answered."""
+        self._silent_since: float | None = None
+        self._resumed_at = self._probed_at = -math.inf
+        self._stall = _STALL
+
+    def silent_for(self, now: float) -> float:
+        """Return the seconds for which no account has been answered, from the first failure on."""
+        return 0.0 if self._silent_since is None else now - self._silent_since
+
+    def began(self, now: float) -> None:
+        """Note a failure: unless others came before, the time without an answer begins."""
+        if self._silent_since is None:
+            self._silent_since = now
+
+    def answered(self) -> None:
+        """Note an answer."""
+        self._silent_since = None
+
+    def resumed(self, now: float) -> None:
+        """Note that the service is open again."""
+        self._resumed_at = now
+
+    def outlived(self, sent_at: float) -> bool:
+        """Return whether a request was sent into an outage that is over."""
+        return sent_at < self._resumed_at
+
+    def probed(self, now: float) -> None:
+        """Note that a probe goes now."""
+        self.probes += 1
+        self._probed_at = now
+
+    def next_probe(self, now: float) -> float:
+        """Return the seconds until another probe may follow one that has no reply."""
+        return max(0.0, self._probed_at + _STALL - now)
+
+    def pause(self, failures: int, clock: Clock) -> float:
+        """Draw the seconds until the next probe, after *failures* in a row."""
+        seconds = min(_LONGEST_PROBE, _FIRST_PROBE * 2.0 ** min(failures - 1, 60))
+        return seconds * (1 + clock.random() / 3)
+
+    def is_stall(self, silence: float, slowest: float) -> bool:
+        """Return whether *silence* seconds without any reply are a hang, if the slowest answer took *slowest*."""
+        if silence < max(self._stall, 2 * slowest):
+            return False
+        self._stall *= 2  # it may just be slow
+        return True
+
+    def may_be_limit(self, now: float, *, is_limited: bool, rate: float | None) -> bool:
+        """Return whether a 503 may be the refusal of a limit."""
+        if not is_limited:
+            return now - self._resumed_at < _SOON
+        return self.silent_for(now) <= max(_STALL, _FEW / (rate or math.inf))

@@ -1,0 +1,120 @@
+"""A queue of calls: first come, first served, and only the first one waits for the pace."""
+
+import asyncio
+import math
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+from attrs import define, field
+
+from audiences_async.clock import Clock
+from audiences_async.deadlines import Deadlines, Scope, is_cancelled
+from audiences_async.errors import DeadlineExceededError, TransportError, callback_error
+from audiences_async.rates import Limiter
+
+NO_TIME: Final = 1e-9
+"""Seconds; less than a clock can resolve."""
+
+
+@define(eq=False)
+class Waiter:
+    """A call in a queue.
+
+    Attributes:
+        deadline: When it must have had its turn, on the client's clock.
+        patience: Seconds that it waits while the service answers nobody.
+        scope: What ends its wait.
+        refusal: Why it was ended.
+    """
+
+    deadline: float
+    patience: float
+    scope: Scope
+    refusal: DeadlineExceededError | TransportError | None = field(default=None)
+
+    def refuse(self, error: DeadlineExceededError | TransportError) -> None:
+        """End the wait at once."""
+        self.refusal = error
+        self.scope.expire()
+
+
+class Queue(ABC):
+    """First come, first served: one caller at a time waits for the pace, the others for that one."""
+
+    __slots__ = ("_changed", "_deadlines", "_lock", "_waiters", "clock", "in_flight", "limiter")
+
+    def __init__(self, clock: Clock, deadlines: Deadlines, limiter: Limiter | None) -> None:
+        self.clock: Clock = clock
+        self.limiter: Limiter | None = limiter
+        self.in_flight: int = 0
+        self._deadlines = deadlines
+        self._lock = asyncio.Lock()
+        self._waiters: set[Waiter] = set()
+        self._changed = asyncio.Event()
+
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for their turn."""
+        return len(self._waiters)
+
+    @abstractmethod
+    def delay(self, now: float) -> float:
+        """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
+
+    def is_free(self, now: float) -> bool:
+        """Return whether a request may go now, ahead of nobody."""
+        return not self._waiters and self.limiter is None and self.delay(now) <= 0
+
+    @asynccontextmanager
+    async def head(self, deadline: float, patience: float = math.inf) -> AsyncIterator[None]:
+        """Come to the head of the queue, and stay there for the length of the block.
+
+        Raises:
+            DeadlineExceededError: The turn cannot come before the *deadline*, as a pause that begins now shows.
+            TransportError: The service has answered no account for *patience* seconds.
+        """
+        waiter = Waiter(deadline, patience, self._deadlines.within(math.inf))
+        self._waiters.add(waiter)
+        try:
+            with waiter.scope:
+                async with self._lock:
+                    yield
+        except TimeoutError:
+            if waiter.refusal is None:
+                raise
+            raise waiter.refusal from None
+        finally:
+            self._waiters.discard(waiter)
+
+    async def opened(self) -> None:
+        """Return when a request may go. For the head of the queue."""
+        while (delay := self.delay(self.clock.monotonic())) > NO_TIME:
+            await self._wait(delay)
+
+    async def _wait(self, delay: float) -> None:
+        if delay == math.inf:
+            self._changed.clear()
+            await self._changed.wait()
+        else:
+            await self.clock.sleep(delay)
+
+    async def ask_limiter(self, setting: str, account: str) -> None:
+        """Return when the caller's own limiter agrees, if there is one. For the head of the queue."""
+        if self.limiter is None:
+            return
+        try:
+            await self.limiter.acquire(account)
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and is_cancelled():
+                raise
+            raise callback_error(f"{setting}.acquire()", error) from error
+
+    def changed(self) -> None:
+        """Have the head of the queue look again."""
+        self._changed.set()
+
+    def waiters(self) -> tuple[Waiter, ...]:
+        """Return the calls that wait."""
+        return tuple(self._waiters)
