@@ -60,7 +60,8 @@ class OwnLine(Line, asyncio.Protocol):
     def __init__(self, protocol: ResponseHandler, transport: asyncio.Transport) -> None:
         self._protocol = protocol
         self._transport = transport
-        self.arrivals = _arrivals(transport)
+        self.arrivals: Callable[[], Sequence[object]] = _arrivals(transport)
+        """Polls the socket for unread data."""
         transport.set_protocol(self)
 
     def data_received(self, data: bytes) -> None:
@@ -101,7 +102,7 @@ class Trust:
     """
 
     def __init__(self, pool: aiohttp.BaseConnector | None) -> None:
-        self.now = asyncio.get_running_loop().time
+        self.now: Callable[[], float] = asyncio.get_running_loop().time
         self.resolver: SharedResolver = _Resolver()
         """The resolver of the client's own pool; addresses that failed come last."""
         self._pool = pool
