@@ -14,9 +14,9 @@ from attrs import define, field
 from virtual import FixedWindow, LeakyBucket, Service, TokenBucket, shared
 
 from audiences_async import Account, AudiencesClient, Failed
+from audiences_async._http.wire import Reply
 from audiences_async.credentials import ApiKey
 from audiences_async.errors import TransportError
-from audiences_async.wire import Reply
 
 Limit: TypeAlias = Callable[[str, float], int]
 

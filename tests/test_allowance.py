@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from audiences_async.allowance import Allowance, QuotaScope
-from audiences_async.quota import Quota
+from audiences_async._http.quota import Quota
+from audiences_async._pace.allowance import Allowance, QuotaScope
 
 pytestmark = pytest.mark.once
 

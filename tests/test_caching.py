@@ -24,8 +24,8 @@ from audiences_async import (
     ServerError,
     TooManyRequestsError,
     UnauthorizedError,
-    caching,
 )
+from audiences_async._call import cache as caching
 from audiences_async.events import AttemptStarted, CallStarted
 from audiences_async.sandbox import Answer, Sandbox, SteppedTime, many_audiences
 

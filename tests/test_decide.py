@@ -16,7 +16,7 @@ from audiences_async import (
     TransportError,
     UnauthorizedError,
 )
-from audiences_async.decide import Again, Facts, Stop, decide, verdict_of
+from audiences_async._call.decide import Again, Facts, Stop, decide, verdict_of
 
 POLICY = RetryPolicy()
 

@@ -15,9 +15,10 @@ from command import COMMAND, KEY, Done, runner
 from docket import Docket, Worker
 from services import free_port, missing, redis_server
 
-from audiences_async import Account, AudiencesClient, ConfigurationError, RateLimit, RetryPolicy, distributed, results
+from audiences_async import Account, AudiencesClient, ConfigurationError, RateLimit, RetryPolicy, distributed
+from audiences_async._jobs import results
+from audiences_async._jobs.results import OutcomeFile
 from audiences_async.distributed import DocketError, RedisLimiter
-from audiences_async.results import OutcomeFile
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
 
 A0 = b'{"account": "a0", "ok": true, "audiences": []}\n'

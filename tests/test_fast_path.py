@@ -7,7 +7,7 @@ import pytest
 from conftest import SAMPLES
 from msgspec import DecodeError, Raw
 
-from audiences_async.fast_path import STEP, decode_plain, parts, plain_audiences
+from audiences_async._fast_path import STEP, decode_plain, parts, plain_audiences
 from audiences_async.structuring import decode
 
 STATIC = {"id": "1", "name": "one", "created_time": "2025-10-01T09:10:00Z", "user_count": 7, "type": "Static"}

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from command import COMMAND, KEY, Done, runner
 
-from audiences_async import events, results
+from audiences_async import events
+from audiences_async._jobs import results
 from audiences_async.cli import fetch as fetching
 from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox, many_audiences
 

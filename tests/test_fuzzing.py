@@ -41,10 +41,10 @@ from audiences_async import (
     UnauthorizedError,
     UnknownAudience,
 )
+from audiences_async._http.wire import Reply, read
 from audiences_async.credentials import ApiKey
 from audiences_async.sandbox import SteppedTime
 from audiences_async.structuring import decode, run_to_completion
-from audiences_async.wire import Reply, read
 
 ON_DEMAND: Final = int(os.environ.get("AUDIENCES_FUZZ_EXAMPLES", "100"))
 KEY: Final = ApiKey("s3cr3t-k3y-of-north")

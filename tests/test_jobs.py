@@ -19,8 +19,8 @@ from audiences_async import (
     RetryPolicy,
     TransportError,
     UnauthorizedError,
-    jobs,
 )
+from audiences_async._jobs import jobs
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from audiences_async.quota import Quota, announced
+from audiences_async._http.quota import Quota, announced
 
 NOON = datetime(2026, 2, 11, 12, tzinfo=UTC).timestamp()
 LINES = ("RateLimit", "X-RateLimit", "X-Rate-Limit")

@@ -1,6 +1,6 @@
 """Host name look-ups."""
 
-from audiences_async.resolver import SharedResolver
+from audiences_async._http.resolver import SharedResolver
 
 
 async def test_failed_addresses_come_last() -> None:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from audiences_async import Account, ConfigurationError, DeadlineExceededError, Failed, Fetched
+from audiences_async._jobs.results import OutcomeFile, line, lines, write_whole
 from audiences_async.errors import status_error
-from audiences_async.results import OutcomeFile, line, lines, write_whole
 from audiences_async.sandbox import EXAMPLE_AUDIENCES
 from audiences_async.structuring import decode
 

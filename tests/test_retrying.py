@@ -17,8 +17,8 @@ from audiences_async import (
     InvalidResponseError,
     RetryPolicy,
 )
+from audiences_async._call.retrying import wait_full_jitter
 from audiences_async.errors import status_error
-from audiences_async.retrying import wait_full_jitter
 from audiences_async.sandbox import SteppedTime
 
 

@@ -25,6 +25,8 @@ from audiences_async import (
     RetryPolicy,
     ServerError,
 )
+from audiences_async._http.wire import Reply
+from audiences_async._pace.service import ServicePace
 from audiences_async.credentials import ApiKey
 from audiences_async.errors import AttemptTimeoutError, ConnectionFailedError, TransportError
 from audiences_async.events import (
@@ -34,8 +36,6 @@ from audiences_async.events import (
     ServiceRateLearned,
     ServiceResumed,
 )
-from audiences_async.service import ServicePace
-from audiences_async.wire import Reply
 
 pytestmark = [pytest.mark.once, pytest.mark.slow]
 

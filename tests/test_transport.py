@@ -37,14 +37,14 @@ from audiences_async import (
     ServerError,
     StatusError,
     UnauthorizedError,
-    direct,
 )
-from audiences_async.connections import Connector, Trust
+from audiences_async._base.deadlines import Deadlines
+from audiences_async._http import direct
+from audiences_async._http.connections import Connector, Trust
+from audiences_async._http.transport import Transport, TransportSettings
 from audiences_async.credentials import ApiKey
-from audiences_async.deadlines import Deadlines
 from audiences_async.events import AttemptFinished
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
-from audiences_async.transport import Transport, TransportSettings
 
 StartRaw: TypeAlias = Callable[[Callable[[RawConnection], Awaitable[None]]], Awaitable[RawServer]]
 ONCE = RetryPolicy(max_attempts=1)

@@ -24,9 +24,9 @@ from audiences_async import (
     TooManyRequestsError,
     UnauthorizedError,
 )
+from audiences_async._http.wire import MAX_ERROR_BODY, Reply, Result, endpoint, proxy_url, read, retry_after
 from audiences_async.credentials import ApiKey, Secret
 from audiences_async.structuring import run_to_completion
-from audiences_async.wire import MAX_ERROR_BODY, Reply, Result, endpoint, proxy_url, read, retry_after
 
 KEY = ApiKey("key+with/odd&signs")
 NOON = datetime(2026, 2, 11, 12, tzinfo=UTC).timestamp()

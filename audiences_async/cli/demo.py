@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from audiences_async._base.clock import Clock
 from audiences_async.cli.output import table
 from audiences_async.client import AudiencesClient
-from audiences_async.clock import Clock
 from audiences_async.events import Attempt, AttemptFinished, Event, EventHook
 from audiences_async.models import Account, AudiencesResponse
-from audiences_async.retrying import RetryPolicy
+from audiences_async.policies import RetryPolicy
 from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox, many_audiences
 
 _FIRST_FAULT: Final[Mapping[str, Answer]] = {

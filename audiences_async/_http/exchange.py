@@ -10,12 +10,12 @@ from typing import Final
 
 import aiohttp
 
-from audiences_async.bodies import ReplyReader
-from audiences_async.connections import Lease, Trust, current_lease
+from audiences_async._http.bodies import ReplyReader
+from audiences_async._http.connections import Lease, Trust, current_lease
+from audiences_async._http.direct import ResendError
+from audiences_async._http.wire import MAX_ERROR_BODY, Reply
 from audiences_async.credentials import ApiKey
-from audiences_async.direct import ResendError
 from audiences_async.errors import AttemptTimeoutError, ConnectionFailedError, TransportError, printable
-from audiences_async.wire import MAX_ERROR_BODY, Reply
 
 _ERROR_BODY_TIMEOUT: Final = 1.0  # s; the status alone decides
 _NO_SOCKETS: Final = {errno.EMFILE, errno.ENFILE}

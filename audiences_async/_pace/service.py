@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from attrs import frozen
 
-from audiences_async.clock import Clock
-from audiences_async.deadlines import Deadlines
+from audiences_async._base.clock import Clock
+from audiences_async._base.deadlines import Deadlines
+from audiences_async._pace.evidence import Evidence
+from audiences_async._pace.lanes import Lane
+from audiences_async._pace.learning import LearnedRate
+from audiences_async._pace.load import Load
+from audiences_async._pace.outage import Outage
+from audiences_async._pace.pacing import REFUSALS, PacedQueue, PauseSettings, Turn, Verdict
+from audiences_async._pace.queue import NO_TIME
 from audiences_async.errors import TransportError
 from audiences_async.events import (
     Event,
@@ -17,14 +24,7 @@ from audiences_async.events import (
     ServiceRateLearned,
     ServiceResumed,
 )
-from audiences_async.evidence import Evidence
-from audiences_async.lanes import Lane
-from audiences_async.learning import LearnedRate
-from audiences_async.load import Load
-from audiences_async.outage import Outage
-from audiences_async.pacing import REFUSALS, PacedQueue, PauseSettings, Turn, Verdict
-from audiences_async.queue import NO_TIME
-from audiences_async.rates import Limiter, RateLimit
+from audiences_async.policies import Limiter, RateLimit
 
 if TYPE_CHECKING:
     from audiences_async.credentials import ApiKey

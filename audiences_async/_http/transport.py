@@ -12,15 +12,15 @@ from aiohttp.abc import AbstractCookieJar
 from attrs import field, frozen
 from yarl import URL
 
-from audiences_async import checks
-from audiences_async.connections import Connector, Trust, send_once
+from audiences_async._base import checks
+from audiences_async._base.deadlines import Deadlines, Scope, is_cancelled
+from audiences_async._http.connections import Connector, Trust, send_once
+from audiences_async._http.direct import NO_TIMEOUT, DirectRequests, direct_requests
+from audiences_async._http.exchange import Exchange
+from audiences_async._http.wire import FIXED_HEADERS, Reply, authorization
 from audiences_async.credentials import ApiKey
-from audiences_async.deadlines import Deadlines, Scope, is_cancelled
-from audiences_async.direct import NO_TIMEOUT, DirectRequests, direct_requests
 from audiences_async.errors import ClientClosedError, ConfigurationError, ConnectionFailedError, TransportError
-from audiences_async.exchange import Exchange
 from audiences_async.models import Account
-from audiences_async.wire import FIXED_HEADERS, Reply, authorization
 
 DEFAULT_MAX_CONNECTIONS: Final = 100
 

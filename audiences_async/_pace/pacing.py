@@ -6,15 +6,16 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 from attrs import frozen
 
-from audiences_async.allowance import Allowance
-from audiences_async.clock import Clock
-from audiences_async.deadlines import Deadlines
+from audiences_async._base.clock import Clock
+from audiences_async._base.deadlines import Deadlines
+from audiences_async._http.quota import Quota
+from audiences_async._pace.allowance import Allowance
+from audiences_async._pace.learning import LearnedRate
+from audiences_async._pace.queue import Queue
+from audiences_async._pace.rates import KnownRate
+from audiences_async._pace.windows import LearnedWindow
 from audiences_async.errors import DeadlineExceededError
-from audiences_async.learning import LearnedRate
-from audiences_async.queue import Queue
-from audiences_async.quota import Quota
-from audiences_async.rates import KnownRate, Limiter, RateLimit
-from audiences_async.windows import LearnedWindow
+from audiences_async.policies import Limiter, RateLimit
 
 Verdict: TypeAlias = Literal["answered", "throttled", "unavailable", "failed", "lost", "timed out", "nothing"]
 """What became of a request: an answer, if only a final refusal; a 429; a 503; another reply that may be retried; no

@@ -6,12 +6,12 @@ from typing import Final
 
 from attrs import frozen
 
-from audiences_async.clock import Clock
-from audiences_async.deadlines import Deadlines
+from audiences_async._base.clock import Clock
+from audiences_async._base.deadlines import Deadlines
+from audiences_async._pace.learning import LearnedRate
+from audiences_async._pace.pacing import PacedQueue, PauseSettings, Verdict
 from audiences_async.events import AccountPaused, AccountResumed, Event, RateLearned
-from audiences_async.learning import LearnedRate
-from audiences_async.pacing import PacedQueue, PauseSettings, Verdict
-from audiences_async.rates import Limiter, RateLimit
+from audiences_async.policies import Limiter, RateLimit
 
 _RECENT: Final = 1.0  # s; requests that an account sent in it may explain a refusal
 _LONGEST_ANNOUNCED: Final = 30.0  # s; a pause that no refusal asked for may be misread, and a request will show it

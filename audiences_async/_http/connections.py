@@ -23,8 +23,8 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 from attrs import define, field
 
-from audiences_async.direct import DISCONNECTED, ResendError
-from audiences_async.resolver import SharedResolver
+from audiences_async._http.direct import DISCONNECTED, ResendError
+from audiences_async._http.resolver import SharedResolver
 
 Phase: TypeAlias = Literal[
     "connecting", "looking up the name", "in the TLS handshake", "waiting for the reply", "reading the body"

@@ -9,10 +9,10 @@ from typing import Final
 
 from attrs import define, field
 
-from audiences_async.clock import Clock
-from audiences_async.deadlines import Deadlines, Scope, is_cancelled
+from audiences_async._base.clock import Clock
+from audiences_async._base.deadlines import Deadlines, Scope, is_cancelled
 from audiences_async.errors import DeadlineExceededError, TransportError, callback_error
-from audiences_async.rates import Limiter
+from audiences_async.policies import Limiter
 
 NO_TIME: Final = 1e-9
 """Seconds; less than a clock can resolve."""

@@ -6,10 +6,17 @@ from collections.abc import Generator
 from attrs import frozen
 from tenacity import AsyncRetrying, RetryCallState
 
-from audiences_async.clock import Clock
+from audiences_async._base.clock import Clock
+from audiences_async._base.deadlines import CallTime
+from audiences_async._call.decide import Again, Facts, Stop, decide, may_help, verdict_of
+from audiences_async._call.retrying import RetryTokens, wait_full_jitter
+from audiences_async._http.quota import Quota, announced
+from audiences_async._http.transport import Transport
+from audiences_async._http.wire import Reply, Result, read, read_plain
+from audiences_async._pace.pacer import Pacer
+from audiences_async._pace.pacing import REFUSALS, Verdict
+from audiences_async._pace.places import Place
 from audiences_async.credentials import ApiKey, KeySource
-from audiences_async.deadlines import CallTime
-from audiences_async.decide import Again, Facts, Stop, decide, may_help, verdict_of
 from audiences_async.errors import (
     AudiencesError,
     ConnectionFailedError,
@@ -30,13 +37,7 @@ from audiences_async.events import (
     is_watched,
 )
 from audiences_async.models import Account, AudiencesResponse
-from audiences_async.pacer import Pacer
-from audiences_async.pacing import REFUSALS, Verdict
-from audiences_async.places import Place
-from audiences_async.quota import Quota, announced
-from audiences_async.retrying import RetryPolicy, RetryTokens, wait_full_jitter
-from audiences_async.transport import Transport
-from audiences_async.wire import Reply, Result, read, read_plain
+from audiences_async.policies import RetryPolicy
 
 
 @frozen(eq=False)

@@ -10,7 +10,7 @@ import aiohttp
 from aiohttp import hdrs
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from audiences_async.wire import MAX_ERROR_BODY, Reply
+from audiences_async._http.wire import MAX_ERROR_BODY, Reply
 
 _PIECE_SIZE: Final = 256 * 1024
 _CODINGS: Final = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
