@@ -106,9 +106,9 @@ CASES = {
         is_nginx=True,
     ),
     "token": Case("token bucket, 20/s, capacity 10", 200, 40, same(TokenBucket(20, 10)), RateLimit(20, burst=10)),
-    "fixed": Case("fixed window, 10 per 2 s", 60, 20, window(10, 2.0), RateLimit(10, per=2.0)),
+    "fixed": Case("fixed window, 10 per 2 s", 100, 20, window(10, 2.0), RateLimit(10, per=2.0)),
     "fixed-long": Case("fixed window, 60 per 10 s", 240, 0, window(60, 10.0), RateLimit(60, per=10.0)),
-    "sliding": Case("sliding window, 10 per 2 s", 60, 20, same(SlidingWindow(10, 2.0)), RateLimit(10, per=2.0)),
+    "sliding": Case("sliding window, 10 per 2 s", 100, 20, same(SlidingWindow(10, 2.0)), RateLimit(10, per=2.0)),
 }
 
 
