@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 from audiences_async._version import __version__
 
 if TYPE_CHECKING:
-    from audiences_async._base.clock import Clock
-    from audiences_async._pace.lanes import AccountPace
-    from audiences_async.client import AudiencesClient, ClientSnapshot
+    from audiences_async.client import AudiencesClient
+    from audiences_async.clock import Clock
     from audiences_async.errors import (
         AttemptTimeoutError,
         AudiencesError,
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
         UnknownAudience,
     )
     from audiences_async.policies import CachePolicy, Limiter, RateLimit, RetryBudget, RetryPolicy
+    from audiences_async.snapshots import AccountPace, ClientSnapshot
 
 __all__ = [
     "Account",
@@ -84,8 +84,8 @@ __all__ = [
 # Module of each name. Names are imported on first use, so that a program that only loads the pytest plugin or reads the
 # version does not pay for aiohttp and cattrs.
 _NAMES = {
-    "client": ("AudiencesClient", "ClientSnapshot"),
-    "_base.clock": ("Clock",),
+    "client": ("AudiencesClient",),
+    "clock": ("Clock",),
     "errors": (
         "AttemptTimeoutError",
         "AudiencesError",
@@ -116,11 +116,13 @@ _NAMES = {
         "StaticAudience",
         "UnknownAudience",
     ),
-    "_pace.lanes": ("AccountPace",),
+    "snapshots": ("AccountPace", "ClientSnapshot"),
     "policies": ("CachePolicy", "Limiter", "RateLimit", "RetryBudget", "RetryPolicy"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-_PUBLIC_MODULES = frozenset({"accounts", "client", "errors", "events", "models", "policies", "structuring"})
+_PUBLIC_MODULES = frozenset(
+    {"accounts", "client", "clock", "errors", "events", "models", "policies", "snapshots", "structuring"}
+)
 
 
 def __getattr__(name: str) -> Any:

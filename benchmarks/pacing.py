@@ -40,9 +40,9 @@ from service import AUDIENCES, Run, Server, bounded, headers, ids_of, spread
 from services import Nginx, nginx
 
 from audiences_async import Account, AudiencesClient, AudiencesError, RateLimit
-from audiences_async._base.clock import Clock
 from audiences_async._base.deadlines import CallTime, Deadlines
 from audiences_async._pace.pacer import Pacer
+from audiences_async.clock import Clock
 
 RATE, BURST = 20, 5  # nginx grants BURST + 1 at once
 PHASES = (0.25, 0.5, 0.75)  # how much of a fixed window has passed before the first request, by round

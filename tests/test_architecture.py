@@ -1,6 +1,7 @@
 """The way imports go, and the page that shows it."""
 
 import ast
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -18,7 +19,7 @@ AIOHTTP = {"_http", "client", "sandbox"}  # the client names the type of a calle
 
 
 def modules() -> Iterator[tuple[str, str, ast.Module]]:
-    """Yield each module's name below the package, its part, which is a package or a module at the root, and its tree."""
+    """Yield each module's name below the package, its part (a package, or itself at the root), and its tree."""
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
         part = name.partition(".")[0]
@@ -94,4 +95,4 @@ def test_the_picture_follows_the_imports() -> None:
 
 
 if __name__ == "__main__":
-    print(picture())
+    sys.stdout.write(f"{picture()}\n")

@@ -43,7 +43,7 @@ from audiences_async import (
     RetryPolicy,
     TransportError,
 )
-from audiences_async._base.clock import Clock
+from audiences_async.clock import Clock
 from audiences_async.events import AttemptFinished, CallFinished
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
 from audiences_async.sandbox.server import all_accepted

@@ -36,7 +36,7 @@ from audiences_async import (
     TooManyRequestsError,
     UnauthorizedError,
 )
-from audiences_async._base.clock import Clock
+from audiences_async.clock import Clock
 from audiences_async.events import AccountPaused, AttemptFinished, AttemptStarted, CallFinished, CallStarted
 from audiences_async.sandbox import Answer, Sandbox, SteppedTime, many_audiences
 from audiences_async.structuring import record

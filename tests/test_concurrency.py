@@ -24,7 +24,7 @@ from audiences_async import (
     StatusError,
     TooManyRequestsError,
 )
-from audiences_async._base.clock import Clock
+from audiences_async.clock import Clock
 from audiences_async.events import AttemptFinished, AttemptStarted, CallFinished, CallStarted
 from audiences_async.sandbox import Answer, Sandbox, SeenRequest, many_audiences
 

@@ -31,7 +31,7 @@ from audiences_async import (
     RetryPolicy,
     StatusError,
 )
-from audiences_async._base.clock import Clock
+from audiences_async.clock import Clock
 from audiences_async.sandbox import Answer, Sandbox, SteppedTime
 from audiences_async.structuring import decode
 

@@ -28,12 +28,12 @@ from audiences_async import (
     ServerError,
     TooManyRequestsError,
 )
-from audiences_async._base.clock import Clock
 from audiences_async._base.deadlines import CallTime, Deadlines
-from audiences_async._pace.lanes import AccountPace
 from audiences_async._pace.pacer import Pacer
 from audiences_async._pace.pacing import Turn, Verdict
+from audiences_async.clock import Clock
 from audiences_async.events import AccountPaused, AccountResumed, AttemptFinished, RateLearned
+from audiences_async.snapshots import AccountPace
 
 pytestmark = pytest.mark.once
 

@@ -26,7 +26,6 @@ from audiences_async import (
     ServerError,
 )
 from audiences_async._http.wire import Reply
-from audiences_async._pace.service import ServicePace
 from audiences_async.credentials import ApiKey
 from audiences_async.errors import AttemptTimeoutError, ConnectionFailedError, TransportError
 from audiences_async.events import (
@@ -36,6 +35,7 @@ from audiences_async.events import (
     ServiceRateLearned,
     ServiceResumed,
 )
+from audiences_async.snapshots import ServicePace
 
 pytestmark = [pytest.mark.once, pytest.mark.slow]
 

@@ -9,10 +9,10 @@ from typing import Final, TypeVar
 
 from attrs import define, field, frozen
 
-from audiences_async._base.clock import Clock
 from audiences_async._call.run import Call
 from audiences_async._http.wire import Result
 from audiences_async._pace.places import Place
+from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey
 from audiences_async.errors import (
     AudiencesError,

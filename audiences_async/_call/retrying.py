@@ -9,7 +9,7 @@ import math
 from tenacity import RetryCallState, wait_exponential
 from tenacity.wait import wait_base
 
-from audiences_async._base.clock import Clock
+from audiences_async.clock import Clock
 from audiences_async.errors import TooManyRequestsError
 from audiences_async.policies import RetryBudget, RetryPolicy
 

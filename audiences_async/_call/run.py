@@ -6,7 +6,6 @@ from collections.abc import Generator
 from attrs import frozen
 from tenacity import AsyncRetrying, RetryCallState
 
-from audiences_async._base.clock import Clock
 from audiences_async._base.deadlines import CallTime
 from audiences_async._call.decide import Again, Facts, Stop, decide, may_help, verdict_of
 from audiences_async._call.retrying import RetryTokens, wait_full_jitter
@@ -16,6 +15,7 @@ from audiences_async._http.wire import Reply, Result, read, read_plain
 from audiences_async._pace.pacer import Pacer
 from audiences_async._pace.pacing import REFUSALS, Verdict
 from audiences_async._pace.places import Place
+from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, KeySource
 from audiences_async.errors import (
     AudiencesError,

@@ -4,36 +4,16 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-from attrs import frozen
-
-from audiences_async._base.clock import Clock
 from audiences_async._base.deadlines import Deadlines
 from audiences_async._pace.learning import LearnedRate
 from audiences_async._pace.pacing import PacedQueue, PauseSettings, Verdict
+from audiences_async.clock import Clock
 from audiences_async.events import AccountPaused, AccountResumed, Event, RateLearned
 from audiences_async.policies import Limiter, RateLimit
+from audiences_async.snapshots import AccountPace
 
 _RECENT: Final = 1.0  # s; requests that an account sent in it may explain a refusal
 _LONGEST_ANNOUNCED: Final = 30.0  # s; a pause that no refusal asked for may be misread, and a request will show it
-
-
-@frozen
-class AccountPace:
-    """How one account is paced right now.
-
-    Attributes:
-        account: The account's name.
-        rate: Requests per second, known or learned; ``None`` if none is known yet.
-        paused_for: Seconds until requests may go again; 0.0 means now.
-        waiting: Calls that wait for their turn.
-        in_flight: Requests on the wire.
-    """
-
-    account: str
-    rate: float | None
-    paused_for: float
-    waiting: int
-    in_flight: int
 
 
 class Lane(PacedQueue):

@@ -3,7 +3,7 @@
 import math
 from typing import Final
 
-from audiences_async._base.clock import Clock
+from audiences_async.clock import Clock
 
 _FIRST_PROBE: Final = 0.25  # s after the first failure; twice as long after each probe
 _LONGEST_PROBE: Final = 1.5  # s, and up to a third more at random

@@ -9,19 +9,20 @@ from functools import partial
 from itertools import islice
 from typing import Final
 
-from audiences_async._base.clock import Clock
 from audiences_async._base.deadlines import CallTime, Deadlines
 from audiences_async._http.quota import Quota
 from audiences_async._pace.allowance import QuotaScope
-from audiences_async._pace.lanes import AccountPace, Lane
+from audiences_async._pace.lanes import Lane
 from audiences_async._pace.pacing import REFUSALS, PauseSettings, Turn, Verdict, never
 from audiences_async._pace.places import Place
 from audiences_async._pace.queue import NO_TIME
 from audiences_async._pace.service import ServiceLane
+from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey
 from audiences_async.events import EventHook, emit
 from audiences_async.models import Account
 from audiences_async.policies import Limiter, RateLimit
+from audiences_async.snapshots import AccountPace
 
 _FIRST_PAUSE: Final = 0.1  # of throttle_base_delay
 _KEPT_LANES: Final = 4096

@@ -6,7 +6,6 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 from attrs import frozen
 
-from audiences_async._base.clock import Clock
 from audiences_async._base.deadlines import Deadlines
 from audiences_async._http.quota import Quota
 from audiences_async._pace.allowance import Allowance
@@ -14,6 +13,7 @@ from audiences_async._pace.learning import LearnedRate
 from audiences_async._pace.queue import Queue
 from audiences_async._pace.rates import KnownRate
 from audiences_async._pace.windows import LearnedWindow
+from audiences_async.clock import Clock
 from audiences_async.errors import DeadlineExceededError
 from audiences_async.policies import Limiter, RateLimit
 

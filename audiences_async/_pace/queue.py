@@ -9,8 +9,8 @@ from typing import Final
 
 from attrs import define, field
 
-from audiences_async._base.clock import Clock
 from audiences_async._base.deadlines import Deadlines, Scope, is_cancelled
+from audiences_async.clock import Clock
 from audiences_async.errors import DeadlineExceededError, TransportError, callback_error
 from audiences_async.policies import Limiter
 

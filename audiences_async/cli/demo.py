@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from audiences_async._base.clock import Clock
 from audiences_async.cli.output import table
 from audiences_async.client import AudiencesClient
+from audiences_async.clock import Clock
 from audiences_async.events import Attempt, AttemptFinished, Event, EventHook
 from audiences_async.models import Account, AudiencesResponse
 from audiences_async.policies import RetryPolicy

@@ -4,7 +4,7 @@ import asyncio
 
 from attrs import define, field
 
-from audiences_async._base.clock import Clock
+from audiences_async.clock import Clock
 
 
 @define
