@@ -216,7 +216,7 @@ async def test_an_attempt_out_of_time_is_retried(sandbox: Sandbox, north: Accoun
 
 
 async def test_every_attempt_out_of_time(sandbox: Sandbox, north: Account) -> None:
-    """Raise the attempt timeout if no attempt ends in time."""
+    """Raise AttemptTimeoutError if no attempt ends in time."""
     sandbox.script("north", Answer(delay=30), Answer(delay=30))
     policy = RetryPolicy(max_attempts=2, base_delay=0)
     async with AudiencesClient(base_url=sandbox.base_url, retry=policy, attempt_timeout=0.05) as client:

@@ -151,7 +151,7 @@ async def test_a_status_that_is_none(sandbox: Sandbox, north: Account, status: A
 async def test_an_error_that_is_not_ours_ends_no_job(
     sandbox: Sandbox, caplog: pytest.LogCaptureFixture, status: int, cache: CachePolicy | None
 ) -> None:
-    """Log an unexpected exception in one account's call, here of the clock, as that account's outcome."""
+    """Log an unexpected exception in one account's call, here of the clock, and make it its outcome."""
     accounts = [sandbox.add_account(str(n)) for n in range(10)]
     sandbox.script("3", Answer(status))
     readings = itertools.count(-3)

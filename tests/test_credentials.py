@@ -185,7 +185,7 @@ async def test_a_function_that_gives_no_key(answer: Any) -> None:
 
 
 async def test_a_function_that_raises() -> None:
-    """Raise ConfigurationError from a function's exception, and call it again for the next call."""
+    """Raise ConfigurationError with a function's exception as its cause; the next call calls it again."""
     answers = iter([KeyError("vault"), None])
 
     def provider() -> str:
