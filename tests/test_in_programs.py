@@ -117,7 +117,7 @@ async def test_a_mistake(sandbox: Sandbox, way: str, given: Any) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_one_failure_concerns_one_call(sandbox: Sandbox, way: str) -> None:
-    """Raise a failure in one of five calls that wait in one lane, alone or in a job; all are answered."""
+    """Let a failure reach only one of five calls that wait in one lane, alone or in a job, and answer all."""
     flaky = Flaky(VaultDown())
     client, account = flaky.use(way, sandbox, retry=ONCE_MORE)
     async with client:
@@ -131,7 +131,7 @@ async def test_one_failure_concerns_one_call(sandbox: Sandbox, way: str) -> None
 
 @pytest.mark.parametrize("cache", [None, CachePolicy(10.0)])
 async def test_a_fresh_key_that_comes_late(sandbox: Sandbox, cache: CachePolicy | None) -> None:
-    """Call a function that fails when a 401 asks it for a fresh key again."""
+    """Call a function again that fails when a 401 asks it for a fresh key."""
     flaky = Flaky("old", VaultDown())
     client, account = flaky.use("key", sandbox, retry=RetryPolicy(max_attempts=3, base_delay=0), cache=cache)
     async with client:
@@ -387,7 +387,7 @@ def reply(created: str, **more: Any) -> bytes:
     ],
 )  # fmt: skip
 def test_a_time_that_is_none(time: str, more: dict[str, Any]) -> None:
-    """Report an invalid date and time as a problem, plain record or not, without `response_time`, on every Python."""
+    """Report an invalid date and time as a problem, plain or not, and as no `response_time`, on every Python."""
     with pytest.raises(InvalidResponseError) as caught:
         decode(reply(time, **more))
     assert [problem.partition(":")[0] for problem in caught.value.problems] == ["$.data[0].created_time"]

@@ -216,7 +216,7 @@ async def test_bad_arguments_are_refused(
 
 
 async def test_the_timeout_is_each_accounts_own(sandbox: Sandbox, client: AudiencesClient) -> None:
-    """Keep the others' time unshortened by one account that times out."""
+    """Give each account its full timeout, even if another one times out."""
     slow, quick = opened(sandbox, 2)
     sandbox.script(slow.name, Answer(delay=30.0))
     late, answered = await client.fetch_all([slow, quick], timeout=0.3, concurrency=1)
@@ -226,7 +226,7 @@ async def test_the_timeout_is_each_accounts_own(sandbox: Sandbox, client: Audien
 
 
 async def test_a_client_closed_meanwhile_loses_no_account(sandbox: Sandbox, client: AudiencesClient) -> None:
-    """Return an outcome for each account still; a closed client begins no job."""
+    """Return each account's outcome all the same; a closed client begins no job."""
     accounts = opened(sandbox, 4)
     for account in accounts:
         sandbox.script(account.name, Answer(delay=30.0))

@@ -76,7 +76,7 @@ def test_a_period_that_is_longer_than_expected_is_searched_for() -> None:
 
 
 def test_more_than_the_limit_is_noticed() -> None:
-    """If one more request is granted, the limit is found anew; if no refusal follows, there is none."""
+    """Learn the limit anew if one more request is granted; if no refusal follows, drop it."""
     window = recognized()
     for at in (2.11, 2.12, 2.13, 2.14, 2.15, 2.16, 2.17):
         window.granted(at, at, fresh=True, is_paced=False)
