@@ -1,4 +1,4 @@
-"""Several workers on a real Redis: every account exactly once, whichever process dies, and no key in Redis."""
+"""Several workers on a real Redis: every account exactly once, even if a process dies, and no key in Redis."""
 
 import asyncio
 import contextlib

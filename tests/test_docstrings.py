@@ -20,7 +20,7 @@ EXAMPLE: Final = re.compile(r"::\n\n((?: {4}.*\n|\n)+)")
 
 
 def examples() -> Iterator[Any]:
-    """Yield the code of each indented block that follows a double colon, and where it is."""
+    """Yield the code of each indented block that follows a double colon, and its place."""
     for file in sorted(ROOT.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -1,4 +1,4 @@
-"""The fast path: which bodies and arrays it reads, and where it cuts an array."""
+"""The fast path: which bodies and arrays it reads, and the places at which it cuts an array."""
 
 import json
 from typing import Any

@@ -163,7 +163,7 @@ def test_a_call_that_comes_as_the_queue_empties_is_served() -> None:
 
 
 def test_a_known_limit_outlives_a_long_wait_of_its_caller(client: Callable[..., AudiencesClient]) -> None:
-    """Remember an account whose call only waits for its key when others come."""
+    """Keep an account whose call only waits for its key, while calls for other accounts come."""
     service = Service(lambda key, at: 200)
 
     async def slow_key() -> str:
@@ -774,7 +774,7 @@ def test_a_limiter_is_asked_only_when_the_gate_is_open(client: Callable[..., Aud
 
 
 def test_a_burst_on_few_connections_is_not_refused(client: Callable[..., AudiencesClient]) -> None:
-    """Queue calls that a limit's burst covers for a connection, without failing them as too late."""
+    """Let calls that a limit's burst covers wait for a connection, without failing them as too late."""
     service = Service(lambda key, at: 200, connections=1)
 
     async def main() -> None:
@@ -997,7 +997,7 @@ def test_closing_ends_waiting_calls(client: Callable[..., AudiencesClient]) -> N
 
 
 def test_old_news_is_no_new_cut(client: Callable[..., AudiencesClient]) -> None:
-    """Ignore, for the length of a pause, 429s of requests that were sent before the account was paused."""
+    """Keep the length of a pause when 429s arrive for requests that were sent before it."""
     service = Service(lambda key, at: 200 if at < 1 or at > 3 else 429, round_trip=1.0)
     events: list[Event] = []
 

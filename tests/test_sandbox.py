@@ -1,4 +1,4 @@
-"""The sandbox: follows the service's page, and misbehaves when told to."""
+"""The sandbox: follows the service's page, and misbehaves on request."""
 
 import asyncio
 import gc

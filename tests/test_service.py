@@ -42,7 +42,7 @@ pytestmark = [pytest.mark.once, pytest.mark.slow]
 
 @define
 class Done:
-    """What a job came to.
+    """Results of a job.
 
     Attributes:
         outcomes: Each account's, and when it came.
@@ -306,7 +306,7 @@ def test_limits_of_accounts_are_no_shared_limit(run: RunJob) -> None:
 
 
 def test_a_limit_that_is_lifted_is_forgotten(run: RunJob) -> None:
-    """Open a service again after some answers that refused every request at first, and none later."""
+    """Reopen a service that refused every request at first, and none later, after some answers."""
     done = run(Service(lambda key, at: 429 if at < 0.3 else 200, round_trip=0.01), 500)
     assert not done.reasons
     assert (done.pace.state, done.pace.rate) == ("open", None)
