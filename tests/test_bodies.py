@@ -60,7 +60,7 @@ def test_a_seed_and_an_index_make_the_same_body_again() -> None:
     ],
 )
 def test_bodies_that_were_read_wrongly_once(body: bytes) -> None:
-    """Pass the same checks for the bodies of earlier bugs as for the generated ones."""
+    """Apply the checks for generated bodies to the bodies of earlier bugs."""
     bodies.check(body, Random(0))
 
 

@@ -946,7 +946,7 @@ def test_a_loop_that_was_closed_before_the_client(url: str) -> None:
 
 
 async def test_a_client_used_from_another_thread(sandbox: Sandbox, north: Account) -> None:
-    """Treat another thread's loop as another loop, also while the first one runs, which continues as before."""
+    """Reject another thread's loop as another loop, also while the first one runs, which continues as before."""
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         await client.get_audiences(north)
         for use in (client.get_audiences(north), client.fetch_all([north]), client.aclose()):

@@ -461,7 +461,7 @@ async def test_an_error_is_freed_without_the_garbage_collector(sandbox: Sandbox,
 
 
 async def test_a_key_function_that_closes_the_client(sandbox: Sandbox) -> None:
-    """Close the client from a key function at its deadline without waiting for that function itself."""
+    """Close the client in a key function at its deadline without a wait for that same function."""
     client = AudiencesClient(base_url=sandbox.base_url)
 
     async def provider() -> str:

@@ -36,7 +36,7 @@ def thread() -> Iterator[ServerThread]:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", CATALOGUE, ids=lambda fault: fault.name)
 async def test_fault(fault: Fault, thread: ServerThread, request: pytest.FixtureRequest) -> None:
-    """Give a fault the promised result and costs, and leave a working client and nothing else."""
+    """Produce the promised result and costs of a fault, and leave a working client and nothing else."""
     sockets = open_sockets()
     async with thread.serving(fault) as server:
         async with fault.client(server) as client:

@@ -147,7 +147,7 @@ def test_errors_conform(case: AnyCase, status: int, sandbox: Sandbox, account: A
 
 @pytest.mark.parametrize("status", sorted(EXAMPLES))
 def test_the_examples_of_the_page_conform(status: int, sandbox: Sandbox, account: Account) -> None:
-    """Match the page's own example of each status to the schema of that status."""
+    """Validate the page's own example of each status by the schema of that status."""
     sandbox.script("north", Answer(status, EXAMPLES[status]))
     response = get(sandbox, headers=bearer(account), checks=CONFORMANCE)
     assert response.status_code == status

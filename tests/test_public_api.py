@@ -46,7 +46,7 @@ def test_the_package_is_typed() -> None:
 
 
 def test_the_version_is_stated_once() -> None:
-    """Agree on the version between the installed metadata and the package."""
+    """State the same version in the installed metadata and in the package."""
     assert importlib.metadata.version("audiences_async") == audiences_async.__version__
 
 
@@ -59,7 +59,7 @@ def test_an_import_brings_nothing_optional(optional: str) -> None:
 
 
 def test_imports_go_one_way() -> None:
-    """Import aiohttp at run time only in the sending modules and the sandbox, and the root nowhere below it."""
+    """Keep aiohttp out of all but the sending modules and the sandbox at run time, and never import the root."""
     for file in ROOT.glob("*.py"):
         source = file.read_text()
         if file.name not in {"transport.py", "direct.py", "resolver.py", "client.py"}:

@@ -104,7 +104,7 @@ def test_the_most_restrictive_item_counts(items: list[str], expected: tuple[int,
     ],
 )
 def test_a_policy_completes_an_item(field: str, policy: str | None, expected: tuple[int, float] | None) -> None:
-    """Bound a missing time by the window of the policy of the same name, which names the unit of what remains."""
+    """Complete an item by its policy: the window bounds a missing time, the unit is that of what remains."""
     assert combined(field, policy=policy) == (None if expected is None else Quota(*expected))
 
 

@@ -308,7 +308,7 @@ def test_plain_http_on_request() -> None:
 
 
 def test_a_password_in_a_url_never_prints() -> None:
-    """Refuse, or misread, a URL that holds a password without repeating it."""
+    """Reject a URL that holds a password without repeating it."""
     with pytest.raises(ConfigurationError, match="credentials") as caught:
         endpoint(Secret("https://user:hunter2@api.commbox.io/"), allow_http=False)
     assert "hunter2" not in str(caught.value)
