@@ -42,7 +42,7 @@ class Distant(Service):
 
 @define
 class Process:
-    """What became of one process.
+    """Results of one process.
 
     Attributes:
         answered: When its accounts were answered, in seconds.
@@ -57,7 +57,7 @@ class Process:
 
 @define
 class Fleet:
-    """What became of all processes.
+    """Results of all processes.
 
     Attributes:
         processes: Each process.

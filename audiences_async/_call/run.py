@@ -75,7 +75,7 @@ class Call:
         place: Place | None = None,
     ) -> None:
         self._account = account.name
-        # Not the lane itself yet: it is forgotten where nobody uses it.
+        # Not the lane itself yet: an unused lane is forgotten.
         self._of, self._pacer = account, pacer
         self.time: CallTime = time
         self._place = place
@@ -102,7 +102,7 @@ class Call:
         """Return the answer, or the error of the last attempt; tenacity comes in if something has failed.
 
         Args:
-            first: What the first attempt came to, if it was made before the call: its key function failed.
+            first: The error of the first attempt, if it was made before the call: its key function failed.
         """
         self._lane = lane = self._pacer.lane(self._of)
         lane.users += 1
@@ -138,7 +138,7 @@ class Call:
         return result
 
     def cut_off(self, error: AudiencesError, stop_reason: StopReason) -> AudiencesError:
-        """The error of a call that ended from outside: its timeout, a closing client, a key function that failed.
+        """Return the error of a call that ended from outside: by timeout, a closing client or a failed key function.
 
         An attempt that was under way counts: its request may be on the wire.
         """
@@ -150,13 +150,13 @@ class Call:
         return self._with_context(error, stop_reason)
 
     def attempts_until_now(self, stop_reason: StopReason) -> tuple[Attempt, ...]:
-        """The attempts that a caller who leaves now, for this reason, knows of."""
+        """Return the attempts so far for a caller that leaves now, for *stop_reason*."""
         if self._sent_at is None:
             return self._attempts
         return (*self._attempts, self._cut_off_attempt(self._sent_at, stop_reason))
 
     def abandoned(self, error: BaseException) -> None:
-        """The caller was cancelled: told, and nothing else comes of it."""
+        """Emit `CallFinished` for a cancelled call."""
         under_way = self._sent_at is not None
         elapsed = self._settings.clock.monotonic() - self.time.started
         self._tell(CallFinished(self._account, len(self._attempts) + under_way, elapsed, type(error).__name__))
@@ -182,11 +182,11 @@ class Call:
         return result
 
     async def _exchange(self, key: ApiKey) -> tuple[bool, Result]:
-        """Wait for a turn, use it, and report what came of it.
+        """Wait for a turn, use it, and report the result.
 
         Returns:
-            Whether it was no attempt of this call's, and is made again; and its result. It may have lacked a socket, or
-            have been a job's probe of a closed service.
+            Whether the request does not count as an attempt and is made again; and its result. It may have lacked a
+            socket, or have been a job's probe of a closed service.
         """
         asked_at = self._settings.clock.monotonic() if self._watched else 0.0
         turn = await self._pacer.acquire(self._lane, self.time, self._place)
@@ -324,7 +324,7 @@ class Call:
         error.elapsed = self._settings.clock.monotonic() - self.time.started
         error.stop_reason = stop_reason
         self._tell_finished(error)
-        return error.with_traceback(None)  # whose frames would hold this call for as long as somebody keeps the error
+        return error.with_traceback(None)  # whose frames would hold this call for as long as the error is kept
 
     def _tell_finished(self, error: AudiencesError | None) -> None:
         elapsed = self._settings.clock.monotonic() - self.time.started
@@ -337,12 +337,12 @@ class Call:
 
 
 def out_of_time(timeout: float) -> DeadlineExceededError:
-    """The error of a call that was not answered within its *timeout*, in seconds."""
+    """Return the error of a call that was not answered within its *timeout*, in seconds."""
     return DeadlineExceededError(f"no answer within timeout={timeout:.6g} s")
 
 
 async def _in_turns(steps: Generator[None, None, Result]) -> Result:
-    """The result of the steps, between which others run."""
+    """Return the result of the steps, between which other tasks run."""
     while True:
         try:
             next(steps)

@@ -38,7 +38,7 @@ class Lane(PacedQueue):
         """Calls that hold on to the lane, also while they neither wait nor send."""
         self._emit = emit
         self._granted_at = -math.inf
-        self._suspected_at: int | None = None  # answers of the service when this account began to come to nothing
+        self._suspected_at: int | None = None  # answers of the service when this account began to fail
         self._alone = False  # whether others were answered since then
 
     def snapshot(self, now: float) -> AccountPace:
@@ -80,16 +80,16 @@ class Lane(PacedQueue):
 
     @property
     def recovers(self) -> bool:
-        """Whether its last request came to nothing; that it is answered now shows that this was not its own doing."""
+        """Whether its last request failed; an answer now shows that this was not its own doing."""
         return self._suspected_at is not None
 
     def returned(self, now: float, sent_at: float, verdict: Verdict, pause: float | None) -> None:
-        """Learn from what became of a request.
+        """Learn from the result of a request.
 
         Args:
             now: The time.
             sent_at: When it was sent.
-            verdict: What the reply says about the account's pace.
+            verdict: The meaning of the reply for the account's pace.
             pause: Seconds for which the service asked to send nothing, if it did.
         """
         fresh = self._returned(now, sent_at)

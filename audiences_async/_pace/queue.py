@@ -24,7 +24,7 @@ class Waiter:
 
     Attributes:
         deadline: When it must have had its turn, on the client's clock.
-        patience: Seconds that it waits while the service answers nobody.
+        patience: Seconds that it waits while the service answers no account.
         scope: What ends its wait.
         refusal: Why it was ended.
     """
@@ -64,7 +64,7 @@ class Queue(ABC):
         """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
 
     def is_free(self, now: float) -> bool:
-        """Return whether a request may go now, ahead of nobody."""
+        """Return whether a request may go now, without passing a waiting call."""
         return not self._waiters and self.limiter is None and self.delay(now) <= 0
 
     @asynccontextmanager
