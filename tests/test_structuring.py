@@ -392,6 +392,7 @@ statics = st.builds(lambda row, n: {**row, "user_count": n, "type": "Static"}, r
 dynamics = rows.map(lambda row: {**row, "type": "Dynamic"})
 
 
+@pytest.mark.slow
 @given(st.lists(statics | dynamics, max_size=5))
 def test_every_valid_record_comes_back_unchanged(data: list[dict[str, Any]]) -> None:
     """Any valid records give as many audiences, equal to the records."""
