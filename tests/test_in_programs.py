@@ -355,6 +355,7 @@ FRAGMENTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", FILES)
 def test_mangled_accounts_files(tmp_path: Path, chance: random.Random, suffix: str) -> None:
     """Any content of an accounts file is read, or is a ConfigurationError."""

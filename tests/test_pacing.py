@@ -316,6 +316,7 @@ def test_a_window_of_the_services_is_learned_too(client: Callable[..., Audiences
     assert len(service.times(429)) <= 100, "a window that doubles finds the limit for at most what it was granted"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "calls", "ideal"),
     [
@@ -945,6 +946,7 @@ def test_a_paused_account_is_not_forgotten() -> None:
     virtual.run(main())
 
 
+@pytest.mark.slow
 def test_learned_rates_are_kept_for_a_while() -> None:
     """What was learned of an account is kept, for a bounded number of accounts."""
 

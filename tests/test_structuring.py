@@ -278,6 +278,7 @@ def test_many_small_rows() -> None:
     )
 
 
+@pytest.mark.slow
 def test_rows_of_uneven_length_are_decoded_in_steps() -> None:
     """A few long rows among many short ones are decoded in steps, and every row keeps its place."""
     long = json.dumps({"type": "New", "x": "y" * 100_000}).encode()
