@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 from audiences_async._version import __version__
 
 if TYPE_CHECKING:
-    from audiences_async.caching import CachePolicy
-    from audiences_async.client import AudiencesClient, ClientSnapshot
+    from audiences_async.client import AudiencesClient
     from audiences_async.clock import Clock
     from audiences_async.errors import (
         AttemptTimeoutError,
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
         UnauthorizedError,
     )
     from audiences_async.events import Attempt, Event
-    from audiences_async.lanes import AccountPace
     from audiences_async.models import (
         Account,
         Audience,
@@ -40,8 +38,8 @@ if TYPE_CHECKING:
         StaticAudience,
         UnknownAudience,
     )
-    from audiences_async.rates import Limiter, RateLimit
-    from audiences_async.retrying import RetryBudget, RetryPolicy
+    from audiences_async.policies import CachePolicy, Limiter, RateLimit, RetryBudget, RetryPolicy
+    from audiences_async.snapshots import AccountPace, ClientSnapshot
 
 __all__ = [
     "Account",
@@ -86,8 +84,7 @@ __all__ = [
 # Module of each name. Names are imported on first use, so that a program that only loads the pytest plugin or reads the
 # version does not pay for aiohttp and cattrs.
 _NAMES = {
-    "caching": ("CachePolicy",),
-    "client": ("AudiencesClient", "ClientSnapshot"),
+    "client": ("AudiencesClient",),
     "clock": ("Clock",),
     "errors": (
         "AttemptTimeoutError",
@@ -119,12 +116,13 @@ _NAMES = {
         "StaticAudience",
         "UnknownAudience",
     ),
-    "lanes": ("AccountPace",),
-    "rates": ("Limiter", "RateLimit"),
-    "retrying": ("RetryBudget", "RetryPolicy"),
+    "snapshots": ("AccountPace", "ClientSnapshot"),
+    "policies": ("CachePolicy", "Limiter", "RateLimit", "RetryBudget", "RetryPolicy"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-_PUBLIC_MODULES = frozenset({*_NAMES, "accounts", "structuring"})
+_PUBLIC_MODULES = frozenset(
+    {"accounts", "client", "clock", "errors", "events", "models", "policies", "snapshots", "structuring"}
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,35 +8,32 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
-from attrs import frozen
-
-from audiences_async import checks, jobs
-from audiences_async.caching import CachePolicy
-from audiences_async.call import CallSettings
-from audiences_async.calls import Calls
-from audiences_async.clock import Clock
-from audiences_async.credentials import ApiKey, Secret
-from audiences_async.deadlines import Deadlines
-from audiences_async.errors import (
-    AudiencesError,
-    ClientClosedError,
-    ConfigurationError,
-)
-from audiences_async.events import EventHook, log_unexpected
-from audiences_async.lanes import AccountPace
-from audiences_async.models import Account, AudiencesResponse, Failed, Fetched, Outcome
-from audiences_async.pacer import Pacer
-from audiences_async.rates import Limiter, RateLimit
-from audiences_async.retrying import RetryBudget, RetryPolicy, RetryTokens
-from audiences_async.service import ServicePace
-from audiences_async.transport import (
+from audiences_async._base import checks
+from audiences_async._base.deadlines import Deadlines
+from audiences_async._call.calls import Calls
+from audiences_async._call.retrying import RetryTokens
+from audiences_async._call.run import CallSettings
+from audiences_async._http.transport import (
     DEFAULT_MAX_CONNECTIONS,
     Transport,
     TransportSettings,
     check_cookies,
     check_session,
 )
-from audiences_async.wire import PRODUCTION, endpoint, proxy_url
+from audiences_async._http.wire import PRODUCTION, endpoint, proxy_url
+from audiences_async._jobs import jobs
+from audiences_async._pace.pacer import Pacer
+from audiences_async.clock import Clock
+from audiences_async.credentials import ApiKey, Secret
+from audiences_async.errors import (
+    AudiencesError,
+    ClientClosedError,
+    ConfigurationError,
+)
+from audiences_async.events import EventHook, log_unexpected
+from audiences_async.models import Account, AudiencesResponse, Failed, Fetched, Outcome
+from audiences_async.policies import CachePolicy, Limiter, RateLimit, RetryBudget, RetryPolicy
+from audiences_async.snapshots import ClientSnapshot
 
 if TYPE_CHECKING:
     import aiohttp
@@ -45,21 +42,6 @@ T = TypeVar("T")
 
 DEFAULT_ACCOUNT: Final = "default"
 """Name of the account that uses the client's own ``api_key``."""
-
-
-@frozen
-class ClientSnapshot:
-    """State of a client at one moment.
-
-    Attributes:
-        accounts: The accounts in use and their pace.
-        budget_left: Tokens left of the `RetryBudget`; ``inf`` if the client has no budget.
-        service: State of the limits that all accounts share; ``None`` before the client's first use.
-    """
-
-    accounts: tuple[AccountPace, ...]
-    budget_left: float
-    service: ServicePace | None
 
 
 class AudiencesClient:

@@ -11,7 +11,7 @@ from hashlib import blake2b
 from typing import Any, Final, Self, TypeAlias
 from urllib.parse import quote
 
-from audiences_async.deadlines import is_cancelled
+from audiences_async._base.deadlines import is_cancelled
 from audiences_async.errors import ConfigurationError, callback_error
 
 KeyProvider: TypeAlias = Callable[[], str | Awaitable[str]]

@@ -26,13 +26,14 @@ from docket import Docket, ExecutionState, Retry, Worker
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from audiences_async import checks, results
+from audiences_async._base import checks
+from audiences_async._jobs import results
+from audiences_async._jobs.results import OutcomeFile
 from audiences_async.accounts import no_key
 from audiences_async.client import AudiencesClient
 from audiences_async.errors import ConfigurationError, TransportError, printable
 from audiences_async.models import Account, Failed
-from audiences_async.rates import RateLimit
-from audiences_async.results import OutcomeFile
+from audiences_async.policies import RateLimit
 
 CHUNK_SIZE: Final = 100
 """Accounts per chunk."""

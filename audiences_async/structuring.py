@@ -3,7 +3,7 @@
 The schema is the service's own: https://api.commbox.io/ (GET /audiences).
 
 This is the reference: a cattrs converter with a union hook that reads a record of any content by its ``type``. It reads
-what `audiences_async.fast_path` leaves to it, and any body reads the same with and without the fast path.
+what `audiences_async._fast_path` leaves to it, and any body reads the same with and without the fast path.
 """
 
 import json
@@ -20,9 +20,9 @@ from cattrs.gen import make_dict_structure_fn, override
 from msgspec import MsgspecError, Raw, Struct, ValidationError
 from msgspec.json import Decoder
 
-from audiences_async.dates import date_and_time
+from audiences_async._base.dates import date_and_time
+from audiences_async._fast_path import STEP, decode_plain, parts
 from audiences_async.errors import InvalidResponseError, status_error
-from audiences_async.fast_path import STEP, decode_plain, parts
 from audiences_async.models import (
     NOTHING,
     Audience,

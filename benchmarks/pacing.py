@@ -40,9 +40,9 @@ from service import AUDIENCES, Run, Server, bounded, headers, ids_of, spread
 from services import Nginx, nginx
 
 from audiences_async import Account, AudiencesClient, AudiencesError, RateLimit
+from audiences_async._base.deadlines import CallTime, Deadlines
+from audiences_async._pace.pacer import Pacer
 from audiences_async.clock import Clock
-from audiences_async.deadlines import CallTime, Deadlines
-from audiences_async.pacer import Pacer
 
 RATE, BURST = 20, 5  # nginx grants BURST + 1 at once
 PHASES = (0.25, 0.5, 0.75)  # how much of a fixed window has passed before the first request, by round
@@ -106,9 +106,9 @@ CASES = {
         is_nginx=True,
     ),
     "token": Case("token bucket, 20/s, capacity 10", 200, 40, same(TokenBucket(20, 10)), RateLimit(20, burst=10)),
-    "fixed": Case("fixed window, 10 per 2 s", 60, 20, window(10, 2.0), RateLimit(10, per=2.0)),
+    "fixed": Case("fixed window, 10 per 2 s", 100, 20, window(10, 2.0), RateLimit(10, per=2.0)),
     "fixed-long": Case("fixed window, 60 per 10 s", 240, 0, window(60, 10.0), RateLimit(60, per=10.0)),
-    "sliding": Case("sliding window, 10 per 2 s", 60, 20, same(SlidingWindow(10, 2.0)), RateLimit(10, per=2.0)),
+    "sliding": Case("sliding window, 10 per 2 s", 100, 20, same(SlidingWindow(10, 2.0)), RateLimit(10, per=2.0)),
 }
 
 

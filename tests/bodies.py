@@ -36,9 +36,9 @@ from audiences_async import (
     UnauthorizedError,
     UnknownAudience,
 )
+from audiences_async._http.wire import Reply, read, read_plain
 from audiences_async.credentials import ApiKey
 from audiences_async.structuring import decode
-from audiences_async.wire import Reply, read, read_plain
 
 MAX_DEPTH: Final = 200
 """Greater nesting of a JSON value is a problem, on every Python."""

@@ -14,9 +14,9 @@ from attrs import define, field
 from virtual import FixedWindow, LeakyBucket, Service, TokenBucket, shared
 
 from audiences_async import Account, AudiencesClient, Failed
+from audiences_async._http.wire import Reply
 from audiences_async.credentials import ApiKey
 from audiences_async.errors import TransportError
-from audiences_async.wire import Reply
 
 Limit: TypeAlias = Callable[[str, float], int]
 
@@ -42,7 +42,7 @@ class Distant(Service):
 
 @define
 class Process:
-    """What became of one process.
+    """Results of one process.
 
     Attributes:
         answered: When its accounts were answered, in seconds.
@@ -57,7 +57,7 @@ class Process:
 
 @define
 class Fleet:
-    """What became of all processes.
+    """Results of all processes.
 
     Attributes:
         processes: Each process.

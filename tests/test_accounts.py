@@ -42,7 +42,7 @@ api_key_env = "SOUTH_KEY"
 )
 @pytest.mark.parametrize("start", ["", "\ufeff"])
 def test_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, start: str) -> None:
-    """Names and keys are read unchanged, keys also from the environment, at every iteration."""
+    """Read names and keys unchanged, keys also from the environment, at every iteration."""
     monkeypatch.setenv("SOUTH_KEY", "another key")
     file = tmp_path / name
     file.write_bytes((start + text).encode())
@@ -91,7 +91,7 @@ def test_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 def test_errors_tell_the_place_and_no_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: bytes, told: str
 ) -> None:
-    """A problem is reported with its line and column when the file is opened; a misplaced key is not repeated."""
+    """Report a problem with its line and column when the file is opened, without repeating a misplaced key."""
     monkeypatch.setenv("EMPTY", "")
     file = tmp_path / name
     file.write_bytes(text.replace(b"%k", KEY.encode()))
@@ -116,7 +116,7 @@ async def test_without_keys(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    """A missing file is a usage error like any other."""
+    """Report a missing file as a usage error like any other."""
     with pytest.raises(ConfigurationError, match="none.csv: cannot be read: No such file or directory"):
         AccountFile(tmp_path / "none.csv")
 

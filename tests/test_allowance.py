@@ -4,14 +4,14 @@ import math
 
 import pytest
 
-from audiences_async.allowance import Allowance, QuotaScope
-from audiences_async.quota import Quota
+from audiences_async._http.quota import Quota
+from audiences_async._pace.allowance import Allowance, QuotaScope
 
 pytestmark = pytest.mark.once
 
 
 def test_what_is_in_flight_is_taken_off() -> None:
-    """A request goes while more remain than are in flight; the next one waits for a reply."""
+    """Send a request while more remain than are in flight; hold the next one until a reply arrives."""
     allowance = Allowance()
     assert allowance.delay(0.0, 1000) == 0.0
     allowance.announced(1.0, 0.5, Quota(3, 10.0))
@@ -19,7 +19,7 @@ def test_what_is_in_flight_is_taken_off() -> None:
 
 
 def test_an_exhausted_quota_is_waited_for_and_then_probed() -> None:
-    """Nothing goes before the reset; after it, a single request shows what remains."""
+    """Send nothing before the reset, and then a single request, which shows what remains."""
     allowance = Allowance()
     allowance.announced(1.0, 0.5, Quota(0, 10.0))
     assert allowance.delay(4.0, 0) == pytest.approx(7.0)
@@ -28,7 +28,7 @@ def test_an_exhausted_quota_is_waited_for_and_then_probed() -> None:
 
 
 def test_a_reply_that_was_overtaken_is_ignored() -> None:
-    """The count in the reply to the latest request holds, whatever the order of the replies."""
+    """Use the count in the reply to the latest request, whatever the order of the replies."""
     allowance = Allowance()
     allowance.announced(1.0, 0.9, Quota(2, 10.0))
     allowance.announced(1.1, 0.8, Quota(7, 10.0))
@@ -38,14 +38,14 @@ def test_a_reply_that_was_overtaken_is_ignored() -> None:
 
 
 def test_a_long_reset_is_tried_after_half_a_minute() -> None:
-    """A misread reset does not hold requests back for a day."""
+    """Probe after 30 s, so that a misread reset does not hold requests back for a day."""
     allowance = Allowance()
     allowance.announced(1.0, 0.5, Quota(0, 86_400.0))
     assert allowance.delay(1.0, 0) == pytest.approx(30.0)
 
 
 def test_a_request_that_ends_without_a_count_may_have_been_counted() -> None:
-    """It is taken off until the reset; after that, replies without a quota mean that there is none."""
+    """Deduct it until the reset; after that, replies without a quota lift the limit."""
     allowance = Allowance()
     allowance.announced(1.0, 0.5, Quota(1, 10.0))
     allowance.not_announced(2.0)

@@ -21,7 +21,7 @@ RECORD = b'{"type": "Dynamic", "id": "1", "name": "", "created_time": "%s"}'
 
 @pytest.mark.parametrize("part", range(4))
 def test_any_body_is_an_answer_or_a_typed_error(part: int) -> None:
-    """Every body gives an answer, an InvalidResponseError with paths, or the StatusError of its envelope."""
+    """Read every body as an answer, an InvalidResponseError with paths, or the StatusError of its envelope."""
     report = bodies.run(SEED, range(part * PART, (part + 1) * PART))
     assert not report.faults, "\n".join(
         f"{kind} ({report.counts[kind]} times)\n{report.faults[kind]}" for kind in report.faults
@@ -31,7 +31,7 @@ def test_any_body_is_an_answer_or_a_typed_error(part: int) -> None:
 
 
 def test_a_seed_and_an_index_make_the_same_body_again() -> None:
-    """The body of a seed and an index is always the same, regardless of the bodies before it."""
+    """Generate the same body from a seed and an index, regardless of the bodies before it."""
     assert bodies.body_of(7, 3) == (
         b'{"status": "299", "description": "Audiences retrieved", "response_time": "2025-11-15T18:10:00Z", "data": '
         b'[{"id": "996476", "name": "VIP", "created_time": "2025-12-20T21:10:00Z", "type"[[]] "Dynamic"}]}'
@@ -60,12 +60,12 @@ def test_a_seed_and_an_index_make_the_same_body_again() -> None:
     ],
 )
 def test_bodies_that_were_read_wrongly_once(body: bytes) -> None:
-    """The bodies of earlier bugs pass the same checks as the generated ones."""
+    """Apply the checks for generated bodies to the bodies of earlier bugs."""
     bodies.check(body, Random(0))
 
 
 def test_the_checks_see_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An untyped error, an error without problems and a lost record fail the checks."""
+    """Fail the checks for an untyped error, an error without problems and a lost record."""
     body = b'{"status": 200, "data": [{"type": "New"}]}'
     bodies.check(body, Random(0))
 

@@ -99,7 +99,7 @@ def reasons(results: list[Outcome]) -> Counter[str]:
     ids=lambda value: f"{value.failure or value.status}-{value.delay}" if isinstance(value, Answer) else None,
 )
 async def test_what_a_retry_costs(sandbox: Sandbox, at_once: RetryPolicy, answer: Answer, cost: int) -> None:
-    """Only a retry after a 5xx, a 408, a timeout or a failed connection takes tokens; an answer refunds one."""
+    """Take tokens only for a retry after a 5xx, a 408, a timeout or a failed connection; refund one per answer."""
     key = sandbox.add_account("north").api_key
     sandbox.script("north", answer)
     attempt_timeout = 0.1 if answer.delay else 10.0  # so that on a busy machine nothing else times out
@@ -115,7 +115,7 @@ async def test_what_a_retry_costs(sandbox: Sandbox, at_once: RetryPolicy, answer
 @pytest.mark.once
 @pytest.mark.parametrize("way", ["get_audiences", "fetch_all"])
 def test_429s_of_many_accounts_fail_no_call(client: MakeClient, way: str) -> None:
-    """1,000 accounts with three calls each, limited to two requests per second each: every call is answered."""
+    """Answer every call of 1,000 accounts with three calls each, limited to two requests per second each."""
     accounts = many(1000) * 3
 
     async def main() -> float:
@@ -131,7 +131,7 @@ def test_429s_of_many_accounts_fail_no_call(client: MakeClient, way: str) -> Non
 
 @pytest.mark.parametrize("way", ["get_audiences", "fetch_all"])
 async def test_rotated_keys_fail_no_call(sandbox: Sandbox, way: str) -> None:
-    """500 accounts whose functions return the old key first, and the new one when called again, are all answered."""
+    """Answer 500 accounts whose functions return the old key first, and the new one when called again."""
     for number in range(500):
         sandbox.add_account(str(number), api_key=f"new-{number}")
     functions = [iter([f"old-{number}", f"new-{number}"]) for number in range(500)]
@@ -148,7 +148,7 @@ async def test_rotated_keys_fail_no_call(sandbox: Sandbox, way: str) -> None:
 @pytest.mark.parametrize("how", ["closes", "resets"])
 @pytest.mark.parametrize("is_given", [False, True], ids=["own", "given"])
 async def test_stale_connections_fail_no_call(raw: StartRaw, how: str, *, is_given: bool) -> None:
-    """600 successive calls to a server that ends each connection after one answer are all answered, for no tokens."""
+    """Answer 600 successive calls, for no tokens, from a server that ends each connection after one answer."""
 
     async def serve(connection: RawConnection) -> None:
         await connection.request()
@@ -179,7 +179,7 @@ async def test_stale_connections_fail_no_call(raw: StartRaw, how: str, *, is_giv
 def test_accounts_that_are_down_fail_no_others(
     client: MakeClient, down: int, flaky: int, cache: CachePolicy | None
 ) -> None:
-    """With a fifth of the accounts down and the others failing once in ten, a job fetches every healthy one."""
+    """Fetch every healthy account with a fifth of the accounts down and the others failing once in ten."""
 
     async def main() -> list[Outcome]:
         async with client(LossyService(PartlyDown(down, flaky)), cache=cache) as c:
@@ -193,7 +193,7 @@ def test_accounts_that_are_down_fail_no_others(
 @pytest.mark.once
 @pytest.mark.parametrize("concurrency", [1, 2, 100])
 def test_a_job_without_tokens_comes_to_its_end(client: MakeClient, concurrency: int) -> None:
-    """With a budget of one retry without refunds, and at any concurrency, healthy accounts are still fetched."""
+    """Fetch all healthy accounts with a budget of one retry without refunds, at any concurrency."""
 
     async def main() -> list[Outcome]:
         budget = RetryBudget(capacity=5, refund=0)

@@ -24,8 +24,8 @@ from audiences_async import (
     ServerError,
     TooManyRequestsError,
     UnauthorizedError,
-    caching,
 )
+from audiences_async._call import cache as caching
 from audiences_async.events import AttemptStarted, CallStarted
 from audiences_async.sandbox import Answer, Sandbox, SteppedTime, many_audiences
 
@@ -70,7 +70,7 @@ async def error_of(call: Any) -> AudiencesError:
 async def test_who_asks_at_once_shares_one_request(
     sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient]
 ) -> None:
-    """A hundred concurrent calls make one request, even without caching; another account's make another."""
+    """Share one request among a hundred concurrent calls, even without caching; send another account its own."""
     south = sandbox.add_account("south", audiences=many_audiences("south", 1))
     async with make(ttl=0) as client:
         answers = await asyncio.gather(*(client.get_audiences(each) for each in [north, south] * 50))
@@ -81,7 +81,7 @@ async def test_who_asks_at_once_shares_one_request(
 async def test_an_answer_is_given_again_until_its_ttl(
     sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
 ) -> None:
-    """An answer is cached for the ttl and no longer."""
+    """Cache an answer for the ttl and no longer."""
     async with make(ttl=10.0) as client:
         first = await client.get_audiences(north)
         time.now += 9.9
@@ -93,7 +93,7 @@ async def test_an_answer_is_given_again_until_its_ttl(
 
 
 async def test_errors_are_not_kept(sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient]) -> None:
-    """All concurrent callers get the error, each its own exception; the next caller makes a new request."""
+    """Raise the error to all concurrent callers, each its own exception; the next caller makes a new request."""
     sandbox.script("north", Answer(400, {"description": "no"}))
     namesake = Account("namesake", north.api_key)
     async with make() as client:
@@ -106,7 +106,7 @@ async def test_errors_are_not_kept(sandbox: Sandbox, north: Account, make: Calla
 
 
 async def test_an_answer_is_never_another_accounts(sandbox: Sandbox, make: Callable[..., AudiencesClient]) -> None:
-    """The cache is keyed by key, not by name: also if a name, or a function, comes with another key."""
+    """Key the cache by key, not by name: also if a name, or a function, comes with another key."""
     one = sandbox.add_account("one", audiences=many_audiences("one", 1))
     other = sandbox.add_account("other", audiences=many_audiences("other", 1))
     keys = [one.api_key, other.api_key, other.api_key, one.api_key]
@@ -122,7 +122,7 @@ async def test_an_answer_is_never_another_accounts(sandbox: Sandbox, make: Calla
 
 
 async def test_a_key_that_is_refused_meanwhile(sandbox: Sandbox, make: Callable[..., AudiencesClient]) -> None:
-    """An answer that arrived with a fresh key is cached for that key, not for the refused one."""
+    """Cache an answer that arrived with a fresh key for that key, not for the refused one."""
     account = sandbox.add_account("north", audiences=many_audiences("north", 1))
     given = iter(["a revoked key", account.api_key, account.api_key])
     function = Account("north", lambda: str(next(given)))
@@ -140,7 +140,7 @@ async def test_a_key_that_is_refused_meanwhile(sandbox: Sandbox, make: Callable[
 async def test_one_who_leaves_does_not_hurt_the_others(
     sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient]
 ) -> None:
-    """A caller that is cancelled or times out stops waiting; the others get the answer of the one request."""
+    """Release a caller that is cancelled or times out; the others get the answer of the one request."""
     sandbox.script("north", Answer(delay=0.4))
     async with make() as client:
         short = asyncio.create_task(error_of(client.get_audiences(north, timeout=0.1)))
@@ -158,7 +158,7 @@ async def test_one_who_leaves_does_not_hurt_the_others(
 async def test_the_request_ends_with_the_last_who_waits(
     sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient]
 ) -> None:
-    """When all callers have left, the request is cancelled, and the next caller starts another."""
+    """Cancel the request when all callers have left; the next caller starts another."""
     sandbox.script("north", Answer(delay=60))
     async with make() as client:
         leaving = [asyncio.create_task(client.get_audiences(north)) for _ in range(3)]
@@ -175,7 +175,7 @@ async def test_the_request_ends_with_the_last_who_waits(
 async def test_a_wait_that_does_not_fit_is_told_at_once(
     sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
 ) -> None:
-    """With a cache, too, a wait beyond the timeout is an error at once, with retry_after."""
+    """Raise at once, with a cache too, for a wait beyond the timeout, with retry_after."""
     sandbox.script("north", Answer(429, retry_after=30))
     async with make(retry=RetryPolicy()) as client:
         error = await error_of(client.get_audiences(north, timeout=5.0))
@@ -185,7 +185,7 @@ async def test_a_wait_that_does_not_fit_is_told_at_once(
 async def test_who_joins_with_more_time_is_not_turned_away_with_the_first(
     sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
 ) -> None:
-    """Two callers of one request each have their own timeout for the wait after a 429."""
+    """Give two callers of one request each their own timeout for the wait after a 429."""
     sandbox.script("north", Answer(429, retry_after=30, delay=0.1))
     async with make(retry=RetryPolicy()) as client:
         first = asyncio.create_task(client.get_audiences(north, timeout=5.0))
@@ -235,7 +235,7 @@ async def test_a_crowd_whose_turn_comes_too_late_is_told_at_once(sandbox: Sandbo
 async def test_cached_accounts_that_begin_together_keep_their_pace(
     sandbox: Sandbox, make: Callable[..., AudiencesClient]
 ) -> None:
-    """Each of several accounts that begin in one turn of the event loop is remembered: its pause is kept."""
+    """Remember each of several accounts that begin in one turn of the event loop: its pause is kept."""
     accounts = [sandbox.add_account(f"a{number}") for number in range(10)]
     for account in accounts:
         sandbox.script(account.name, Answer(429, retry_after=30))
@@ -248,7 +248,7 @@ async def test_cached_accounts_that_begin_together_keep_their_pace(
 
 
 async def test_a_cached_call_that_is_cut_off_tells_its_attempts(sandbox: Sandbox, north: Account) -> None:
-    """A caller that times out waiting for a shared request knows its attempts."""
+    """Report the attempts of a shared request to a caller that times out waiting for it."""
     sandbox.script("north", Answer(500), Answer(delay=30.0))
     at_once = RetryPolicy(base_delay=0)
     async with AudiencesClient(base_url=sandbox.base_url, cache=CachePolicy(0), retry=at_once) as client:
@@ -318,7 +318,7 @@ async def test_a_refresh_that_fails_is_nobodys_error(
 async def test_closing_ends_a_refresh(
     sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
 ) -> None:
-    """A refresh belongs to the client and ends with it, and so does a caller that waits for an answer."""
+    """End a refresh with its client, and also a caller that waits for an answer."""
     client = make(ttl=10.0, stale_while_revalidate=60.0)
     await client.get_audiences(north)
     time.now += 20
@@ -353,7 +353,7 @@ async def test_stale_if_error(
     answer: Answer,
     given: bool,
 ) -> None:
-    """In an outage the old answer is returned for a while; an error such as 403 is raised all the same."""
+    """Return the old answer for a while in an outage; raise an error such as 403 all the same."""
     async with make(ttl=10.0, stale_if_error=100.0) as client:
         first = await client.get_audiences(north)
         time.now += 50
@@ -367,7 +367,7 @@ async def test_stale_if_error(
 
 
 async def test_invalidate(sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient]) -> None:
-    """An answer requested earlier is not cached, even if its request is in flight; other accounts keep theirs."""
+    """Discard an answer requested earlier, even if its request is in flight; other accounts keep theirs."""
     south = sandbox.add_account("south")
     function = Account("function", lambda: str(south.api_key))
     async with make() as client:
@@ -416,7 +416,7 @@ async def test_invalidate_an_account_whose_key_a_function_gives(
 
 
 async def test_invalidate_each_key_of_a_function(sandbox: Sandbox, make: Callable[..., AudiencesClient]) -> None:
-    """The answers for all keys that a function has returned are discarded, those of requests in flight included."""
+    """Discard the answers for all keys that a function has returned, those of requests in flight included."""
     keys = [str(sandbox.add_account(name).api_key) for name in ("one", "other")]
     account = Account("mine", lambda: keys[0])
     async with make() as client:
@@ -438,7 +438,7 @@ async def test_invalidate_each_key_of_a_function(sandbox: Sandbox, make: Callabl
 async def test_an_answer_with_too_many_names_is_fetched_again(
     sandbox: Sandbox, north: Account, make: Callable[..., AudiencesClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An answer is not reused for more accounts of one key than the cache remembers, so that its memory is bounded."""
+    """Reuse an answer for no more accounts of one key than the cache remembers, so that memory is bounded."""
     monkeypatch.setattr(caching, "_MAX_NAMES", 3)
     async with make() as client:
         for number in range(4):
@@ -447,7 +447,7 @@ async def test_an_answer_with_too_many_names_is_fetched_again(
 
 
 async def test_invalidate_while_a_key_is_replaced(sandbox: Sandbox, north: Account) -> None:
-    """An answer that was requested before, and arrived with a fresh key afterwards, is not cached."""
+    """Leave an answer uncached that was requested before invalidate(), and arrived with a fresh key afterwards."""
     keys = ["old", str(north.api_key)]
     account = Account("north", lambda: keys.pop(0) if len(keys) > 1 else keys[0])
     replaced = asyncio.Event()
@@ -468,7 +468,7 @@ async def test_invalidate_while_a_key_is_replaced(sandbox: Sandbox, north: Accou
 
 
 async def test_as_many_answers_are_kept_as_allowed(sandbox: Sandbox, make: Callable[..., AudiencesClient]) -> None:
-    """The most recently used answers are kept."""
+    """Keep the most recently used answers."""
     accounts = [sandbox.add_account(f"a{number}") for number in range(3)]
     async with make(max_accounts=2) as client:
         for number in (0, 1, 0, 2, 0, 1):
@@ -477,7 +477,7 @@ async def test_as_many_answers_are_kept_as_allowed(sandbox: Sandbox, make: Calla
 
 
 async def test_a_key_function_has_the_callers_time(sandbox: Sandbox, make: Callable[..., AudiencesClient]) -> None:
-    """A key function that hangs ends with its caller's time; an error of its own is raised."""
+    """End a key function that hangs at its caller's deadline; raise an error of its own."""
 
     async def hangs() -> str:
         never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -502,7 +502,7 @@ def test_a_policy_that_cannot_be_used(wrong: dict[str, Any]) -> None:
 
 
 async def test_without_a_cache_there_is_nothing_to_invalidate(sandbox: Sandbox, north: Account) -> None:
-    """invalidate() also exists without a cache, when every call sends a request."""
+    """Offer invalidate() without a cache too, when every call sends a request."""
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         client.invalidate(north)
         await client.get_audiences(north)
@@ -511,7 +511,7 @@ async def test_without_a_cache_there_is_nothing_to_invalidate(sandbox: Sandbox, 
 
 
 async def test_a_job_that_joins_a_request_without_tokens(sandbox: Sandbox, north: Account) -> None:
-    """A job's account that shares a single call's request does not fail because that call found the budget empty."""
+    """Fetch a job's account that shares a single call's request, even if that call found the budget empty."""
     sandbox.script("north", Answer(500, delay=0.1), Answer(500))
     settings: dict[str, Any] = {"cache": CachePolicy(ttl=9), "budget": RetryBudget(capacity=1, cost=5)}
     async with AudiencesClient(base_url=sandbox.base_url, retry=RetryPolicy(base_delay=0), **settings) as client:

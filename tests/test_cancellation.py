@@ -385,20 +385,20 @@ async def _headers(scene: Scene) -> None:
 async def _body(scene: Scene) -> None:
     scene.open()
     await scene.serve(HEALED[:HALF])
-    await scene.call("_Exchange._read_plain")
+    await scene.call("StreamReader.readany")
 
 
 async def _packed_body(scene: Scene) -> None:
     scene.open()
     packed = reply(b"200 OK", gzip.compress(answer_of("a")), b"Content-Encoding: gzip")
     await scene.serve(packed[:HALF])
-    await scene.call("_Exchange._read_deflated")
+    await scene.call("StreamReader.readany")
 
 
 async def _error_body(scene: Scene) -> None:
     scene.open()
     await scene.serve(reply(b"404 Not Found", b"x" * 100)[:HALF])
-    await scene.call("_Exchange._read_plain")
+    await scene.call("StreamReader.readany")
 
 
 async def _decoding(scene: Scene) -> None:
@@ -463,7 +463,7 @@ async def scene(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 @IN_EVERY_STATE
 async def test_a_call_is_cancelled_at_once_in_every_state(scene: Scene, state: str) -> None:
-    """A cancelled call ends within a few turns, sends nothing more, leaves nothing and disturbs no other call."""
+    """End a cancelled call within a few turns: it sends nothing more, leaves nothing, disturbs no other call."""
     sockets = open_sockets()
     await STATES[state](scene)
     client, requests, call = scene.client, scene.requests, scene.calls[-1]
@@ -694,7 +694,7 @@ KINDS_OF_WAITING: Final = {
     "turn": {"Queue._wait"},
     "connecting": {"BaseSelectorEventLoop.sock_connect", "BaseEventLoop._create_connection_transport"},
     "headers": {"ClientResponse.start"},
-    "body": {"_Exchange._read_plain", "_Exchange._read_deflated"},
+    "body": {"StreamReader.readany"},
     "decoding": {"_in_turns"},
     "backoff": {"Steps.sleep"},
 }
@@ -731,7 +731,7 @@ def only_what_was_told(sandbox: Sandbox, told: Counter[str], numbers: range) -> 
 @pytest.mark.slow
 @pytest.mark.usefixtures("complaints")
 async def test_calls_are_cancelled_at_once_at_any_moment(sandbox: Sandbox) -> None:
-    """At 200 moments under load, all calls are cancelled: at once, with no further request and nothing left behind."""
+    """Cancel all calls at 200 moments under load: at once, with no further request and nothing left behind."""
     met: Counter[str] = Counter()
     took: list[float] = []
     allowed: Counter[str] = Counter()
@@ -773,7 +773,7 @@ async def cancelled(load: Load, running: set["asyncio.Task[Any]"]) -> float:
 @pytest.mark.slow
 @pytest.mark.usefixtures("complaints")
 async def test_cancelled_calls_do_not_hurt_the_others(sandbox: Sandbox) -> None:
-    """At 40 moments under load, a random half of the calls is cancelled: every other one is answered properly."""
+    """Cancel a random half of the calls at 40 moments under load: every other one is answered properly."""
     for number in range(40):
         sockets = open_sockets()
         load = Load(sandbox, number, Answer(delay=0.01))
@@ -796,7 +796,7 @@ async def test_cancelled_calls_do_not_hurt_the_others(sandbox: Sandbox) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("complaints")
 async def test_jobs_are_cancelled_at_once_at_any_moment(sandbox: Sandbox) -> None:
-    """At 200 moments a job is cancelled, a stream or fetch_all: at once, and with all its calls."""
+    """Cancel a job, a stream or fetch_all, at 200 moments: it ends at once, and with all its calls."""
     took: list[float] = []
     allowed: Counter[str] = Counter()
     for number in range(200):
@@ -836,7 +836,7 @@ async def streamed(load: Load, allowed: Counter[str]) -> None:
 
 @pytest.mark.parametrize("after", range(4))
 async def test_a_job_that_is_cancelled_twice_leaves_no_task(sandbox: Sandbox, after: int) -> None:
-    """A second cancellation, some turns after the first one, leaves no task behind."""
+    """Leave no task behind after a second cancellation, some turns after the first one."""
     load = Load(sandbox, after, HANGS)
     job = asyncio.create_task(streamed(load, Counter()))
     await asyncio.to_thread(sandbox.wait_for_requests, 5)
@@ -855,7 +855,7 @@ async def test_a_job_that_is_cancelled_twice_leaves_no_task(sandbox: Sandbox, af
 @pytest.mark.slow
 @pytest.mark.usefixtures("complaints")
 async def test_a_client_is_closed_at_any_moment(sandbox: Sandbox) -> None:
-    """At 40 moments under load the client is closed: each call has its answer or ends with ClientClosedError."""
+    """Close the client at 40 moments under load: each call has its answer or ends with ClientClosedError."""
     told: Counter[str] = Counter()
     ended: Counter[type[BaseException] | None] = Counter()
     for number in range(40):
@@ -928,7 +928,7 @@ def only_others_warn(stderr: str) -> None:
 
 @pytest.mark.slow
 def test_a_loop_that_was_closed_before_the_client(url: str) -> None:
-    """A client whose loop is closed raises for a call, a job and aclose() on another loop, and nothing hangs."""
+    """Raise for a call, a job and aclose() on another loop if the client's loop is closed; nothing hangs."""
     out, err = run(
         url,
         """
@@ -946,7 +946,7 @@ def test_a_loop_that_was_closed_before_the_client(url: str) -> None:
 
 
 async def test_a_client_used_from_another_thread(sandbox: Sandbox, north: Account) -> None:
-    """A loop of another thread is another loop, also while the first one runs, which continues as before."""
+    """Reject another thread's loop as another loop, also while the first one runs, which continues as before."""
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         await client.get_audiences(north)
         for use in (client.get_audiences(north), client.fetch_all([north]), client.aclose()):
@@ -958,7 +958,7 @@ async def test_a_client_used_from_another_thread(sandbox: Sandbox, north: Accoun
 
 @pytest.mark.slow
 def test_a_client_used_in_a_forked_process(url: str) -> None:
-    """In a child process the client raises that it belongs to another loop, and the parent's continues as before."""
+    """Raise in a child process that the client belongs to another loop; the parent's continues as before."""
     out, err = run(
         url,
         """
@@ -988,7 +988,7 @@ def test_a_client_used_in_a_forked_process(url: str) -> None:
 
 @pytest.mark.slow
 def test_a_client_first_used_in_a_forked_process(url: str) -> None:
-    """A client that was created before the fork, and not used, serves parent and child, each with its own loop."""
+    """Serve parent and child, each on its own loop, if the client was created but not used before the fork."""
     out, err = run(
         url,
         """
@@ -1009,7 +1009,7 @@ def test_a_client_first_used_in_a_forked_process(url: str) -> None:
 
 @pytest.mark.slow
 def test_a_forked_process_that_ends_does_not_touch_its_parents_client(url: str) -> None:
-    """A child that does not use a client, and ends as programs do, costs its parent's next call nothing."""
+    """Leave the parent's next call unaffected when a child ends as programs do, without using the client."""
     out, _ = run(
         url,
         """
@@ -1180,7 +1180,7 @@ def no_blocking() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_blocking")
 async def test_blocking_is_noticed(sandbox: Sandbox) -> None:
-    """The next tests rely on this: a blocking call below our code is an error."""
+    """Raise an error for a blocking call below our code; the next tests rely on this."""
 
     def key() -> str:
         blocking.sleep(0.001)

@@ -46,12 +46,12 @@ def test_list_gives_ndjson_when_piped(run: Callable[..., Done]) -> None:
 
 
 def test_list_as_json(run: Callable[..., Done]) -> None:
-    """JSON is one array."""
+    """Write JSON as one array."""
     assert json.loads(run("list", "--output", "json").stdout) == list(EXAMPLE_AUDIENCES)
 
 
 def test_list_as_csv_loses_nothing(run: Callable[..., Done], sandbox: Sandbox) -> None:
-    """CSV has the documented fields, and all others as JSON in the last column."""
+    """Write the documented fields as CSV, and all others as JSON in the last column."""
     odd = {"type": "New", "id": "9", "note": "a,b\n"}
     sandbox.script("default", Answer(body={"status": "200", "data": [*EXAMPLE_AUDIENCES, odd]}))
     rows = list(csv.DictReader(io.StringIO(run("list", "--output", "csv").stdout)))
@@ -61,7 +61,7 @@ def test_list_as_csv_loses_nothing(run: Callable[..., Done], sandbox: Sandbox) -
 
 
 def test_list_as_table_escapes_what_a_terminal_would_act_on(run: Callable[..., Done], sandbox: Sandbox) -> None:
-    """The table shows names unchanged, markup and control characters included, without interpreting them."""
+    """Show names in the table unchanged, markup and control characters included, without interpreting them."""
     row = {**EXAMPLE_AUDIENCES[1], "name": "[red]\x1b[2J"}
     sandbox.script("default", Answer(body={"status": "200", "data": [EXAMPLE_AUDIENCES[0], row, {"type": "New"}]}))
     shown = run("list", "--output", "table").stdout
@@ -72,7 +72,7 @@ def test_list_as_table_escapes_what_a_terminal_would_act_on(run: Callable[..., D
 
 @pytest.mark.slow
 def test_list_gives_a_table_on_a_terminal(environment: Mapping[str, str]) -> None:
-    """On a terminal the list is a table."""
+    """Print the list as a table on a terminal."""
     parent, child = pty.openpty()
     done = subprocess.run([*COMMAND, "list"], env=environment, stdout=child, timeout=50, check=False)
     os.close(child)
@@ -84,7 +84,7 @@ def test_list_gives_a_table_on_a_terminal(environment: Mapping[str, str]) -> Non
 
 
 def test_the_key_can_come_from_a_file(run: Callable[..., Done], tmp_path: Path) -> None:
-    """A key file may end in a line break; an unreadable one is a usage error."""
+    """Accept a key file that ends in a line break; an unreadable one is a usage error."""
     file = tmp_path / "key"
     file.write_text(f"{KEY}\n")
     assert run("list", "--api-key-file", str(file), AUDIENCES_API_KEY="").returncode == 0
@@ -128,7 +128,7 @@ def test_exit_codes(
     code: int,
     told: str,
 ) -> None:
-    """Each kind of failure has its exit code, and is reported on stderr without a traceback."""
+    """Exit with the code for each kind of failure, and report it on stderr without a traceback."""
     if answer is not None:
         sandbox.script("default", answer)
     done = run(*arguments, **changes)
@@ -138,7 +138,7 @@ def test_exit_codes(
 
 
 def test_an_error_is_one_line_and_a_hint(run: Callable[..., Done]) -> None:
-    """An error has a message and a hint; the traceback appears with --debug only, and never with the key."""
+    """Print a message and a hint; the traceback appears with --debug only, and never with the key."""
     done = run("list", AUDIENCES_API_KEY="wrong-key")
     error, hint = done.stderr.splitlines()
     assert error.startswith("error: account 'default': HTTP 401 Unauthorized")
@@ -150,7 +150,7 @@ def test_an_error_is_one_line_and_a_hint(run: Callable[..., Done]) -> None:
 
 @pytest.mark.slow
 def test_the_demo_absorbs_and_says_so(run: Callable[..., Done]) -> None:
-    """The demo ends with exit code 0 after a 429, a 500 and a reset; a seed gives the same output twice."""
+    """End the demo with exit code 0 after a 429, a 500 and a reset; a seed gives the same output twice."""
     command = [*COMMAND, "demo", "--seed", "7"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         here = run(*command[-3:])
@@ -166,7 +166,7 @@ def test_the_demo_absorbs_and_says_so(run: Callable[..., Done]) -> None:
 
 @pytest.mark.slow
 def test_the_sandbox_serves_until_interrupted(run: Callable[..., Done]) -> None:
-    """The sandbox prints the variables that a client needs, serves, and ends on Ctrl-C."""
+    """Print the variables that a client needs, serve, and end on Ctrl-C."""
     arguments = [*COMMAND, "sandbox", "--account", "north", "--account", "south", "--audiences", "3"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
@@ -180,7 +180,7 @@ def test_the_sandbox_serves_until_interrupted(run: Callable[..., Done]) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_list_with_130(environment: Mapping[str, str], sandbox: Sandbox) -> None:
-    """An interrupted list exits with 130 and no traceback."""
+    """Exit an interrupted list with 130 and no traceback."""
     sandbox.script("default", Answer(delay=30))
     with subprocess.Popen([*COMMAND, "list"], env=environment, stderr=subprocess.PIPE, text=True) as process:
         sandbox.wait_for_requests(1)
@@ -192,7 +192,7 @@ def test_ctrl_c_ends_a_list_with_130(environment: Mapping[str, str], sandbox: Sa
 
 @pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_traceback(environment: Mapping[str, str]) -> None:
-    """A closed pipe ends the command quietly."""
+    """End the command quietly if the pipe is closed."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
@@ -205,7 +205,7 @@ def test_a_reader_that_goes_away_is_no_traceback(environment: Mapping[str, str])
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_is_one_line(environment: Mapping[str, str]) -> None:
-    """An unwritable stdout is reported."""
+    """Report an unwritable stdout."""
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
             [*COMMAND, "list"], env=environment, stdout=full, stderr=subprocess.PIPE, timeout=50, check=False
@@ -215,7 +215,7 @@ def test_a_full_disk_is_one_line(environment: Mapping[str, str]) -> None:
 
 @pytest.mark.slow
 def test_a_closed_stdout_is_one_line(environment: Mapping[str, str]) -> None:
-    """A command that has data to write fails if stdout is closed."""
+    """Fail a command that has data to write if stdout is closed."""
     done = subprocess.run(
         ["sh", "-c", '"$@" >&-', "sh", *COMMAND, "list"], env=environment, capture_output=True, timeout=50, check=False
     )
@@ -224,7 +224,7 @@ def test_a_closed_stdout_is_one_line(environment: Mapping[str, str]) -> None:
 
 @pytest.mark.slow
 def test_a_table_in_a_locale_without_its_letters(environment: Mapping[str, str]) -> None:
-    """A table can be printed in a locale without its characters."""
+    """Print a table in a locale without its characters."""
     narrow = {**environment, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
         [*COMMAND, "list", "--output", "table"], env=narrow, capture_output=True, timeout=50, check=False
@@ -234,7 +234,7 @@ def test_a_table_in_a_locale_without_its_letters(environment: Mapping[str, str])
 
 
 def test_ctrl_c_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An interrupt while the command is still being imported exits with 130."""
+    """Exit with 130 on an interrupt while the command is still being imported."""
 
     class Interrupted:
         def find_spec(self, name: str, path: object, target: object = None) -> None:
@@ -257,7 +257,7 @@ def test_version_and_help(run: Callable[..., Done]) -> None:
 def test_without_the_extra_the_command_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without cyclopts or rich the command names the missing extra."""
+    """Name the missing extra if cyclopts or rich is not installed."""
     monkeypatch.setitem(sys.modules, "cyclopts", None)
     monkeypatch.delitem(sys.modules, "audiences_async.cli.app", raising=False)
     with pytest.raises(SystemExit) as caught:
@@ -276,6 +276,6 @@ def test_a_broken_installation_is_not_taken_for_a_missing_extra(monkeypatch: pyt
 
 
 def test_the_rest_of_the_exit_codes() -> None:
-    """The other errors have exit codes too."""
+    """Return the exit codes of the other errors too."""
     met = [DeadlineExceededError("x"), InvalidResponseError("x"), ClientClosedError("x"), status_error(302, "")]
     assert [exit_code(error) for error in met] == [5, 1, 1, 1]

@@ -162,7 +162,7 @@ def other_path(file: Path, spelling: str) -> Path:
 def test_the_accounts_file_is_never_written_to(
     job: Job, output: str, beside: bool, spelling: str, resume: list[str]
 ) -> None:
-    """An output or a checkpoint that is the accounts file, by any path, is refused before the first request."""
+    """Refuse an output or a checkpoint that is the accounts file, by any path, before the first request."""
     job.accounts = job.folder / "accounts.ndjson"
     job.accounts.write_bytes(KEYS)
     path = other_path(job.accounts, spelling)
@@ -185,7 +185,7 @@ def test_the_accounts_file_is_never_written_to(
 def test_a_file_of_other_content_is_never_written_to(
     job: Job, output: str, name: str, content: bytes, resume: list[str]
 ) -> None:
-    """An existing file that this command has not written is refused as output or checkpoint, and stays unchanged."""
+    """Refuse an existing file that this command has not written as output or checkpoint, and keep it unchanged."""
     file = job.folder / name
     file.write_bytes(content)
     done = job.run(output, *resume)
@@ -195,7 +195,7 @@ def test_a_file_of_other_content_is_never_written_to(
 
 @pytest.mark.parametrize("output", FORMATS)
 def test_a_checkpoint_of_other_accounts_is_refused(job: Job, output: str) -> None:
-    """A checkpoint with an account that the accounts file lacks is refused, and no outcome in it is lost."""
+    """Refuse a checkpoint with an account that the accounts file lacks; no outcome in it is lost."""
     assert job.run(output).returncode == 0
     job.open(NAMES[1:])
     files = (job.out, job.checkpoint(output))
@@ -209,7 +209,7 @@ def test_a_checkpoint_of_other_accounts_is_refused(job: Job, output: str) -> Non
 @pytest.mark.parametrize("output", FORMATS)
 @pytest.mark.parametrize("kept", [1, 12, 20, -40, -1])
 def test_a_torn_checkpoint_is_continued(job: Job, output: str, kept: int) -> None:
-    """A last line that a crash has cut anywhere is fetched again, and an earlier output of this command is replaced."""
+    """Fetch a last line that a crash has cut anywhere again, and replace an earlier output of this command."""
     assert job.run(output, "--concurrency", "1").returncode == 0
     torn = job.checkpoint(output)
     *whole, last = torn.read_bytes().splitlines(keepends=True)
@@ -225,7 +225,7 @@ def test_a_torn_checkpoint_is_continued(job: Job, output: str, kept: int) -> Non
 @pytest.mark.parametrize("output", FORMATS)
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o666])
 def test_resuming_keeps_mode_and_owner(job: Job, output: str, mode: int) -> None:
-    """An output that is resumed, or written again at the end, keeps its mode and its owner."""
+    """Keep the mode and the owner of an output that is resumed, or written again at the end."""
     job.sandbox.script("a1", Answer(403))
     assert job.run(output).returncode == 7
     owner = 12345 if os.geteuid() == 0 else os.geteuid()
@@ -241,7 +241,7 @@ def test_resuming_keeps_mode_and_owner(job: Job, output: str, mode: int) -> None
 @pytest.mark.parametrize("output", FORMATS)
 @pytest.mark.parametrize("linked", [False, True], ids=["itself", "link"])
 def test_an_empty_file_is_filled_in_its_place(job: Job, output: str, linked: bool) -> None:
-    """An empty output with mode 0600 keeps the mode; a symbolic link to one stays a link."""
+    """Keep the mode of an empty output with mode 0600; a symbolic link to one stays a link."""
     real = job.folder / "real" if linked else job.out
     real.touch(0o600)
     if linked:
@@ -265,7 +265,7 @@ def test_an_empty_file_is_filled_in_its_place(job: Job, output: str, linked: boo
     ],
 )
 def test_a_target_that_cannot_be_written_costs_no_request(job: Job, output: str, name: str, kind: str) -> None:
-    """An unwritable output or checkpoint is an error before the first request."""
+    """Report an unwritable output or checkpoint before the first request."""
     file = job.folder / name
     match kind:
         case "directory":
@@ -285,7 +285,7 @@ def test_a_target_that_cannot_be_written_costs_no_request(job: Job, output: str,
 @pytest.mark.parametrize("output", ["csv", "json"])
 @pytest.mark.parametrize("length", [220, 240, 248, 255])
 def test_a_name_that_is_almost_too_long(job: Job, output: str, length: int) -> None:
-    """An output with a long name is written, or is an error before the first request; never after the last."""
+    """Write an output with a long name, or report an error before the first request; never after the last."""
     job.out = job.folder / ("o" * length)
     done = job.run(output)
     assert (done.returncode == 0, len(job.sandbox.requests)) in {(True, len(NAMES)), (False, 0)}
@@ -297,7 +297,7 @@ def test_a_name_that_is_almost_too_long(job: Job, output: str, length: int) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", ">&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_a_fetch_without_its_streams(job: Job, redirection: str) -> None:
-    """With standard streams closed or full, all accounts are fetched, the CSV is written, and the exit code is 0."""
+    """Fetch all accounts, write the CSV and exit with 0 if standard streams are closed or full."""
     done = job.end(*job.arguments("csv"), redirection=redirection)
     assert (done.returncode, done.stdout) == (0, "")
     assert fetched(job.out, "csv") == fetched(job.checkpoint("csv")) == expected()
@@ -306,7 +306,7 @@ def test_a_fetch_without_its_streams(job: Job, redirection: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["terminal", "pipe", "full pipe", "nohup"])
 def test_a_terminal_that_goes_away_during_a_fetch(job: Job, kind: str) -> None:
-    """A stderr that disappears or blocks, or a SIGHUP under nohup, changes neither output nor exit code."""
+    """Keep output and exit code if stderr disappears or blocks, or on a SIGHUP under nohup."""
     job.sandbox.script("a2", Answer(delay=0.4))
     command, before = job.arguments("csv", "--concurrency", "1"), "trap '' HUP" if kind == "nohup" else ":"
     with leaving(kind) as (leave, stream), job.start(*command, before=before, stderr=stream) as process:
@@ -322,7 +322,7 @@ def test_a_terminal_that_goes_away_during_a_fetch(job: Job, kind: str) -> None:
 @pytest.mark.parametrize("number", [SIGHUP, SIGTERM, SIGINT])
 @pytest.mark.parametrize("away", ["terminal", "2>&-"])
 def test_a_signal_without_a_terminal(job: Job, away: str, number: Signals) -> None:
-    """A closed window ends a fetch by SIGHUP: fetched accounts are kept, and the exit code is the signal's."""
+    """End a fetch by SIGHUP when its window closes: accounts are kept, and the exit code is the signal's."""
     job.sandbox.script("a2", Answer(delay=60.0))
     command = job.arguments("csv", "--concurrency", "1")
     with leaving(away) as (leave, stream), job.start(*command, stderr=stream, redirection=away) as process:
@@ -337,7 +337,7 @@ def test_a_signal_without_a_terminal(job: Job, away: str, number: Signals) -> No
 @pytest.mark.parametrize(("arguments", "code"), [("", 4), ("--debug", 4), ("--output xml", 2)])
 @pytest.mark.parametrize("away", ["2>&-", "2>/dev/full", ">&- 2>&-", "terminal", "pipe", "full pipe"])
 def test_an_error_that_cannot_be_shown(job: Job, away: str, arguments: str, code: int) -> None:
-    """A refused key and a usage error have their exit codes, whether or not the reason can be shown."""
+    """Exit with the code of a refused key or a usage error, whether or not the reason can be shown."""
     with leaving(away) as (leave, stream):
         leave()
         with job.start("list", *arguments.split(), stderr=stream, redirection=away) as process:
@@ -351,7 +351,7 @@ def test_an_error_that_cannot_be_shown(job: Job, away: str, arguments: str, code
     "names", [TRICKY, [f"customer-of-the-north-west-{each}" for each in UUIDS]], ids=["odd", "long"]
 )
 def test_names_are_shown_unchanged_in_the_summary(job: Job, names: list[str]) -> None:
-    """Names that look like markup or emoji are repeated unchanged, and long names are shown whole."""
+    """Repeat names that look like markup or emoji unchanged, and show long names whole."""
     job.open(names)
     for name, status in zip(names, (400, 403, 404, 405, 409), strict=False):
         job.sandbox.script(name, Answer(status))
@@ -369,7 +369,7 @@ def test_names_are_shown_unchanged_in_the_summary(job: Job, names: list[str]) ->
     ],
 )
 def test_arguments_are_repeated_unchanged(job: Job, command: str, name: str) -> None:
-    """An error that repeats an argument does not interpret it as markup or emoji."""
+    """Repeat an argument in an error without interpreting it as markup or emoji."""
     done = job.command(*command.format(name).split(), AUDIENCES_API_KEY=KEY)
     assert done.returncode == 2
     assert name in done.stderr
@@ -393,7 +393,7 @@ def test_names_in_errors_and_tables_are_unchanged(job: Job, name: str) -> None:
     ids=["uuid", "words", "300"],
 )
 def test_long_ids_are_whole_in_a_table(job: Job, ids: list[str], columns: str) -> None:
-    """An id or a name that is wider than its column is folded, not cut."""
+    """Fold an id or a name that is wider than its column instead of cutting it."""
     rows = [{**ONE_AUDIENCE, "id": each, "name": f"of {each}"} for each in ids]
     job.sandbox.add_account(api_key=KEY, audiences=rows)
     shown = job.command("list", "--output", "table", AUDIENCES_API_KEY=KEY, COLUMNS=columns).stdout
@@ -410,7 +410,7 @@ def test_long_ids_are_whole_in_a_table(job: Job, ids: list[str], columns: str) -
 @pytest.mark.parametrize("concurrency", ["1", "100"])
 @pytest.mark.parametrize(("timeout", "first"), [("0.4", Answer()), ("0.9", Answer(500))], ids=["answered", "retried"])
 def test_waiting_for_the_rate_takes_no_time(job: Job, concurrency: str, timeout: str, first: Answer) -> None:
-    """With --rate, an account waits for its turn, also for a retry's, as long as needed; its timeout does not run."""
+    """Wait as long as needed for a turn with --rate, a retry's too, while the account's timeout does not run."""
     job.sandbox.script("a0", first)
     done = job.run("ndjson", "--rate", "2", "--timeout", timeout, "--concurrency", concurrency)
     assert (done.returncode, done.stderr) == (0, "4 of 4 accounts fetched, 0 failed\n")
@@ -421,7 +421,7 @@ def test_waiting_for_the_rate_takes_no_time(job: Job, concurrency: str, timeout:
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [40, 20])
 def test_few_files_may_be_open(job: Job, limit: int) -> None:
-    """A process with a low limit on open files uses fewer connections, and loses no account."""
+    """Use fewer connections under a low limit on open files, and lose no account."""
     names = [f"a{number}" for number in range(300)]
     job.open(names)
     for name in names:
@@ -437,7 +437,7 @@ def test_few_files_may_be_open(job: Job, limit: int) -> None:
     ("number", "before"), [(SIGINT, ":"), (SIGTERM, ":"), (SIGHUP, ":"), (SIGTERM, NO_INT), (SIGHUP, NO_INT)]
 )
 def test_a_signal_ends_a_fetch_in_order(job: Job, number: Signals, before: str, output: str) -> None:
-    """A fetch that is ended by a signal, in a background job too, prints how to continue; --resume completes it."""
+    """Print how to continue a fetch that a signal ended, in a background job too; --resume completes it."""
     job.sandbox.script("a2", Answer(delay=60.0))
     with job.start(*job.arguments(output, "--concurrency", "1"), before=before, stderr=PIPE) as process:
         job.sandbox.wait_for_requests(3, timeout=5)

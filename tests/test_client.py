@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import aioresponses
 import pytest
-from conftest import EMPTY_ANSWER
+from conftest import EMPTY_ANSWER, RawConnection
 
 from audiences_async import (
     Account,
@@ -53,7 +53,7 @@ def statuses(error: AudiencesError) -> list[int | None]:
 
 
 async def test_every_audience_of_the_account(sandbox: Sandbox) -> None:
-    """A call returns every audience of that account, in order and unchanged."""
+    """Return every audience of the account, in order and unchanged."""
     rows = list(many_audiences("north", 500))
     account = sandbox.add_account("north", audiences=rows)
     async with AudiencesClient(base_url=sandbox.base_url) as client:
@@ -72,7 +72,7 @@ async def test_many_accounts_share_one_client(sandbox: Sandbox) -> None:
 
 
 async def test_the_default_account(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client's own key, or the environment's, is the default account's."""
+    """Use the client's own key, or the environment's, for the default account."""
     sandbox.add_account(api_key=KEY)
     async with AudiencesClient(KEY, base_url=sandbox.base_url) as client:
         assert len(await client.get_audiences()) == 2
@@ -83,7 +83,7 @@ async def test_the_default_account(sandbox: Sandbox, monkeypatch: pytest.MonkeyP
 
 
 def test_production_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a base URL, and with an empty one in the environment, requests go to production."""
+    """Send requests to production without a base URL, and with an empty one in the environment."""
     monkeypatch.setenv("AUDIENCES_BASE_URL", "")
     assert repr(AudiencesClient(KEY)) == "<AudiencesClient https://api.commbox.io/audiences open>"
 
@@ -134,7 +134,7 @@ async def test_attempts_are_bounded(sandbox: Sandbox, north: Account, time: Step
 
 
 async def test_no_retries(sandbox: Sandbox, north: Account) -> None:
-    """max_attempts=1 means one request."""
+    """Send one request with max_attempts=1."""
     sandbox.script("north", Answer(500))
     async with AudiencesClient(base_url=sandbox.base_url, retry=RetryPolicy(max_attempts=1)) as client:
         with pytest.raises(ServerError) as caught:
@@ -144,7 +144,7 @@ async def test_no_retries(sandbox: Sandbox, north: Account) -> None:
 
 
 async def test_retry_after_is_waited(sandbox: Sandbox, north: Account, time: SteppedTime) -> None:
-    """A 429 with Retry-After is waited for in full, plus jitter."""
+    """Wait for a 429's Retry-After in full, plus jitter."""
     sandbox.script("north", Answer(429, retry_after=30), Answer(503, retry_after="soon"))
     time.draw = 0.5
     async with AudiencesClient(base_url=sandbox.base_url, clock=time.clock) as client:
@@ -153,7 +153,7 @@ async def test_retry_after_is_waited(sandbox: Sandbox, north: Account, time: Ste
 
 
 async def test_a_wait_that_does_not_fit_raises_at_once(sandbox: Sandbox, north: Account, time: SteppedTime) -> None:
-    """A wait beyond the timeout is not begun: the error has the time to come back."""
+    """Raise at once, instead of beginning a wait beyond the timeout: the error has the time to come back."""
     sandbox.script("north", Answer(500), Answer(429, retry_after=59.5))
     async with AudiencesClient(base_url=sandbox.base_url, clock=time.clock) as client:
         with pytest.raises(TooManyRequestsError, match="retry after 59.5 s") as caught:
@@ -164,7 +164,7 @@ async def test_a_wait_that_does_not_fit_raises_at_once(sandbox: Sandbox, north: 
 
 
 async def test_a_backoff_that_does_not_fit_raises_at_once(sandbox: Sandbox, north: Account, time: SteppedTime) -> None:
-    """The same holds for the client's own wait, which is then the error's retry_after."""
+    """Raise at once for the client's own wait too, which is then the error's retry_after."""
     sandbox.script("north", Answer(500))
     async with AudiencesClient(base_url=sandbox.base_url, clock=time.clock) as client:
         with pytest.raises(ServerError) as caught:
@@ -173,7 +173,7 @@ async def test_a_backoff_that_does_not_fit_raises_at_once(sandbox: Sandbox, nort
 
 
 async def test_the_envelope_of_a_200_decides(sandbox: Sandbox, north: Account, at_once: RetryPolicy) -> None:
-    """A 200 whose envelope says 500 is retried as a 500."""
+    """Retry a 200 whose envelope says 500 as a 500."""
     sandbox.script("north", Answer(200, {"status": 500, "description": "Server Error"}))
     events: list[Event] = []
     async with AudiencesClient(base_url=sandbox.base_url, retry=at_once, on_event=events.append) as client:
@@ -182,7 +182,7 @@ async def test_the_envelope_of_a_200_decides(sandbox: Sandbox, north: Account, a
 
 
 async def test_redirects_are_not_followed(sandbox: Sandbox, north: Account) -> None:
-    """A redirect is an error, so that the key stays at its origin."""
+    """Raise an error for a redirect, so that the key stays at its origin."""
     sandbox.script("north", Answer(307, headers={"Location": sandbox.base_url + "elsewhere"}))
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         with pytest.raises(StatusError) as caught:
@@ -194,7 +194,7 @@ async def test_redirects_are_not_followed(sandbox: Sandbox, north: Account) -> N
 @pytest.mark.filterwarnings("ignore:Exception ignored in. <function BaseEventLoop.__del__")
 @pytest.mark.parametrize("status", [500, 503])
 async def test_decisions_need_no_wire(mocked: aioresponses.aioresponses, at_once: RetryPolicy, status: int) -> None:
-    """The same decisions with a mocked aiohttp, as in users' own tests."""
+    """Make the same decisions with a mocked aiohttp, as in users' own tests."""
     mocked.get("https://api.commbox.io/audiences", status=status)
     mocked.get("https://api.commbox.io/audiences", body=EMPTY_ANSWER)
     async with AudiencesClient(KEY, retry=at_once) as client:
@@ -208,7 +208,7 @@ async def test_decisions_need_no_wire(mocked: aioresponses.aioresponses, at_once
 
 
 async def test_an_attempt_out_of_time_is_retried(sandbox: Sandbox, north: Account, at_once: RetryPolicy) -> None:
-    """An attempt beyond attempt_timeout is cut off and retried."""
+    """Cut off an attempt beyond attempt_timeout, and retry it."""
     sandbox.script("north", Answer(delay=30))
     async with AudiencesClient(base_url=sandbox.base_url, retry=at_once, attempt_timeout=0.05) as client:
         assert len(await client.get_audiences(north)) == 2
@@ -216,7 +216,7 @@ async def test_an_attempt_out_of_time_is_retried(sandbox: Sandbox, north: Accoun
 
 
 async def test_every_attempt_out_of_time(sandbox: Sandbox, north: Account) -> None:
-    """When no attempt ends in time, that is the error."""
+    """Raise AttemptTimeoutError if no attempt ends in time."""
     sandbox.script("north", Answer(delay=30), Answer(delay=30))
     policy = RetryPolicy(max_attempts=2, base_delay=0)
     async with AudiencesClient(base_url=sandbox.base_url, retry=policy, attempt_timeout=0.05) as client:
@@ -226,7 +226,7 @@ async def test_every_attempt_out_of_time(sandbox: Sandbox, north: Account) -> No
 
 
 async def test_the_whole_call_is_bounded_inside_an_attempt(sandbox: Sandbox, north: Account) -> None:
-    """The timeout cuts off an attempt in flight, which counts as one."""
+    """Cut off an attempt in flight at the call's timeout, and count it as one."""
     sandbox.script("north", Answer(delay=30))
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         with pytest.raises(DeadlineExceededError, match="timeout=0.05 s") as caught:
@@ -236,7 +236,7 @@ async def test_the_whole_call_is_bounded_inside_an_attempt(sandbox: Sandbox, nor
 
 
 async def test_the_whole_call_is_bounded_while_queueing(sandbox: Sandbox, north: Account) -> None:
-    """A call that never gets a connection ends in time, without an attempt."""
+    """End a call that never gets a connection in time, without an attempt."""
     sandbox.script("north", Answer(delay=30))
     async with AudiencesClient(base_url=sandbox.base_url, max_connections=1) as client:
         first = asyncio.create_task(client.get_audiences(north))
@@ -250,7 +250,7 @@ async def test_the_whole_call_is_bounded_while_queueing(sandbox: Sandbox, north:
 
 
 async def test_queueing_is_no_part_of_an_attempt(sandbox: Sandbox, north: Account) -> None:
-    """Waiting for a connection does not use up attempt_timeout."""
+    """Exclude the wait for a connection from attempt_timeout."""
     sandbox.script("north", *[Answer(delay=0.2)] * 3)
     settings: dict[str, Any] = {"max_connections": 1, "attempt_timeout": 0.5, "retry": RetryPolicy(max_attempts=1)}
     async with AudiencesClient(base_url=sandbox.base_url, **settings) as client:
@@ -259,7 +259,7 @@ async def test_queueing_is_no_part_of_an_attempt(sandbox: Sandbox, north: Accoun
 
 
 async def test_a_key_function_is_bounded_too(sandbox: Sandbox) -> None:
-    """A key function that never returns ends with the call's timeout."""
+    """End a key function that never returns at the call's timeout."""
 
     async def provider() -> str:
         await asyncio.Event().wait()
@@ -275,7 +275,7 @@ async def test_a_key_function_is_bounded_too(sandbox: Sandbox) -> None:
 
 
 async def test_a_rotated_key_is_fetched_afresh(sandbox: Sandbox) -> None:
-    """On a 401 a key function is called once more, and the request repeated at once."""
+    """Call a key function once more on a 401, and repeat the request at once."""
     keys = iter(["old", "new"])
     sandbox.add_account("north", api_key="new")
     events: list[Event] = []
@@ -289,7 +289,7 @@ async def test_a_rotated_key_is_fetched_afresh(sandbox: Sandbox) -> None:
 
 
 async def test_a_fresh_key_is_fetched_only_once(sandbox: Sandbox) -> None:
-    """A second 401 is final."""
+    """Treat a second 401 as final."""
     asked: list[int] = []
 
     def provider() -> str:
@@ -303,7 +303,7 @@ async def test_a_fresh_key_is_fetched_only_once(sandbox: Sandbox) -> None:
 
 
 async def test_a_replay_counts_as_an_attempt(sandbox: Sandbox) -> None:
-    """With max_attempts=1 there is no replay."""
+    """Skip the replay with max_attempts=1."""
     async with AudiencesClient(base_url=sandbox.base_url, retry=RetryPolicy(max_attempts=1)) as client:
         with pytest.raises(UnauthorizedError):
             await client.get_audiences(Account("north", lambda: "revoked"))
@@ -329,7 +329,7 @@ async def test_one_refresh_for_many_waiting_tasks(sandbox: Sandbox) -> None:
 
 
 async def test_accounts_that_share_a_function_do_not_share_its_keys(sandbox: Sandbox) -> None:
-    """A function that serves several accounts, for example by a context variable, is called for each of them."""
+    """Call a function that serves several accounts, for example by a context variable, for each of them."""
     tenant: ContextVar[str] = ContextVar("tenant")
     for name in ("north", "south"):
         sandbox.add_account(name, api_key=f"key-{name}", audiences=many_audiences(name, 1))
@@ -348,7 +348,7 @@ async def test_accounts_that_share_a_function_do_not_share_its_keys(sandbox: San
 
 
 async def test_a_key_function_that_holds_on_does_not_lift_the_bound(sandbox: Sandbox) -> None:
-    """An answer that arrives too late, because a key function swallowed the cancellation, is an error all the same."""
+    """Raise an error for an answer that arrives too late because a key function swallowed the cancellation."""
     sandbox.add_account("north", api_key=KEY)
 
     async def provider() -> str:
@@ -366,7 +366,7 @@ async def test_a_key_function_that_holds_on_does_not_lift_the_bound(sandbox: San
 
 
 async def test_an_answer_that_takes_too_long_to_decode(sandbox: Sandbox, north: Account, time: SteppedTime) -> None:
-    """An answer that is complete after the call's deadline is an error, whatever has delayed the event loop."""
+    """Raise an error for an answer complete after the call's deadline, whatever has delayed the event loop."""
 
     def hook(event: Event) -> None:
         if isinstance(event, AttemptStarted):
@@ -400,7 +400,7 @@ async def test_a_session_that_is_closed_while_a_name_is_looked_up() -> None:
 
 
 async def test_a_key_function_that_holds_on_while_the_client_is_closed(sandbox: Sandbox) -> None:
-    """A call whose key comes after the client was closed sends nothing."""
+    """Send nothing for a call whose key comes after the client was closed."""
     sandbox.add_account("north", api_key=KEY)
     asked = asyncio.Event()
 
@@ -445,7 +445,7 @@ async def test_an_error_that_is_kept_does_not_keep_the_key(sandbox: Sandbox) -> 
 
 
 async def test_an_error_is_freed_without_the_garbage_collector(sandbox: Sandbox, north: Account) -> None:
-    """An error without references is freed at once, with the body it quotes."""
+    """Free an error without references at once, with the body it quotes."""
     sandbox.script("north", Answer(400))
     gc.collect()
     gc.disable()
@@ -461,7 +461,7 @@ async def test_an_error_is_freed_without_the_garbage_collector(sandbox: Sandbox,
 
 
 async def test_a_key_function_that_closes_the_client(sandbox: Sandbox) -> None:
-    """A key function that closes the client at its deadline does not wait for itself."""
+    """Close the client in a key function at its deadline without a wait for that same function."""
     client = AudiencesClient(base_url=sandbox.base_url)
 
     async def provider() -> str:
@@ -476,7 +476,7 @@ async def test_a_key_function_that_closes_the_client(sandbox: Sandbox) -> None:
 
 
 async def test_a_key_function_that_fails_is_an_error_of_the_call(sandbox: Sandbox) -> None:
-    """A programming error in a key function ends the call before anything is sent."""
+    """End the call on a programming error in a key function, before anything is sent."""
 
     def provider() -> str:
         raise KeyError("north")
@@ -488,7 +488,7 @@ async def test_a_key_function_that_fails_is_an_error_of_the_call(sandbox: Sandbo
 
 
 async def test_the_key_is_nowhere_to_be_seen(sandbox: Sandbox) -> None:
-    """A key that the service echoes is in no text, field or traceback with locals of the error."""
+    """Mask a key that the service echoes in every text, field and traceback with locals of the error."""
     account = sandbox.add_account("north", api_key=KEY)
     sandbox.script("north", Answer(400, {"description": f"bad {KEY}"}, headers={"X-Echo": KEY}))
     async with AudiencesClient(base_url=sandbox.base_url) as client:
@@ -534,7 +534,7 @@ async def test_the_key_is_nowhere_to_be_seen(sandbox: Sandbox) -> None:
     ],
 )
 def test_bad_settings_are_refused_when_the_client_is_made(arguments: dict[str, Any], told: str) -> None:
-    """Each invalid argument is refused by name, and no traceback shows the key."""
+    """Reject each invalid argument by name; no traceback shows the key."""
     with pytest.raises(ConfigurationError, match=told) as caught:
         AudiencesClient(**{"api_key": KEY} | arguments)
     del arguments
@@ -544,7 +544,7 @@ def test_bad_settings_are_refused_when_the_client_is_made(arguments: dict[str, A
 
 
 def test_max_attempts_0_is_refused() -> None:
-    """A policy without an attempt is refused."""
+    """Reject a policy without an attempt."""
     with pytest.raises(ConfigurationError, match="max_attempts must be a whole number of 1 or more, got 0"):
         RetryPolicy(max_attempts=0)
 
@@ -559,7 +559,7 @@ def test_max_attempts_0_is_refused() -> None:
     ],
 )
 async def test_bad_arguments_of_a_call(sandbox: Sandbox, account: Any, timeout: Any, told: str) -> None:
-    """A call without an account, or with an invalid timeout, sends nothing."""
+    """Send nothing for a call without an account, or with an invalid timeout."""
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         with pytest.raises(ConfigurationError, match=told):
             await client.get_audiences(account, timeout=timeout)
@@ -570,7 +570,7 @@ async def test_bad_arguments_of_a_call(sandbox: Sandbox, account: Any, timeout: 
 
 
 async def test_a_client_needs_no_block(sandbox: Sandbox, north: Account) -> None:
-    """A client opens on first use; aclose() closes it, and may be called again."""
+    """Open a client on first use; aclose() closes it, and may be called again."""
     client = AudiencesClient(base_url=sandbox.base_url)
     assert len(await client.get_audiences(north)) == 2
     await asyncio.gather(client.aclose(), client.aclose())
@@ -579,7 +579,7 @@ async def test_a_client_needs_no_block(sandbox: Sandbox, north: Account) -> None
 
 
 async def test_use_after_close(sandbox: Sandbox, north: Account) -> None:
-    """A closed client raises an error, and sends nothing."""
+    """Raise an error for a call on a closed client, and send nothing."""
     client = AudiencesClient(base_url=sandbox.base_url)
     await client.aclose()
     with pytest.raises(ClientClosedError, match="closed"):
@@ -590,7 +590,7 @@ async def test_use_after_close(sandbox: Sandbox, north: Account) -> None:
 
 
 def test_use_from_another_event_loop(sandbox: Sandbox, north: Account) -> None:
-    """A client used on another loop than its first raises an error."""
+    """Raise an error for a client used on another loop than its first."""
     client = AudiencesClient(base_url=sandbox.base_url)
 
     with asyncio.Runner() as one, asyncio.Runner() as other:
@@ -615,24 +615,32 @@ async def test_closing_ends_running_calls(sandbox: Sandbox, north: Account) -> N
 
 
 async def test_a_given_session_stays_its_owners(sandbox: Sandbox, north: Account) -> None:
-    """A caller's session is used, and not closed."""
+    """Use a caller's session without closing it."""
     async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as session:
         async with AudiencesClient(base_url=sandbox.base_url, session=session) as client:
             assert len(await client.get_audiences(north)) == 2
         assert not session.closed
 
 
-async def test_our_own_session_is_closed(sandbox: Sandbox, north: Account) -> None:
-    """Closing the client leaves no connection behind."""
-    async with AudiencesClient(base_url=sandbox.base_url) as client:
-        await client.get_audiences(north)
-        assert client._calls is not None
-        transport = client._calls.transport
-    assert transport._session.closed
+async def test_our_own_session_is_closed(raw: Any) -> None:
+    """Leave no connection behind when the client is closed."""
+    ended = asyncio.Event()
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        await connection.answer()
+        await connection.reader.read()
+        ended.set()
+
+    server = await raw(serve)
+    async with AudiencesClient("key", base_url=server.base_url) as client:
+        await client.get_audiences()
+        assert not ended.is_set()
+    await asyncio.wait_for(ended.wait(), 5)
 
 
 async def test_a_session_with_cookies_serves_one_account(sandbox: Sandbox, north: Account) -> None:
-    """A second account on a session that keeps cookies is refused, and nothing is sent for it."""
+    """Reject a second account on a session that keeps cookies, and send nothing for it."""
     south = sandbox.add_account("south")
     async with (
         aiohttp.ClientSession() as session,
@@ -646,7 +654,7 @@ async def test_a_session_with_cookies_serves_one_account(sandbox: Sandbox, north
 
 
 async def test_two_clients_on_a_session_with_cookies(sandbox: Sandbox, north: Account) -> None:
-    """The rule applies to the session: a second client does not open it to a second account."""
+    """Apply the rule to the session: a second client does not open it to a second account."""
     south = sandbox.add_account("south")
     async with aiohttp.ClientSession() as session:
         await AudiencesClient(base_url=sandbox.base_url, session=session).get_audiences(north)
@@ -655,7 +663,7 @@ async def test_two_clients_on_a_session_with_cookies(sandbox: Sandbox, north: Ac
 
 
 async def test_a_given_session_that_is_closed_meanwhile(sandbox: Sandbox, north: Account, time: SteppedTime) -> None:
-    """A session that its owner closes is a ClientClosedError, also between two attempts."""
+    """Raise ClientClosedError if a session's owner closes it, also between two attempts."""
     sandbox.script("north", Answer(500))
     session = aiohttp.ClientSession()
 
@@ -670,7 +678,7 @@ async def test_a_given_session_that_is_closed_meanwhile(sandbox: Sandbox, north:
 
 
 def test_a_given_session_of_another_loop(sandbox: Sandbox, north: Account) -> None:
-    """A session that belongs to another event loop is refused."""
+    """Reject a session that belongs to another event loop."""
 
     async def make() -> aiohttp.ClientSession:
         return aiohttp.ClientSession()
@@ -684,7 +692,7 @@ def test_a_given_session_of_another_loop(sandbox: Sandbox, north: Account) -> No
 
 
 async def test_a_session_that_would_send_other_credentials_is_refused() -> None:
-    """A session with trust_env, with auth set, or closed, is refused."""
+    """Reject a session with trust_env, with auth set, or closed."""
     async with aiohttp.ClientSession(trust_env=True) as session:
         with pytest.raises(ConfigurationError, match="trust_env"):
             AudiencesClient(KEY, session=session)
@@ -701,7 +709,7 @@ async def test_a_session_that_would_send_other_credentials_is_refused() -> None:
     "own", [{"ssl": tls.create_default_context()}, {"proxy": "http://proxy"}, {"max_connections": 5}]
 )
 async def test_settings_of_our_own_session_do_not_go_with_a_given_one(own: dict[str, Any]) -> None:
-    """ssl, proxy and max_connections cannot be combined with session."""
+    """Reject ssl, proxy and max_connections together with session."""
     async with aiohttp.ClientSession() as session:
         with pytest.raises(ConfigurationError, match=f"{next(iter(own))} cannot be combined with session"):
             AudiencesClient(KEY, session=session, **own)
@@ -712,7 +720,7 @@ async def test_settings_of_our_own_session_do_not_go_with_a_given_one(own: dict[
 
 @pytest.mark.parametrize("answer", [Answer(delay=30), Answer(500, retry_after=30)])
 async def test_cancellation_is_immediate(sandbox: Sandbox, north: Account, answer: Answer) -> None:
-    """A call cancelled in an attempt or in a wait ends as cancelled, retries nothing and leaves no task."""
+    """End a call cancelled in an attempt or in a wait as cancelled: it retries nothing and leaves no task."""
     sandbox.script("north", answer)
     async with AudiencesClient(base_url=sandbox.base_url, max_connections=1) as client:
         call = asyncio.create_task(client.get_audiences(north))
@@ -727,7 +735,7 @@ async def test_cancellation_is_immediate(sandbox: Sandbox, north: Account, answe
 
 
 async def test_cancellation_while_queueing(sandbox: Sandbox, north: Account) -> None:
-    """A call cancelled while it waits for a connection leaves the queue."""
+    """Remove a call cancelled while it waits for a connection from the queue."""
     sandbox.script("north", Answer(delay=0.1))
     async with AudiencesClient(base_url=sandbox.base_url, max_connections=1) as client:
         first = asyncio.create_task(client.get_audiences(north))
@@ -742,7 +750,7 @@ async def test_cancellation_while_queueing(sandbox: Sandbox, north: Account) -> 
 
 
 async def test_a_cancelled_attempt_shows_no_key(sandbox: Sandbox) -> None:
-    """The traceback of a cancelled call, rendered with locals, does not show the key."""
+    """Render the traceback of a cancelled call, with locals, without the key."""
     sandbox.add_account("north", api_key=KEY)
     sandbox.script("north", Answer(delay=30))
     async with AudiencesClient(base_url=sandbox.base_url) as client:
@@ -761,7 +769,7 @@ async def test_a_cancelled_attempt_shows_no_key(sandbox: Sandbox) -> None:
 
 
 async def test_events_tell_what_happened(sandbox: Sandbox, north: Account, time: SteppedTime) -> None:
-    """Each attempt and the end of the call are reported as they happen."""
+    """Report each attempt and the end of the call as they happen."""
     sandbox.script("north", Answer(500))
     events: list[Event] = []
     async with AudiencesClient(base_url=sandbox.base_url, clock=time.clock, on_event=events.append) as client:
@@ -777,7 +785,7 @@ async def test_events_tell_what_happened(sandbox: Sandbox, north: Account, time:
 
 
 async def test_events_tell_of_errors(sandbox: Sandbox, north: Account) -> None:
-    """The event for the end of a failed call names the error's class."""
+    """Name the error's class in the event for the end of a failed call."""
     sandbox.script("north", Answer(404))
     events: list[Event] = []
     async with AudiencesClient(base_url=sandbox.base_url, on_event=events.append) as client:
@@ -788,7 +796,7 @@ async def test_events_tell_of_errors(sandbox: Sandbox, north: Account) -> None:
 
 
 async def test_events_tell_of_cancelled_calls(sandbox: Sandbox, north: Account) -> None:
-    """The end of a cancelled call is reported too, with the request in flight."""
+    """Report the end of a cancelled call too, with the request in flight."""
     sandbox.script("north", Answer(delay=60))
     events: list[Event] = []
     async with AudiencesClient(base_url=sandbox.base_url, on_event=events.append) as client:
@@ -801,7 +809,7 @@ async def test_events_tell_of_cancelled_calls(sandbox: Sandbox, north: Account) 
 
 
 async def test_logging_is_quiet_until_debug(sandbox: Sandbox, north: Account, caplog: pytest.LogCaptureFixture) -> None:
-    """At DEBUG the log has each attempt and the end of the call; above it, nothing."""
+    """Log each attempt and the end of the call at DEBUG; above it, nothing."""
     sandbox.script("north", Answer(429, retry_after=0), Answer(200), Answer(404))
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         with caplog.at_level(logging.DEBUG, logger="audiences_async"):
@@ -831,7 +839,7 @@ async def test_a_failing_hook_hurts_nobody(sandbox: Sandbox, north: Account, cap
 async def test_a_log_that_raises_does_not_hurt_the_call(
     sandbox: Sandbox, north: Account, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A log filter that raises, on any record, costs no call its answer and no connection its slot."""
+    """Keep a call's answer and a connection's slot when a log filter raises, on any record."""
 
     def fail(record: logging.LogRecord) -> bool:
         raise AttributeError("request_id")

@@ -200,14 +200,14 @@ def kind_of(name: str) -> Kind:
 
 
 def test_the_callbacks_interleaved(run: Run) -> None:
-    """The other tests rely on this: many calls waited in their callbacks at the same time."""
+    """Interleave many calls in their callbacks; the other tests rely on this."""
     assert len(run.calls) == ACCOUNTS * CALLS_EACH == 1000
     assert run.callbacks.most_asking > 40
     assert run.callbacks.most_sleeping > 5
 
 
 def test_each_call_has_its_own_attempts(run: Run) -> None:
-    """A call's attempts are numbered 1 to n without gaps or others' attempts, between one start and one end."""
+    """Number a call's attempts 1 to n without gaps or others' attempts, between one start and one end."""
     for call in run.calls:
         start, *before, end = call.events
         assert isinstance(start, CallStarted)
@@ -224,7 +224,7 @@ def test_each_call_has_its_own_attempts(run: Run) -> None:
 
 
 def test_each_error_has_its_own_calls_attempts(run: Run) -> None:
-    """An error belongs to one call: it has its account and its attempts, and is raised for no other."""
+    """Raise an error for one call only, with that call's account and attempts."""
     errors = [call.result for call in run.calls if isinstance(call.result, AudiencesError)]
     assert len({id(error) for error in errors}) == len(errors)
     for call in run.calls:
@@ -234,7 +234,7 @@ def test_each_error_has_its_own_calls_attempts(run: Run) -> None:
 
 
 def test_each_call_waits_its_own_waits(run: Run) -> None:
-    """Each wait that an attempt reports was slept by the call's own task, within the attempt's bounds."""
+    """Sleep each wait that an attempt reports in the call's own task, within the attempt's bounds."""
     for call in run.calls:
         *again, last = call.attempts
         assert not Counter(attempt.wait for attempt in again) - Counter(call.slept)  # it also sleeps for its pace
@@ -261,7 +261,7 @@ def bounds(attempt: Attempt) -> tuple[float, float]:
 
 
 def test_each_call_ends_as_its_own_account_does(run: Run) -> None:
-    """An account that heals answers all its calls; one that never does, or refuses, fails each in its own way."""
+    """Answer all calls of an account that heals; fail each call of one that never does, or refuses, in its own way."""
     for call in run.calls:
         statuses = [attempt.status for attempt in call.attempts]
         if call.kind == "flaky" and len(statuses) == POLICY.max_attempts:
@@ -279,14 +279,14 @@ def test_each_call_ends_as_its_own_account_does(run: Run) -> None:
 
 
 def test_each_call_gets_its_own_accounts_audiences(run: Run) -> None:
-    """The audiences are the account's own, complete and in order."""
+    """Return the account's own audiences, complete and in order."""
     for call in run.calls:
         if isinstance(call.result, AudiencesResponse):
             assert [audience.id for audience in call.result] == [f"{call.account}-{number}" for number in range(3)]
 
 
 def test_a_key_is_asked_for_by_the_calls_that_need_it(run: Run) -> None:
-    """A key function runs in the context of a call of its own account, and a rotated key is replaced in each call."""
+    """Run a key function in the context of a call of its account, and replace a rotated key in each call."""
     assert run.callbacks.asked_by_strangers == []
     for call in run.of("rotated"):
         assert [attempt.status for attempt in call.attempts] in ([401, 200], [200])
@@ -294,7 +294,7 @@ def test_a_key_is_asked_for_by_the_calls_that_need_it(run: Run) -> None:
 
 
 def test_every_request_is_one_calls_attempt(run: Run) -> None:
-    """By the server's own record each request is reported by exactly one call of its account, with its answer."""
+    """Report each request of the server's record by exactly one call of its account, with its answer."""
     seen: dict[str | None, Counter[int | None]] = defaultdict(Counter)
     told: dict[str | None, Counter[int | None]] = defaultdict(Counter)
     for request in run.requests:
@@ -307,5 +307,5 @@ def test_every_request_is_one_calls_attempt(run: Run) -> None:
 
 
 def test_nothing_is_left(run: Run) -> None:
-    """When the last call has ended there is no task, and no place taken in any queue."""
+    """Leave no task, and no place taken in any queue, when the last call has ended."""
     assert (run.busy, run.tasks_left) == (0, 0)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from audiences_async.concurrency import LearnedConcurrency
+from audiences_async._pace.concurrency import LearnedConcurrency
 
 pytestmark = pytest.mark.once
 

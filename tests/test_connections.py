@@ -107,7 +107,7 @@ def body_with(number: bytes, *path: Any, before: int = 0) -> bytes:
 @pytest.mark.parametrize("before", [0, 3000])
 @pytest.mark.parametrize("path", PLACES)
 def test_a_number_out_of_range(number: bytes, path: tuple[Any, ...], before: int) -> None:
-    """A number out of range is a problem with its path, in a body of any size, and ignored in an ignored field."""
+    """Report a number out of range with its path, in a body of any size; ignore it in an ignored field."""
     body = body_with(number, *path, before=before if len(path) == 3 else 0)
     if path[0] in {"response_time", "new"}:
         assert len(decode(body)) == 3
@@ -120,7 +120,7 @@ def test_a_number_out_of_range(number: bytes, path: tuple[Any, ...], before: int
 
 @NUMBERS
 async def test_a_number_out_of_range_ends_no_job(sandbox: Sandbox, number: bytes) -> None:
-    """The account whose answer has one fails, after one request, and the others are fetched."""
+    """Fail the account whose answer has one, after one request, and fetch the others."""
     accounts = [sandbox.add_account(str(n)) for n in range(10)]
     sandbox.script("3", Answer(200, body_with(number, "data")))
     async with AudiencesClient(base_url=sandbox.base_url) as client:
@@ -137,7 +137,7 @@ WRONG_STATUSES = [99, 600, 1000, 0, -200, 10**40, 200.0, True, None, "99", "600"
 
 @pytest.mark.parametrize("status", WRONG_STATUSES, ids=repr)
 async def test_a_status_that_is_none(sandbox: Sandbox, north: Account, status: Any) -> None:
-    """An envelope status other than three digits from 100 to 599 makes the response unreadable."""
+    """Reject a response with an envelope status other than three digits from 100 to 599."""
     sandbox.script("north", Answer(200, {"status": status, "data": []}))
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         error = await error_of(client, account=north)
@@ -151,7 +151,7 @@ async def test_a_status_that_is_none(sandbox: Sandbox, north: Account, status: A
 async def test_an_error_that_is_not_ours_ends_no_job(
     sandbox: Sandbox, caplog: pytest.LogCaptureFixture, status: int, cache: CachePolicy | None
 ) -> None:
-    """An unexpected exception in one account's call, here of the clock, is that account's outcome, and is logged."""
+    """Log an unexpected exception in one account's call, here of the clock, and make it its outcome."""
     accounts = [sandbox.add_account(str(n)) for n in range(10)]
     sandbox.script("3", Answer(status))
     readings = itertools.count(-3)
@@ -242,7 +242,7 @@ async def test_a_call_that_times_out_on_a_dead_connection_is_the_only_one(
 
 @pytest.mark.parametrize("how", [reset, hang])
 async def test_dead_connections_that_the_caller_has_used_itself(raw: StartRaw, how: Serve) -> None:
-    """The same holds if a caller's session opened its idle connections for requests of the caller's own."""
+    """Handle idle connections the same if a caller's session opened them for the caller's own requests."""
     pool = Pool(how)
     server = await raw(pool.serve)
     async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as session:
@@ -348,7 +348,7 @@ async def calls_that_look_up(
 
 
 async def test_calls_at_once_share_a_look_up(raw: StartRaw, names: Names) -> None:
-    """A hundred calls to one name on a new client look it up at most twice."""
+    """Look a name up at most twice for a hundred calls to it on a new client."""
     async with calls_that_look_up(raw, names, 100) as (_, calls):
         names.gate.set()
         await asyncio.gather(*calls)
@@ -369,7 +369,7 @@ async def test_a_cancelled_caller_leaves_no_look_up_behind(raw: StartRaw, names:
 
 
 async def test_a_look_up_that_fails_fails_for_those_who_wait(raw: StartRaw, names: Names) -> None:
-    """Each call gets its own error with the name, and the next call looks the name up again."""
+    """Raise each call's own error with the name; the next call looks the name up again."""
     async with calls_that_look_up(raw, names, 10) as (client, calls):
         names.addresses = []
         names.gate.set()
@@ -396,7 +396,7 @@ async def test_a_look_up_that_fails_fails_for_those_who_wait(raw: StartRaw, name
 async def test_a_refused_client_certificate_is_final(
     raw: StartRaw, certificate: str, reasons: list[str], version: tls.TLSVersion, *, is_given: bool
 ) -> None:
-    """A client certificate that the server refuses ends the call at its first attempt, with OpenSSL's reason."""
+    """End the call at its first attempt if the server refuses the client certificate, with OpenSSL's reason."""
     ours, theirs = tls_contexts("localhost")
     ca = trustme.CA()
     ca.configure_trust(theirs)
@@ -446,7 +446,7 @@ def full_port() -> Iterator[int]:
 
 @pytest.mark.parametrize("phase", sorted(PHASES))
 async def test_a_timeout_names_what_hung(raw: StartRaw, names: Names, full_port: int, phase: str) -> None:
-    """The error of an attempt that timed out names its phase, and no other."""
+    """Name the phase of an attempt that timed out, and no other."""
 
     async def serve(connection: RawConnection) -> None:
         if phase == "reading the body":
@@ -484,7 +484,7 @@ async def test_a_timeout_names_what_hung(raw: StartRaw, names: Names, full_port:
 async def test_a_quota_used_up_does_not_close_the_account(
     sandbox: Sandbox, north: Account, time: SteppedTime, headers: dict[str, str], status: int
 ) -> None:
-    """A response other than a 429 that announces a long wait delays the next call for 30 s at most."""
+    """Delay the next call for 30 s at most if a response other than a 429 announces a long wait."""
     sandbox.script("north", *[Answer(status, headers={**headers, "Date": ""})] * 2)
     async with AudiencesClient(base_url=sandbox.base_url, clock=time.clock) as client:
         for _ in range(2):
@@ -499,7 +499,7 @@ async def test_a_quota_used_up_does_not_close_the_account(
 async def test_a_429_keeps_its_full_wait(
     sandbox: Sandbox, north: Account, time: SteppedTime, headers: dict[str, str]
 ) -> None:
-    """The wait that a 429 asks for is kept in full, above max_delay too."""
+    """Keep the wait that a 429 asks for in full, above max_delay too."""
     sandbox.script("north", Answer(429, headers=headers))
     async with AudiencesClient(base_url=sandbox.base_url, clock=time.clock) as client:
         assert len(await client.get_audiences(north)) == 2

@@ -18,7 +18,7 @@ KEY = "s3cr3t-k3y"
 
 @pytest.mark.parametrize("text", ["", "a\nb", "a\r\n", "\ta", "a\x00", "a\x7f", "a\x85", " a", "a ", "\ud800", b"a", 5])
 def test_a_key_that_cannot_be_sent_is_refused(text: Any) -> None:
-    """A key that is empty, not text, or has control characters or white space around it, is refused."""
+    """Reject a key that is empty, not text, or has control characters or white space around it."""
     with pytest.raises(ConfigurationError, match="the API key") as caught:
         Account("north", text)
     assert caught.value.account == "north"
@@ -41,13 +41,13 @@ def test_a_copy_keeps_its_key_and_a_pickle_does_not() -> None:
 
 @pytest.mark.parametrize("text", ["a", "a b", "ключ", "x" * 10_000])
 def test_a_key_is_opaque(text: str) -> None:
-    """Any other text is a key, and is returned unchanged."""
+    """Accept any other text as a key, and return it unchanged."""
     assert Account("north", text).api_key == text
 
 
 @pytest.mark.parametrize("name", ["", None, 5])
 def test_an_account_needs_a_name(name: Any) -> None:
-    """A name is non-empty text."""
+    """Require a name of non-empty text."""
     with pytest.raises(ConfigurationError, match="non-empty name"):
         Account(name, KEY)
 
@@ -67,7 +67,7 @@ def test_accounts_are_values() -> None:
 
 
 def test_the_key_is_in_no_traceback() -> None:
-    """A traceback rendered with the locals of our frames does not show the key."""
+    """Render a traceback with the locals of our frames without the key."""
     try:
         Account("", KEY)
     except ConfigurationError as error:
@@ -102,13 +102,13 @@ LONG = "Zq7Lw3RtB9fK2mXv-5hNd8Ys"
     ],
 )
 def test_words_with_an_escaped_key_are_masked(key: str, text: str, redacted: str) -> None:
-    """The key is masked; a word with an escaped key, or most of it, is masked as a whole; others stay."""
+    """Mask the key, and a word with an escaped key, or most of it, as a whole; others stay."""
     assert ApiKey(key).redact(text) == redacted
 
 
 @pytest.mark.parametrize("before", ["Bearer ", "me:", ""])
 def test_base64_is_masked_wherever_the_key_begins(before: str) -> None:
-    """A key in Base64 is masked whatever is encoded before and after it."""
+    """Mask a key in Base64 whatever is encoded before and after it."""
     encoded = base64.b64encode(f"{before}{LONG} and more".encode()).decode()
     assert ApiKey(LONG).redact(f"got {encoded}").rstrip("=") == "got ***"
 
@@ -116,7 +116,7 @@ def test_base64_is_masked_wherever_the_key_begins(before: str) -> None:
 @pytest.mark.parametrize("shown", [4, 8, 23])
 @pytest.mark.parametrize("quoted", ["{}", "[{}", '"{}', "x" * 50 + "{}"])
 def test_a_key_at_the_cut_of_a_body(shown: int, quoted: str) -> None:
-    """A body that ends within a key does not show its beginning; one that ends after a word is not changed."""
+    """Mask the beginning of a key within which a body ends; a body that ends after a word is not changed."""
     body = quoted.format(LONG).encode()
     cut = len(quoted) - 2 + shown
     assert ApiKey(LONG).redact_start(b"bad " + body, 4 + cut) == b"bad " + quoted.format("***").encode()
@@ -128,7 +128,7 @@ def test_a_key_at_the_cut_of_a_body(shown: int, quoted: str) -> None:
 
 @pytest.mark.parametrize("key", ["x" * 50 + "-" + "y" * 50, "-".join("abcdefghijklmnop"), "\\" * 50, LONG])
 def test_a_long_word_is_searched_in_linear_time(key: str) -> None:
-    """A body of 64 KiB that is one word full of parts of the key takes far less than a second."""
+    """Search a body of 64 KiB that is one word full of parts of the key in far less than a second."""
     start = time.perf_counter()
     for part in (key[:-1], key[: len(key) // 2], key[len(key) // 2 :], key[:1], key):
         body = (part * 65_536)[: 65_536 - len(key)] + key
@@ -172,20 +172,20 @@ async def test_a_cancelled_asker_leaves_the_asking_to_the_next() -> None:
 
 
 async def test_a_sync_function_gives_the_key() -> None:
-    """A plain function works as well as an async one."""
+    """Accept a plain function as well as an async one."""
     assert (await KeySource(lambda: KEY).get(account="north")).reveal() == KEY
 
 
 @pytest.mark.parametrize("answer", [None, "", "a\nb"])
 async def test_a_function_that_gives_no_key(answer: Any) -> None:
-    """A function's key is validated like any other."""
+    """Validate a function's key like any other."""
     with pytest.raises(ConfigurationError, match="the API key") as caught:
         await KeySource(lambda: answer).get(account="north")
     assert caught.value.account == "north"
 
 
 async def test_a_function_that_raises() -> None:
-    """A function's exception is the cause of a ConfigurationError, and the next call calls it again."""
+    """Raise ConfigurationError with a function's exception as its cause; the next call calls it again."""
     answers = iter([KeyError("vault"), None])
 
     def provider() -> str:

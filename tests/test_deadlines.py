@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 import virtual
 
-from audiences_async.deadlines import CallTime, Deadlines
+from audiences_async._base.deadlines import CallTime, Deadlines
 
 pytestmark = pytest.mark.once
 

@@ -16,7 +16,7 @@ from audiences_async import (
     TransportError,
     UnauthorizedError,
 )
-from audiences_async.decide import Again, Facts, Stop, decide, verdict_of
+from audiences_async._call.decide import Again, Facts, Stop, decide, verdict_of
 
 POLICY = RetryPolicy()
 
@@ -82,5 +82,5 @@ def test_what_follows_a_failed_attempt(error: AudiencesError, changes: dict[str,
     ],
 )
 def test_what_an_error_shows_about_the_service(error: AudiencesError, expected: str) -> None:
-    """A final refusal is an answer; a stale connection and a missing socket show nothing."""
+    """Count a final refusal as an answer; a stale connection and a missing socket show nothing."""
     assert verdict_of(error, POLICY) == expected

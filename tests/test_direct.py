@@ -11,7 +11,8 @@ from aiohttp.client_proto import ResponseHandler
 from conftest import EMPTY_ANSWER, RawConnection, RawServer
 from yarl import URL
 
-from audiences_async import AudiencesClient, direct
+from audiences_async import AudiencesClient
+from audiences_async._http import direct
 from audiences_async.sandbox import Sandbox
 
 StartRaw: TypeAlias = Callable[[Callable[[RawConnection], Awaitable[None]]], Awaitable[RawServer]]

@@ -1,4 +1,4 @@
-"""Several workers on a real Redis: every account exactly once, whichever process dies, and no key in Redis."""
+"""Several workers on a real Redis: every account exactly once, even if a process dies, and no key in Redis."""
 
 import asyncio
 import contextlib
@@ -15,9 +15,10 @@ from command import COMMAND, KEY, Done, runner
 from docket import Docket, Worker
 from services import free_port, missing, redis_server
 
-from audiences_async import Account, AudiencesClient, ConfigurationError, RateLimit, RetryPolicy, distributed, results
+from audiences_async import Account, AudiencesClient, ConfigurationError, RateLimit, RetryPolicy, distributed
+from audiences_async._jobs import results
+from audiences_async._jobs.results import OutcomeFile
 from audiences_async.distributed import DocketError, RedisLimiter
-from audiences_async.results import OutcomeFile
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
 
 A0 = b'{"account": "a0", "ok": true, "audiences": []}\n'
@@ -105,7 +106,7 @@ async def other_worker(url: str, parts: Path, *wrote: bytes) -> AsyncIterator[No
 def test_a_killed_worker_is_made_up_for(
     redis: str, sandbox: Sandbox, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Two workers, one killed in the middle of 5,000 accounts: each account once, within 30 s, and no key in Redis."""
+    """Kill one of two workers in the middle of 5,000 accounts: each account once, within 30 s, no key in Redis."""
     opened(sandbox, 5_000)
     sandbox.script("a50", Answer(delay=60.0))  # delays the first chunk, which is still in flight at the kill
     accounts, out, parts = tmp_path / "accounts.csv", tmp_path / "out.ndjson", tmp_path / "parts"
@@ -144,7 +145,7 @@ def started(command: list[str], **settings: Any) -> Iterator["subprocess.Popen[s
 
 @pytest.mark.slow
 async def test_what_a_worker_cannot_do_is_an_error_of_the_account(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
-    """An account that fails, and one that is missing from the worker's own file, are lines with errors."""
+    """Write an account that fails, and one missing from the worker's own file, as lines with errors."""
     accounts = opened(sandbox, 6)
     sandbox.script("a1", Answer(403))
     known = {name: account for name, account in accounts.items() if name != "a2"}
@@ -198,7 +199,7 @@ async def test_a_part_that_is_nowhere_is_asked_for_again(redis: str, sandbox: Sa
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 async def test_a_worker_that_cannot_write(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
-    """A chunk whose part cannot be written fails after some attempts, and its accounts have the reason."""
+    """Fail a chunk whose part cannot be written after some attempts, and give its accounts the reason."""
     accounts = opened(sandbox, 1)
     async with worker(redis, accounts, Path("/proc"), sandbox):  # a directory that cannot hold files
         await submitted(redis, list(accounts), tmp_path / "parts", tmp_path / "out")
@@ -209,7 +210,7 @@ async def test_a_worker_that_cannot_write(redis: str, sandbox: Sandbox, tmp_path
 
 @pytest.mark.slow
 async def test_a_part_that_lacks_an_account(redis: str, tmp_path: Path) -> None:
-    """Every account has one line, even if a part lacks it or has it twice."""
+    """Write one line for every account, even if a part lacks it or has it twice."""
     async with other_worker(redis, tmp_path, A0, A0):
         await submitted(redis, ["a0", "a1"], tmp_path, tmp_path / "out")
     first, second = (json.loads(line.text) for line in results.lines(tmp_path / "out"))
@@ -222,7 +223,7 @@ async def test_a_part_that_lacks_an_account(redis: str, tmp_path: Path) -> None:
 async def test_only_a_job_that_goes_on_takes_in_what_is_there(
     redis: str, sandbox: Sandbox, tmp_path: Path, *, resume: bool
 ) -> None:
-    """An earlier job's part is merged with --resume, and ignored without."""
+    """Merge an earlier job's part with --resume, and ignore it without."""
     accounts = opened(sandbox, 1)
     parts = tmp_path / "parts"
     parts.mkdir()
@@ -235,7 +236,7 @@ async def test_only_a_job_that_goes_on_takes_in_what_is_there(
 
 @pytest.mark.slow
 async def test_what_a_killed_worker_left_half_written_is_removed(redis: str, tmp_path: Path) -> None:
-    """At the end of a job its own temporary files are removed, and no others."""
+    """Remove a job's own temporary files at its end, and no others."""
     (chunk,) = distributed._chunks(["a0"], 4)
     ours, others = tmp_path / f".{chunk.part}.0123456789abcdef.tmp", tmp_path / ".other.ndjson.0123456789abcdef.tmp"
     ours.touch()
@@ -248,7 +249,7 @@ async def test_what_a_killed_worker_left_half_written_is_removed(redis: str, tmp
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 async def test_without_a_worker_it_says_so(redis: str, tmp_path: Path) -> None:
-    """A submitter without workers reports that once, and keeps waiting."""
+    """Report missing workers once, and keep waiting."""
     told: list[None] = []
     waiting = asyncio.Event()
 
@@ -282,7 +283,7 @@ async def test_a_redis_that_goes_away(tmp_path: Path, tmp_path_factory: pytest.T
 
 @pytest.mark.parametrize("url", ["nonsense", "redis://u:s3cr3t@[/0", "redis://:s3cr3t@127.0.0.1:1/0?max_connections=x"])
 async def test_a_url_that_cannot_be_used(url: str, tmp_path: Path) -> None:
-    """An invalid URL is a usage error, which does not repeat it."""
+    """Report an invalid URL as a usage error, without repeating it."""
     with pytest.raises(ConfigurationError, match="invalid Redis URL") as caught:
         await submitted(url, ["a0"], tmp_path, tmp_path / "out")
     assert caught.value.__cause__ is caught.value.__context__ is None
@@ -332,7 +333,7 @@ def run(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def test_the_command_line_of_both_sides(
     redis: str, run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the worker's environment has the keys; failures are summed up on the submitting side."""
+    """Keep the keys in the worker's environment only; sum up failures on the submitting side."""
     for name in ("north", "south"):
         sandbox.add_account(name, api_key=f"{KEY}-{name}")
     sandbox.script("south", Answer(403))
@@ -357,7 +358,7 @@ def test_the_command_line_of_both_sides(
 
 @pytest.mark.slow
 def test_the_submitting_side_interrupted(redis: str, tmp_path: Path) -> None:
-    """Without a worker it prints how to start one, and Ctrl-C prints how to continue."""
+    """Print how to start a worker if none runs, and on Ctrl-C how to continue."""
     accounts = tmp_path / "accounts.csv"
     accounts.write_text("name,api_key_env\nnorth,NORTH\n")
     fetch = [*COMMAND, "fetch", "--docket", redis, "--accounts", str(accounts), "--out", str(tmp_path / "out")]
@@ -402,7 +403,7 @@ def test_a_worker_interrupted_before_it_has_begun(
     ],
 )
 def test_wrong_usage(run: Callable[..., Done], tmp_path: Path, arguments: list[str], code: int, told: str) -> None:
-    """A usage error is reported on one line, with the exit code for its kind."""
+    """Report a usage error on one line, with the exit code for its kind."""
     accounts = tmp_path / "accounts.csv"
     accounts.write_text(f"name,api_key\nnorth,{KEY}\n")
     done = run(*(argument.format(tmp_path) for argument in arguments), "--accounts", str(accounts))
@@ -414,7 +415,7 @@ def test_wrong_usage(run: Callable[..., Done], tmp_path: Path, arguments: list[s
 def test_without_the_extra(
     run: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    """Without Docket the command names the extra to install."""
+    """Name the extra to install if Docket is missing."""
     accounts = tmp_path / "accounts.csv"
     accounts.write_text(f"name,api_key\nnorth,{KEY}\n")
     monkeypatch.setattr("audiences_async.cli.app.find_spec", lambda name: None)

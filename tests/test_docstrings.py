@@ -20,7 +20,7 @@ EXAMPLE: Final = re.compile(r"::\n\n((?: {4}.*\n|\n)+)")
 
 
 def examples() -> Iterator[Any]:
-    """Yield the code of each indented block that follows a double colon, and where it is."""
+    """Yield the code of each indented block that follows a double colon, and its place."""
     for file in sorted(ROOT.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -33,13 +33,13 @@ EXAMPLES: Final = list(examples())
 
 
 def test_examples_are_found() -> None:
-    """The client's own example is among those that run."""
+    """Find the client's own example among those that run."""
     assert "client.AudiencesClient" in {example.id for example in EXAMPLES}
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
 async def test_an_example_runs(code: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An example runs with the names that its docstring speaks of."""
+    """Run an example with the names that its docstring mentions."""
     monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
     at_once = partial(AudiencesClient, retry=RetryPolicy(base_delay=0))
     sandbox.add_account("default", api_key="api-key")

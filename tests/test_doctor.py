@@ -32,7 +32,7 @@ def states(done: Done) -> list[tuple[str, str]]:
 
 
 def test_all_is_well(run: Callable[..., Done], tmp_path: Path) -> None:
-    """Each check reports its finding; the key is not shown."""
+    """Report each check's finding, without the key."""
     done = run("doctor")
     assert (done.returncode, done.stderr) == (0, "")
     assert states(done) == [(name, "ok") for name in ("key", "name", "connect", "request", "clock")]
@@ -60,7 +60,7 @@ def test_all_is_well(run: Callable[..., Done], tmp_path: Path) -> None:
 def test_a_request_that_fails(
     run: Callable[..., Done], sandbox: Sandbox, answer: Answer, code: int, told: str, hint: str
 ) -> None:
-    """The service's error is reported with its hint, and exactly one request is made."""
+    """Report the service's error with its hint, after exactly one request."""
     sandbox.script("default", answer)
     done = run("doctor", "--timeout", "0.5")
     assert (done.returncode, done.stderr) == (code, "")
@@ -72,7 +72,7 @@ def test_a_request_that_fails(
 
 @pytest.mark.parametrize(("hours", "told"), [(2, "7,"), (-2, "7,"), (0, "")])
 def test_the_clock(run: Callable[..., Done], sandbox: Sandbox, hours: int, told: str) -> None:
-    """A clock that differs from the response's Date is reported, with the difference."""
+    """Report a clock that differs from the response's Date, with the difference."""
     date = format_datetime(datetime.now(UTC) + timedelta(hours=hours), usegmt=True)
     sandbox.script("default", Answer(headers={"Date": date}))
     done = run("doctor")
@@ -91,7 +91,7 @@ def test_a_reply_without_a_date(run: Callable[..., Done], sandbox: Sandbox) -> N
 
 @pytest.mark.parametrize(("key", "told"), [("", "no API key"), ("two\nlines", "has a line break")])
 def test_a_key_that_cannot_be_used(run: Callable[..., Done], sandbox: Sandbox, key: str, told: str) -> None:
-    """Without a usable key nothing is sent, but the connection is still checked."""
+    """Send nothing without a usable key, but still check the connection."""
     done = run("doctor", AUDIENCES_API_KEY=key)
     assert states(done) == [("key", "FAILED"), ("name", "ok"), ("connect", "ok")]
     assert (done.returncode, sandbox.requests) == (4, [])
@@ -99,21 +99,21 @@ def test_a_key_that_cannot_be_used(run: Callable[..., Done], sandbox: Sandbox, k
 
 
 def test_a_name_that_is_not_found(run: Callable[..., Done]) -> None:
-    """An unknown host is reported, and ends the checks."""
+    """Report an unknown host, and end the checks."""
     done = run("doctor", "--base-url", "https://no-such-host.invalid/")
     assert (done.returncode, states(done)) == (5, [("key", "ok"), ("name", "FAILED")])
     assert "check base_url for a typo, and this machine's DNS" in done.stdout
 
 
 def test_nobody_listens(run: Callable[..., Done]) -> None:
-    """A closed port is reported, and ends the checks."""
+    """Report a closed port, and end the checks."""
     done = run("doctor", "--base-url", f"http://127.0.0.1:{free_port()}/")
     assert (done.returncode, states(done)[-1]) == (5, ("connect", "FAILED"))
     assert "Connect call failed" in done.stdout
 
 
 def test_no_answer_at_all(run: Callable[..., Done]) -> None:
-    """A peer that accepts and stays silent ends TLS within the timeout."""
+    """End TLS within the timeout if a peer accepts and stays silent."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         done = run("doctor", "--timeout", "0.2", "--base-url", f"https://localhost:{silent.getsockname()[1]}/")
     assert (done.returncode, states(done)[-1]) == (5, ("connect", "FAILED"))
@@ -121,7 +121,7 @@ def test_no_answer_at_all(run: Callable[..., Done]) -> None:
 
 
 def test_no_tls(run: Callable[..., Done], sandbox: Sandbox) -> None:
-    """A plain HTTP server behind an https URL is reported as such."""
+    """Report a plain HTTP server behind an https URL as such."""
     done = run("doctor", "--base-url", sandbox.base_url.replace("http://", "https://"))
     assert (done.returncode, states(done)[-1]) == (5, ("tls", "FAILED"))
     assert "does not speak TLS" in done.stdout
@@ -156,7 +156,7 @@ def secured() -> Iterator[tuple[int, trustme.CA]]:
 
 
 def test_a_certificate(run: Callable[..., Done], secured: tuple[int, trustme.CA], tmp_path: Path) -> None:
-    """An untrusted certificate is reported; a trusted one with its remaining validity."""
+    """Report an untrusted certificate, and a trusted one with its remaining validity."""
     port, authority = secured
     done = run("doctor", "--base-url", f"https://localhost:{port}/")
     assert (done.returncode, states(done)[-1]) == (5, ("tls", "FAILED"))
@@ -176,7 +176,7 @@ def test_a_certificate(run: Callable[..., Done], secured: tuple[int, trustme.CA]
     ],
 )
 def test_wrong_usage(run: Callable[..., Done], arguments: list[str], told: str) -> None:
-    """A usage error is reported before the first check."""
+    """Report a usage error before the first check."""
     done = run("doctor", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert told in done.stderr

@@ -45,7 +45,7 @@ def made(kind: type[AudiencesError]) -> AudiencesError:
 
 @pytest.mark.parametrize("kind", ALL)
 def test_every_error_pickles(kind: type[AudiencesError]) -> None:
-    """An error sent to another process, or copied, is the same error with the same fields."""
+    """Pickle and copy an error, with the same fields, for another process."""
     error = made(kind)
     for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(twin) is kind
@@ -54,7 +54,7 @@ def test_every_error_pickles(kind: type[AudiencesError]) -> None:
 
 @pytest.mark.parametrize("kind", ALL)
 def test_every_error_has_its_docstring(kind: type[AudiencesError]) -> None:
-    """Each class has its own docstring."""
+    """Give each class its own docstring."""
     assert kind.__doc__
     assert kind.__doc__ != kind.__base__.__doc__
 
@@ -71,7 +71,7 @@ def test_the_tree() -> None:
 
 
 def test_the_message_says_where_what_how_hard_and_what_to_do() -> None:
-    """The text has the account, the failure, the attempts and a hint."""
+    """Format the text with the account, the failure, the attempts and a hint."""
     error = made(UnauthorizedError)
     assert str(error) == (
         "account 'north': what happened; gave up after 2 attempts in 1.5 s, out of time (a larger timeout allows more)"
@@ -80,12 +80,12 @@ def test_the_message_says_where_what_how_hard_and_what_to_do() -> None:
 
 
 def test_a_bare_error_is_its_message() -> None:
-    """Without a call the text is the message alone."""
+    """Format the message alone without a call."""
     assert str(AudiencesError("what happened")) == "what happened"
 
 
 def test_many_problems_are_shortened_in_the_message() -> None:
-    """The text shows the first problems and the number of the others; the field has them all."""
+    """Show the first problems and the number of the others; the field has them all."""
     error = InvalidResponseError("unreadable", problems=tuple(f"$.data[{n}]: odd" for n in range(9)))
     assert "$.data[2]: odd; and 6 more" in str(error)
     assert len(error.problems) == 9
@@ -96,7 +96,7 @@ def test_many_problems_are_shortened_in_the_message() -> None:
     [(503, "HTTP 503 Service Unavailable"), (999, "HTTP 999"), (429, "HTTP 429 Too Many Requests: slow")],
 )
 def test_the_message_of_a_status(status: int, text: str) -> None:
-    """A status has its HTTP name, followed by the service's description."""
+    """Show a status with its HTTP name, followed by the service's description."""
     description = "slow" if status == 429 else ""
     error = status_error(status, description, response_time=datetime.now(UTC))
     assert error.message == text
@@ -117,5 +117,5 @@ def test_the_message_of_a_status(status: int, text: str) -> None:
     ],
 )
 def test_what_a_web_app_answers(error: AudiencesError, status: int, headers: dict[str, str]) -> None:
-    """Each error has the status and headers for a web app whose own request failed because of it."""
+    """Map each error to the status and headers for a web app whose own request failed because of it."""
     assert (error.gateway_status, error.gateway_headers) == (status, headers)

@@ -2,11 +2,11 @@
 
 import pytest
 
+from audiences_async._base.deadlines import Deadlines
+from audiences_async._pace.evidence import Evidence
+from audiences_async._pace.lanes import Lane
+from audiences_async._pace.pacing import PauseSettings, Verdict
 from audiences_async.clock import Clock
-from audiences_async.deadlines import Deadlines
-from audiences_async.evidence import Evidence
-from audiences_async.lanes import Lane
-from audiences_async.pacing import PauseSettings, Verdict
 
 pytestmark = pytest.mark.once
 

@@ -36,7 +36,7 @@ def thread() -> Iterator[ServerThread]:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", CATALOGUE, ids=lambda fault: fault.name)
 async def test_fault(fault: Fault, thread: ServerThread, request: pytest.FixtureRequest) -> None:
-    """A fault has the promised result and costs, and leaves a working client and nothing else."""
+    """Produce the promised result and costs of a fault, and leave a working client and nothing else."""
     sockets = open_sockets()
     async with thread.serving(fault) as server:
         async with fault.client(server) as client:
@@ -113,7 +113,7 @@ def open_sockets() -> set[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", HEAVY, ids=lambda fault: fault.name)
 async def test_peak_memory(fault: Fault, thread: ServerThread, request: pytest.FixtureRequest) -> None:
-    """A body far above the limit costs at most twice the limit in memory."""
+    """Use at most twice the limit in memory for a body far above it."""
     measured = await measure(fault, thread)
     cap: int = fault.settings["max_body_bytes"]
     peak = measured.peak - measured.idle
@@ -125,7 +125,7 @@ async def test_peak_memory(fault: Fault, thread: ServerThread, request: pytest.F
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", LONG, ids=lambda fault: fault.name)
 async def test_no_stall(fault: Fault, thread: ServerThread, request: pytest.FixtureRequest) -> None:
-    """A long body blocks the event loop for 50 ms at most, by a 10 ms ticker in the same loop."""
+    """Block the event loop for 50 ms at most with a long body, by a 10 ms ticker in the same loop."""
     # On a shared machine the work may take twice as long, but not five times in a row.
     tries: list[Measured] = []
     while len(tries) < 5 and (not tries or tries[-1].gap > 0.05):

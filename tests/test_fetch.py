@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from command import COMMAND, KEY, Done, runner
 
-from audiences_async import events, results
+from audiences_async import events
+from audiences_async._jobs import results
 from audiences_async.cli import fetch as fetching
 from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox, many_audiences
 
@@ -55,7 +56,7 @@ def expected(count: int) -> dict[str, list[str]]:
 
 
 def test_every_account_is_a_line(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path) -> None:
-    """All accounts are fetched: exit 0, one line each, and a summary on stderr."""
+    """Fetch all accounts: exit 0, one line each, and a summary on stderr."""
     accounts, out = opened(sandbox, tmp_path, 30, fault_rate=0.2), tmp_path / "out.ndjson"
     done = run("fetch", "--accounts", str(accounts), "--out", str(out))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "30 of 30 accounts fetched, 0 failed\n")
@@ -63,7 +64,7 @@ def test_every_account_is_a_line(run: Callable[..., Done], sandbox: Sandbox, tmp
 
 
 def test_failures_are_lines_too_and_are_summed_up(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path) -> None:
-    """Some accounts fail: exit 7, or 0 if allowed; each reason is listed once with accounts and a hint."""
+    """Exit with 7, or 0 if allowed, if some accounts fail; list each reason once with accounts and a hint."""
     accounts, out = opened(sandbox, tmp_path, 6), tmp_path / "out.ndjson"
     for name in ("a0", "a1", "a2", "a3"):
         sandbox.script(name, Answer(403))
@@ -90,7 +91,7 @@ def test_failures_are_lines_too_and_are_summed_up(run: Callable[..., Done], sand
 
 @pytest.mark.parametrize("output", ["json", "csv"])
 def test_other_formats(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path, output: str) -> None:
-    """JSON and CSV hold every account, with audiences, without, or failed; they can be resumed as well."""
+    """Write every account as JSON and CSV, with audiences, without, or failed; they can be resumed as well."""
     for name, audiences in (("full", EXAMPLE_AUDIENCES), ("empty", ()), ("bad", ())):
         sandbox.add_account(name, api_key=f"{KEY}-{name}", audiences=audiences)
     sandbox.script("bad", Answer(403))
@@ -128,7 +129,7 @@ def test_other_formats(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Pat
 def test_wrong_usage_leaves_no_file(
     run: Callable[..., Done], tmp_path: Path, sandbox: Sandbox, arguments: list[str], told: str
 ) -> None:
-    """A usage error exits with 2 before anything is sent or written."""
+    """Exit with 2 on a usage error, before anything is sent or written."""
     accounts, out = account_file(tmp_path, ["north"]), tmp_path / "out.ndjson"
     done = run("fetch", "--accounts", str(accounts), "--out", str(out), *arguments)
     assert (done.returncode, out.exists(), sandbox.requests) == (2, False, [])
@@ -136,7 +137,7 @@ def test_wrong_usage_leaves_no_file(
 
 
 def test_a_name_that_comes_twice_is_refused(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path) -> None:
-    """The output is keyed by name, so a file with a duplicate name is refused, with its line, and nothing is sent."""
+    """Refuse a file with a duplicate name, since the output is keyed by name, with its line; nothing is sent."""
     accounts = account_file(tmp_path, ["north", "south", "north"])
     done = run("fetch", "--accounts", str(accounts), "--out", str(tmp_path / "out"))
     assert (done.returncode, sandbox.requests) == (2, [])
@@ -153,7 +154,7 @@ def test_the_rate_holds_for_all_accounts_together(run: Callable[..., Done], sand
 
 
 def test_a_disk_that_is_full(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path) -> None:
-    """An output that cannot be written ends the job at once, with one line."""
+    """End the job at once, with one line, if an output cannot be written."""
     accounts = opened(sandbox, tmp_path, 3)
     done = run("fetch", "--accounts", str(accounts), "--out", "/dev/full")
     assert (done.returncode, done.stdout) == (1, "")
@@ -164,7 +165,7 @@ def test_a_disk_that_is_full(run: Callable[..., Done], sandbox: Sandbox, tmp_pat
 
 @pytest.mark.slow
 def test_progress_on_a_terminal(sandbox: Sandbox, tmp_path: Path) -> None:
-    """A terminal shows the number of finished accounts, their rate, and the number of failures."""
+    """Show the number of finished accounts, their rate, and the number of failures on a terminal."""
     accounts = opened(sandbox, tmp_path, 5)
     sandbox.script("a0", Answer(403))
     parent, child = pty.openpty()
@@ -197,7 +198,7 @@ def started(sandbox: Sandbox, accounts: Path, out: Path, *arguments: str) -> Ite
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_is_done(sandbox: Sandbox, tmp_path: Path) -> None:
-    """When interrupted, it prints its progress and how to continue, and the file has exactly those accounts."""
+    """Print the progress and how to continue when interrupted; the file has exactly those accounts."""
     accounts, out = opened(sandbox, tmp_path, 10), tmp_path / "out.ndjson"
     sandbox.script("a5", Answer(delay=60.0))
     with started(sandbox, accounts, out, "--concurrency", "1") as process:
@@ -233,7 +234,7 @@ def test_kill_9_at_any_moment_loses_and_doubles_nothing(sandbox: Sandbox, tmp_pa
 @pytest.mark.once
 @pytest.mark.slow
 def test_ten_thousand_accounts_with_faults(tmp_path: Path) -> None:
-    """With a tenth of all answers wrong, 10,000 accounts are 10,000 lines, each with its own audiences."""
+    """Write 10,000 lines, each with its own audiences, for 10,000 accounts with a tenth of all answers wrong."""
     accounts, out = account_file(tmp_path, [f"a{number}" for number in range(10_000)]), tmp_path / "out.ndjson"
     serve = [*COMMAND, "sandbox", "--accounts", str(accounts), "--audiences", "3", "--fault-rate", "0.1"]
     with contextlib.ExitStack() as stack:
@@ -251,7 +252,7 @@ def test_ten_thousand_accounts_with_faults(tmp_path: Path) -> None:
 
 
 def test_what_a_job_meets_of_the_service_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An outage and a shared limit are shown while they last, and summed up at the end with a hint."""
+    """Show an outage and a shared limit while they last, and sum them up at the end with a hint."""
     now = 1000.0
     monkeypatch.setattr("audiences_async.cli.fetch.time.monotonic", lambda: now)
     log = fetching.ServiceLog()

@@ -25,7 +25,7 @@ def test_a_fleet_uses_the_limit_that_it_shares(fleets: list[Fleet]) -> None:
 
 
 def test_a_fleet_takes_little_longer_than_its_limit(fleets: list[Fleet]) -> None:
-    """The last process ends within 1.75 times the ideal, and none waits for half of it without an answer."""
+    """End the last process within 1.75 times the ideal; none waits for half of it without an answer."""
     assert median(run.took for run in fleets) <= 1.75
     assert median(run.longest_gap for run in fleets) <= fleets[0].ideal / 2
 

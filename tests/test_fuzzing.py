@@ -41,10 +41,10 @@ from audiences_async import (
     UnauthorizedError,
     UnknownAudience,
 )
+from audiences_async._http.wire import Reply, read
 from audiences_async.credentials import ApiKey
 from audiences_async.sandbox import SteppedTime
 from audiences_async.structuring import decode, run_to_completion
-from audiences_async.wire import Reply, read
 
 ON_DEMAND: Final = int(os.environ.get("AUDIENCES_FUZZ_EXAMPLES", "100"))
 KEY: Final = ApiKey("s3cr3t-k3y-of-north")
@@ -333,7 +333,7 @@ def check(body: bytes) -> AudiencesResponse | AudiencesError:
 @given(mutated_bodies())
 @fuzzed(400)
 def test_mutated_bodies(body: bytes) -> None:
-    """A mutated valid body is refused with paths, or read exactly as the contract reads it."""
+    """Refuse a mutated valid body with paths, or read it exactly as the contract reads it."""
     check(body)
 
 
@@ -344,7 +344,7 @@ def test_mutated_bodies(body: bytes) -> None:
 )
 @fuzzed(700)
 def test_documents_near_the_schema(body: bytes) -> None:
-    """A well-formed document is read if, and only if, the contract accepts it."""
+    """Read a well-formed document if, and only if, the contract accepts it."""
     result = check(body)
     try:
         contract.read(body)
@@ -364,7 +364,7 @@ def test_documents_near_the_schema(body: bytes) -> None:
 @example("0001-01-01T00:00:00+00:01")
 @fuzzed(700)
 def test_times(text: str) -> None:
-    """A time is read if, and only if, an independent reader reads it, and as the same moment."""
+    """Read a time if, and only if, an independent reader reads it, and as the same moment."""
     row = {"type": "Dynamic", "id": "1", "name": "", "created_time": text}
     result = verdict(json.dumps({"status": 200, "data": [row]}).encode())
     try:
@@ -390,7 +390,7 @@ def test_no_field_name_is_mistaken_for_another(change: dict[str, Any], kind: str
 @pytest.mark.parametrize("opened", [b"[", b'{"":'])
 @pytest.mark.parametrize("depth", [10, 300, 900, 1100, 5000, 200_000])
 def test_nesting_of_any_depth(opened: bytes, depth: int) -> None:
-    """Nesting is read or refused, at any place and of any depth."""
+    """Read or refuse nesting, at any place and of any depth."""
     deep = opened * depth + b"1" + (b"]" if opened == b"[" else b"}") * depth
     row = b'{"type": "New", "deep": %s}' % deep
     for body in (deep, b'{"status": 200, "data": [], "x": %s}' % deep, b'{"status": 200, "data": [%s]}' % row):
@@ -443,7 +443,7 @@ ANY_BODY = bodies() | mutated_bodies() | st.binary(max_size=60) | st.just(b"<htm
 @given(st.integers(100, 999) | st.just(200), HEADERS, ANY_BODY, st.none() | st.just(100))
 @fuzzed(700)
 def test_whole_replies(status: int, headers: list[tuple[str, str]], body: bytes, exceeded: int | None) -> None:
-    """Any status with any headers and any body is a right value or the error in the table of responses."""
+    """Read any status with any headers and any body as a right value or the error in the table of responses."""
     reply = Reply(status, CIMultiDictProxy(CIMultiDict(headers)), body, exceeded if status == 200 else None)
     result = run_to_completion(read(reply, KEY, now=1_761_030_480.0))
     if isinstance(result, AudiencesResponse):
@@ -573,7 +573,7 @@ def raw_replies(draw: st.DrawFn) -> tuple[list[bytes], bool, int]:
 async def test_mutated_replies_on_the_wire(
     hostile: Hostile, drawn: tuple[list[bytes], bool, int], wrong_by: int, data: st.DataObject
 ) -> None:
-    """Any bytes of a server are this account's own answer or one of our errors, in the promised requests."""
+    """Read any bytes of a server as this account's own answer or one of our errors, in the promised requests."""
     (lines, keep_alive, accidents), number = drawn, hostile.examples
     hostile.examples += 1
     name = f"account-{number:06d}"
@@ -624,7 +624,7 @@ def repeat_line(head: bytes, at: int) -> bytes:
 
 
 async def test_no_rest_of_a_reply_answers_the_next_call(hostile: Hostile) -> None:
-    """A whole second response that arrives with the first, on a connection that stays open, answers no call."""
+    """Drop a whole second response that arrives with the first, on a connection that stays open."""
     body = b'{"status": "200", "data": [{"type": "%s"}]}'
     for number in range(30):
         mine, other = body % b"mine-%02d" % number, body % b"rest-%02d" % number
@@ -637,7 +637,7 @@ async def test_no_rest_of_a_reply_answers_the_next_call(hostile: Hostile) -> Non
 
 
 def test_the_strict_reader_is_strict() -> None:
-    """The independent reader refuses what the contract refuses, and reads what it allows."""
+    """Refuse, in the independent reader, what the contract refuses, and read what it allows."""
     row = {"type": "Static", "id": "1", "name": "", "created_time": "2025-10-01T11:10:00.12+02:00", "user_count": 0}
     sound: dict[str, Any] = {"status": "200", "data": [row]}
     assert contract.read(b"\xef\xbb\xbf" + json.dumps(sound).encode()).rows[0].created_time == contract.time(

@@ -85,7 +85,7 @@ WRONG_KEYS = [None, "", 5, b"key", "a\nb"]
 async def test_a_failure_that_may_pass(
     sandbox: Sandbox, time: SteppedTime, way: str, kind: type[Exception], cache: CachePolicy | None
 ) -> None:
-    """A transient failure is retried after backoff, with nothing sent before, and the last error names it."""
+    """Retry a transient failure after backoff, with nothing sent before; the last error names it."""
     flaky = Flaky(*[kind() for _ in range(5)])
     client, account = flaky.use(way, sandbox, clock=time.clock, retry=RetryPolicy(max_attempts=3), cache=cache)
     async with client:
@@ -103,7 +103,7 @@ async def test_a_failure_that_may_pass(
     ("way", "given"), [*itertools.product(WAYS, MISTAKES), *itertools.product(WAYS[2:], WRONG_KEYS)]
 )
 async def test_a_mistake(sandbox: Sandbox, way: str, given: Any) -> None:
-    """A programming error in a limiter or key function, or an invalid key, is a ConfigurationError, and final."""
+    """Raise ConfigurationError, as final, for a programming error in a limiter or key function, or an invalid key."""
     flaky = Flaky(given, given)
     client, account = flaky.use(way, sandbox, retry=ONCE_MORE)
     async with client:
@@ -117,7 +117,7 @@ async def test_a_mistake(sandbox: Sandbox, way: str, given: Any) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_one_failure_concerns_one_call(sandbox: Sandbox, way: str) -> None:
-    """Of five calls that wait in one lane, alone or in a job, one gets the failure; all are answered."""
+    """Let a failure reach only one of five calls that wait in one lane, alone or in a job, and answer all."""
     flaky = Flaky(VaultDown())
     client, account = flaky.use(way, sandbox, retry=ONCE_MORE)
     async with client:
@@ -131,7 +131,7 @@ async def test_one_failure_concerns_one_call(sandbox: Sandbox, way: str) -> None
 
 @pytest.mark.parametrize("cache", [None, CachePolicy(10.0)])
 async def test_a_fresh_key_that_comes_late(sandbox: Sandbox, cache: CachePolicy | None) -> None:
-    """A function that fails when a 401 asks it for a fresh key is called again."""
+    """Call a function again that fails when a 401 asks it for a fresh key."""
     flaky = Flaky("old", VaultDown())
     client, account = flaky.use("key", sandbox, retry=RetryPolicy(max_attempts=3, base_delay=0), cache=cache)
     async with client:
@@ -143,14 +143,14 @@ ODD_NAMES = ['"', "'", "\\", "\0", "\n", "\r\n", "\0extra", "audiences_async:ext
 
 
 def test_odd_fields_are_kept() -> None:
-    """A field of the service is in `extra` under its own name, whatever its characters."""
+    """Keep a field of the service in `extra` under its own name, whatever its characters."""
     odd = {name: number for number, name in enumerate(ODD_NAMES)}
     body = json.dumps({"status": "200", "data": [{**row, **odd} for row in EXAMPLE_AUDIENCES]}).encode()
     assert [audience.extra for audience in decode(body)] == [odd, odd]  # type: ignore[union-attr]
 
 
 def test_generated_code_has_no_control_characters() -> None:
-    """The code that cattrs generates compiles with any version of cattrs: nothing in it needs escaping."""
+    """Compile the code that cattrs generates with any version of cattrs: nothing in it needs escaping."""
     with pytest.raises(InvalidResponseError):
         decode(b'{"status": "200", "data": [{"type": "Static"}]}')  # the detailed pass has its own hooks
     generated = [name for name in linecache.cache if "cattrs" in name and "audiences_async" in name]
@@ -218,14 +218,14 @@ def drive(program: Coroutine[Any, Any, object]) -> None:
 
 @pytest.mark.parametrize("program", [enter, ask, stream])
 def test_without_asyncio(program: Callable[[AudiencesClient], Coroutine[Any, Any, None]]) -> None:
-    """On another event loop than asyncio's, every use is a ConfigurationError with that reason."""
+    """Raise ConfigurationError for every use on another event loop than asyncio's, with that reason."""
     for cache in (None, CachePolicy(10.0)):
         with pytest.raises(ConfigurationError, match="asyncio"):
             drive(program(AudiencesClient("key", cache=cache)))
 
 
 def test_closing_without_asyncio() -> None:
-    """A client that asyncio has used cannot be closed elsewhere; an unused one has nothing to close."""
+    """Refuse to close a client elsewhere that asyncio has used; an unused one has nothing to close."""
     client = AudiencesClient("key")
     with asyncio.Runner() as runner:
         runner.run(client.__aenter__())
@@ -236,7 +236,7 @@ def test_closing_without_asyncio() -> None:
 
 
 def test_histograms_tell_times_apart() -> None:
-    """Without a view of the user's, times of 5 ms, 50 ms, 0.5 s, 2 s and 20 s fall into separate buckets."""
+    """Put times of 5 ms, 50 ms, 0.5 s, 2 s and 20 s in separate buckets without a view of the user's."""
     reader = InMemoryMetricReader()
     meters = MeterProvider([reader])
     hook = OpenTelemetry(meter_provider=meters)
@@ -269,7 +269,7 @@ HEAVY = ("aiohttp", "cattrs", "tenacity", "msgspec", "audiences_async.client", "
 
 @pytest.mark.slow
 def test_the_pytest_plugin_imports_little(tmp_path: Path) -> None:
-    """A test run that uses none of the fixtures imports none of their dependencies."""
+    """Import none of the fixtures' dependencies in a test run that uses none of them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     plugin = project["entry-points"]["pytest11"]["audiences_async"]
     (tmp_path / "test_empty.py").write_text("def test_empty():\n    pass\n")
@@ -281,7 +281,7 @@ def test_the_pytest_plugin_imports_little(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("code", ["import audiences_async", "import audiences_async as a; dir(a); hasattr(a, 'no')"])
 def test_an_import_brings_little(code: str) -> None:
-    """Importing the package alone loads neither aiohttp nor cattrs; its names load on first use."""
+    """Import the package alone without aiohttp and cattrs; its names load on first use."""
     assert printed(f"{code}; import sys; print([n for n in {HEAVY} if n in sys.modules])") == "[]"
 
 
@@ -300,7 +300,7 @@ def test_an_import_brings_little(code: str) -> None:
     ],
 )
 def test_names_come_on_first_use(code: str) -> None:
-    """The public names and modules are available in any order of first use."""
+    """Load the public names and modules in any order of first use."""
     assert printed(code) == "True"
 
 
@@ -325,7 +325,7 @@ DIGITS = "1" * 5_000
     ],
 )  # fmt: skip
 def test_odd_values_in_accounts_files(tmp_path: Path, name: str, text: str, place: str) -> None:
-    """A value that Python itself cannot hold is a ConfigurationError with its place, like any other."""
+    """Raise ConfigurationError with the place of a value that Python itself cannot hold, like any other."""
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ConfigurationError) as caught:
         AccountFile(tmp_path / name)
@@ -334,7 +334,7 @@ def test_odd_values_in_accounts_files(tmp_path: Path, name: str, text: str, plac
 
 @pytest.mark.parametrize("suffix", [".csv", ".ndjson", ".jsonl", ".toml"])
 def test_odd_paths_of_accounts_files(tmp_path: Path, suffix: str) -> None:
-    """An invalid path is a ConfigurationError that shows it on one line."""
+    """Raise ConfigurationError for an invalid path, and show it on one line."""
     (tmp_path / f"folder{suffix}").mkdir()
     (tmp_path / f"loop{suffix}").symlink_to(tmp_path / f"loop{suffix}")
     for name in ("folder", "loop", "a\0b", "\ud800", "x" * 5_000, "none/none"):
@@ -358,7 +358,7 @@ FRAGMENTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", FILES)
 def test_mangled_accounts_files(tmp_path: Path, chance: random.Random, suffix: str) -> None:
-    """Any content of an accounts file is read, or is a ConfigurationError."""
+    """Read any content of an accounts file, or raise ConfigurationError."""
     file = tmp_path / f"a{suffix}"
     read = 0
     for _ in range(300):
@@ -392,7 +392,7 @@ def reply(created: str, **more: Any) -> bytes:
     ],
 )  # fmt: skip
 def test_a_time_that_is_none(time: str, more: dict[str, Any]) -> None:
-    """An invalid date and time is a problem, plain record or not, and no `response_time`, on every Python."""
+    """Report an invalid date and time as a problem, plain or not, and as no `response_time`, on every Python."""
     with pytest.raises(InvalidResponseError) as caught:
         decode(reply(time, **more))
     assert [problem.partition(":")[0] for problem in caught.value.problems] == ["$.data[0].created_time"]
@@ -430,7 +430,7 @@ async def test_reason_phrases(sandbox: Sandbox, north: Account, status: int, phr
 
 @pytest.mark.parametrize("begin", ["[", '{"a": '])
 async def test_a_deep_value(sandbox: Sandbox, north: Account, begin: str) -> None:
-    """150 levels in an undocumented field are kept, 1,000 are a problem, and those of an error body change nothing."""
+    """Keep 150 levels in an undocumented field, report 1,000 as a problem, and ignore those of an error body."""
 
     def body(depth: int, kind: str) -> str:
         value = begin * depth + "1" + ("]" if begin == "[" else "}") * depth

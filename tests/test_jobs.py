@@ -19,8 +19,8 @@ from audiences_async import (
     RetryPolicy,
     TransportError,
     UnauthorizedError,
-    jobs,
 )
+from audiences_async._jobs import jobs
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
 
 
@@ -49,7 +49,7 @@ async def numbers(count: int) -> AsyncIterator[int]:
 
 
 async def test_every_account_has_its_own_outcome(sandbox: Sandbox, client: AudiencesClient) -> None:
-    """With a tenth of the answers wrong, 300 accounts have 300 outcomes, and none gets another's audiences."""
+    """Return 300 outcomes for 300 accounts with a tenth of the answers wrong; none gets another's audiences."""
     accounts = opened(sandbox, 300, fault_rate=0.1)
     async with client.stream(accounts, concurrency=20) as outcomes:
         fetched = [outcome async for outcome in outcomes]
@@ -62,7 +62,7 @@ async def test_every_account_has_its_own_outcome(sandbox: Sandbox, client: Audie
 
 
 async def test_a_failed_account_is_an_outcome(sandbox: Sandbox, client: AudiencesClient) -> None:
-    """The error is the account's outcome, without the frames that it was raised in, and pickles."""
+    """Return the error as the account's outcome, without the frames that it was raised in; it pickles."""
     north = sandbox.add_account("north")
     stranger = Account("stranger", "wrong")
     failed, fetched = await client.fetch_all([stranger, north])
@@ -91,7 +91,7 @@ async def test_fetch_all_keeps_the_order(sandbox: Sandbox, client: AudiencesClie
 
 
 async def test_accounts_are_read_as_there_is_room(sandbox: Sandbox, client: AudiencesClient) -> None:
-    """A consumer that takes nothing stops the job at twice its concurrency; taking some lets as many in."""
+    """Stop the job at twice its concurrency if a consumer takes nothing; taking some lets as many in."""
     account = sandbox.add_account("north")
     read = 0
 
@@ -190,7 +190,7 @@ async def test_a_source_that_raises_ends_the_job_after_what_was_begun(
 
 
 async def test_fetch_all_sends_nothing_where_the_source_fails(sandbox: Sandbox, client: AudiencesClient) -> None:
-    """An item that is not an account is refused with its index, before the first request."""
+    """Refuse an item that is not an account with its index, before the first request."""
     accounts: list[Any] = [*opened(sandbox, 2), "a2"]
     with pytest.raises(ConfigurationError, match=r"accounts\[2\] must be Account, got str"):
         await client.fetch_all(accounts)
@@ -216,7 +216,7 @@ async def test_bad_arguments_are_refused(
 
 
 async def test_the_timeout_is_each_accounts_own(sandbox: Sandbox, client: AudiencesClient) -> None:
-    """One account that times out does not shorten the others' time."""
+    """Give each account its full timeout, even if another one times out."""
     slow, quick = opened(sandbox, 2)
     sandbox.script(slow.name, Answer(delay=30.0))
     late, answered = await client.fetch_all([slow, quick], timeout=0.3, concurrency=1)
@@ -226,7 +226,7 @@ async def test_the_timeout_is_each_accounts_own(sandbox: Sandbox, client: Audien
 
 
 async def test_a_client_closed_meanwhile_loses_no_account(sandbox: Sandbox, client: AudiencesClient) -> None:
-    """Each account still has its outcome, and a closed client begins no job."""
+    """Return each account's outcome all the same; a closed client begins no job."""
     accounts = opened(sandbox, 4)
     for account in accounts:
         sandbox.script(account.name, Answer(delay=30.0))
@@ -240,7 +240,7 @@ async def test_a_client_closed_meanwhile_loses_no_account(sandbox: Sandbox, clie
 
 
 async def test_several_consumers_share_the_results() -> None:
-    """Two tasks that iterate share the results, each exactly once, and both reach the end."""
+    """Share the results between two tasks that iterate, each exactly once; both reach the end."""
 
     async def work(number: int, _place: jobs.Place) -> int:
         await asyncio.sleep(0)
@@ -256,7 +256,7 @@ async def test_several_consumers_share_the_results() -> None:
 
 
 async def test_whoever_still_iterates_when_the_stream_is_left_is_told() -> None:
-    """An incomplete stream never looks like one that has reached its end."""
+    """Raise for a task that still iterates when the stream is left, so that it never takes it for the end."""
 
     async def work(number: int, _place: jobs.Place) -> int:
         await asyncio.Event().wait()
@@ -270,7 +270,7 @@ async def test_whoever_still_iterates_when_the_stream_is_left_is_told() -> None:
 
 
 async def test_a_cancelled_worker_is_not_passed_over() -> None:
-    """Cancelling the job's tasks from outside ends the iteration as a cancellation, not as an end."""
+    """End the iteration as a cancellation, not as an end, if the job's tasks are cancelled from outside."""
 
     async def work(number: int, _place: jobs.Place) -> int:
         await asyncio.Event().wait()
@@ -327,7 +327,7 @@ async def test_eager_tasks_keep_the_bounds() -> None:
 
 @pytest.mark.parametrize("way", ["left", "source"])
 async def test_every_consumer_is_told_that_the_results_are_not_whole(way: str) -> None:
-    """Of several tasks that iterate, one gets the reason, and none takes it for the end of the job."""
+    """Raise the reason in one of several tasks that iterate; none takes it for the end of the job."""
 
     async def work(number: int, _place: jobs.Place) -> int:
         if way == "left":
@@ -356,7 +356,7 @@ async def test_every_consumer_is_told_that_the_results_are_not_whole(way: str) -
 async def test_a_token_task_that_somebody_cancelled_is_an_accounts_failure(
     sandbox: Sandbox, client: AudiencesClient
 ) -> None:
-    """A cancellation raised by a key function, but not aimed at the call, does not end the job."""
+    """Continue the job after a cancellation raised by a key function, but not aimed at the call."""
     token = asyncio.get_running_loop().create_future()
     token.cancel()
 

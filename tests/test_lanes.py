@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 
 from audiences_async import Event, RateLimit
+from audiences_async._base.deadlines import Deadlines
+from audiences_async._pace.lanes import Lane
+from audiences_async._pace.pacing import PauseSettings, Verdict
 from audiences_async.clock import Clock
-from audiences_async.deadlines import Deadlines
 from audiences_async.events import AccountPaused, AccountResumed, RateLearned
-from audiences_async.lanes import AccountPace, Lane
-from audiences_async.pacing import PauseSettings, Verdict
+from audiences_async.snapshots import AccountPace
 
 pytestmark = pytest.mark.once
 

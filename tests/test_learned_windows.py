@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from audiences_async.windows import LearnedWindow
+from audiences_async._pace.windows import LearnedWindow
 
 pytestmark = pytest.mark.once
 
@@ -21,7 +21,7 @@ def recognized(*, granted: int = 5, opened: float = 2.1) -> LearnedWindow:
 
 
 def test_refusals_and_then_a_grant_show_a_window() -> None:
-    """The limit is what was granted before; the period is between the last refused and the granted probe."""
+    """Learn the limit as what was granted before; the period is between the last refused and the granted probe."""
     window = recognized()
     assert window.limit == 5
     assert 1.9 <= window.period <= 2.1
@@ -29,7 +29,7 @@ def test_refusals_and_then_a_grant_show_a_window() -> None:
 
 
 def test_few_grants_few_refusals_or_a_known_rate_show_no_window() -> None:
-    """A bucket of tokens is closed for a short time, and a rate that is known explains refusals."""
+    """Learn no window from a bucket of tokens, closed for a short time, or if a known rate explains refusals."""
     assert recognized(granted=3).limit is None
     window = LearnedWindow()
     for at in (0.0, 0.01, 0.02, 0.03):
@@ -76,7 +76,7 @@ def test_a_period_that_is_longer_than_expected_is_searched_for() -> None:
 
 
 def test_more_than_the_limit_is_noticed() -> None:
-    """If one more request is granted, the limit is found anew; if no refusal follows, there is none."""
+    """Learn the limit anew if one more request is granted; if no refusal follows, drop it."""
     window = recognized()
     for at in (2.11, 2.12, 2.13, 2.14, 2.15, 2.16, 2.17):
         window.granted(at, at, fresh=True, is_paced=False)

@@ -40,7 +40,7 @@ class LeakyBucketLimiter:
 
 
 async def test_a_limiter_is_asked_before_every_attempt(sandbox: Sandbox, north: Account, at_once: RetryPolicy) -> None:
-    """A caller's limiter is called with the account's name, for retries too."""
+    """Call a caller's limiter with the account's name, for retries too."""
     south = sandbox.add_account("south")
     sandbox.script("north", Answer(500), Answer(429))
     limiter = LeakyBucketLimiter(100, 1.0)
@@ -56,7 +56,7 @@ async def test_a_limiter_is_asked_before_every_attempt(sandbox: Sandbox, north: 
 async def test_a_limiter_that_fails_is_an_error_of_the_call(
     sandbox: Sandbox, north: Account, at_once: RetryPolicy, kind: type[BaseException]
 ) -> None:
-    """A limiter that keeps failing for a transient reason ends the call, and nothing is sent."""
+    """End the call if a limiter keeps failing for a transient reason, and send nothing."""
 
     class Broken:
         async def acquire(self, account_name: str) -> None:
@@ -71,7 +71,7 @@ async def test_a_limiter_that_fails_is_an_error_of_the_call(
 
 
 def test_what_is_no_limiter_is_refused() -> None:
-    """A rate_limit is a RateLimit or has acquire()."""
+    """Reject a rate_limit that is no RateLimit and has no acquire()."""
     with pytest.raises(ConfigurationError, match="rate_limit must be RateLimit or Limiter or None, got int"):
         AudiencesClient(rate_limit=20)  # type: ignore[arg-type]
 
@@ -79,7 +79,7 @@ def test_what_is_no_limiter_is_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed")
 async def test_a_limit_shared_by_clients_through_redis(sandbox: Sandbox, north: Account, tmp_path: Path) -> None:
-    """Two clients, as in two processes, share one account's rate, and no key reaches Redis."""
+    """Share one account's rate between two clients, as in two processes; no key reaches Redis."""
     with redis_server(tmp_path) as url:
         async with connect(url, 10) as store:
             settings = {"base_url": sandbox.base_url, "rate_limit": RedisLimiter(store, RateLimit(50))}

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from audiences_async.load import Load
-from audiences_async.pacing import Turn, Verdict
+from audiences_async._pace.load import Load
+from audiences_async._pace.pacing import Turn, Verdict
 
 pytestmark = pytest.mark.once
 

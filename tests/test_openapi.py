@@ -108,7 +108,7 @@ def asked(sandbox: Sandbox) -> Iterator[None]:
 @pytest.mark.usefixtures("asked")
 @reproducible
 def test_every_check_of_schemathesis_passes(case: AnyCase, sandbox: Sandbox, account: Account) -> None:
-    """Each case passes all default checks; after a 200, one repeats it without a key and with a wrong one."""
+    """Pass all default checks in each case; after a 200, one repeats it without a key and with a wrong one."""
     before = len(sandbox.requests)
     response = case.call_and_validate(sandbox.base_url, headers=bearer(account))
     first, *again = [(seen.method, seen.account, seen.answer) for seen in sandbox.requests[before:]]
@@ -122,7 +122,7 @@ def test_every_check_of_schemathesis_passes(case: AnyCase, sandbox: Sandbox, acc
 @contract.parametrize()
 @reproducible
 def test_made_up_keys_are_refused(case: AnyCase, sandbox: Sandbox, account: Account) -> None:
-    """Each case without the account's key passes all default checks too, and never gets its audiences."""
+    """Pass all default checks too without the account's key, and never get its audiences."""
     response = case.call_and_validate(sandbox.base_url)
     assert response.status_code == (401 if case.method == "GET" else 405)
     assert sandbox.seen(account.name) == []
@@ -136,7 +136,7 @@ def test_made_up_keys_are_refused(case: AnyCase, sandbox: Sandbox, account: Acco
 @pytest.mark.usefixtures("asked")
 @reproducible
 def test_errors_conform(case: AnyCase, status: int, sandbox: Sandbox, account: Account) -> None:
-    """Each error response has the body documented for its status, with the page's own text."""
+    """Return the body documented for each error's status, with the page's own text."""
     sandbox.script("north", Answer(status))
     response = case.call_and_validate(sandbox.base_url, headers=bearer(account), checks=CONFORMANCE)
     assert response.status_code == usual(response, status)
@@ -147,7 +147,7 @@ def test_errors_conform(case: AnyCase, status: int, sandbox: Sandbox, account: A
 
 @pytest.mark.parametrize("status", sorted(EXAMPLES))
 def test_the_examples_of_the_page_conform(status: int, sandbox: Sandbox, account: Account) -> None:
-    """The page's own example of each status conforms to the schema of that status."""
+    """Validate the page's own example of each status by the schema of that status."""
     sandbox.script("north", Answer(status, EXAMPLES[status]))
     response = get(sandbox, headers=bearer(account), checks=CONFORMANCE)
     assert response.status_code == status
@@ -193,7 +193,7 @@ def test_what_the_document_allows_the_client_reads(data: list[Any], sandbox: San
     ],
 )
 def test_a_wrong_record_is_refused(record: Any, sandbox: Sandbox, account: Account) -> None:
-    """One record that breaks the schema, after a valid one, fails the check."""
+    """Fail the check for one record that breaks the schema, after a valid one."""
     wrong = Answer(200, {**EXAMPLES[200], "data": [DYNAMIC, record]})
     assert JsonSchemaError in failures(sandbox, account, wrong)
 
@@ -209,7 +209,7 @@ def test_a_wrong_record_is_refused(record: Any, sandbox: Sandbox, account: Accou
     ],
 )
 def test_a_wrong_envelope_is_refused(body: Any, sandbox: Sandbox, account: Account) -> None:
-    """A 200 whose envelope breaks the schema fails the check."""
+    """Fail the check for a 200 whose envelope breaks the schema."""
     assert failures(sandbox, account, Answer(200, body)) == {JsonSchemaError}
 
 
@@ -225,7 +225,7 @@ def test_a_wrong_envelope_is_refused(body: Any, sandbox: Sandbox, account: Accou
     ],
 )
 def test_a_wrong_error_is_refused(status: int, wrong: dict[str, Any], sandbox: Sandbox, account: Account) -> None:
-    """An error whose envelope breaks the schema fails the check."""
+    """Fail the check for an error whose envelope breaks the schema."""
     answer = Answer(status, {**EXAMPLES[status], **wrong})
     assert failures(sandbox, account, answer, checks=CONFORMANCE) == {JsonSchemaError}
 
@@ -249,7 +249,7 @@ def test_an_undocumented_answer_is_refused(
 
 
 def test_the_document_is_openapi() -> None:
-    """The document is valid OpenAPI 3.0: one operation, which needs a bearer token and has no parameters."""
+    """Validate the document as OpenAPI 3.0: one operation, which needs a bearer token and has no parameters."""
     contract.validate()
     document = openapi()
     assert document["openapi"].startswith("3.0.")
@@ -263,18 +263,18 @@ def test_the_document_is_openapi() -> None:
 
 @pytest.mark.parametrize("part", ["info", "paths"])
 def test_a_broken_document_is_not_openapi(part: str) -> None:
-    """The same validation refuses a document without a part that OpenAPI requires."""
+    """Refuse a document without a part that OpenAPI requires, by the same validation."""
     broken = schemathesis.openapi.from_dict(without(openapi(), part))
     with pytest.raises(jsonschema_rs.ValidationError, match=part):
         broken.validate()
 
 
 def test_the_document_and_the_sandbox_show_the_same_audiences() -> None:
-    """The document's example and the sandbox's usual answer are both the records of the service's page."""
+    """Show the records of the service's page both in the document's example and in the sandbox's usual answer."""
     assert EXAMPLES[200]["data"] == list(EXAMPLE_AUDIENCES)
 
 
 def test_each_document_is_a_copy() -> None:
-    """Changing one document does not change the next."""
+    """Change one document without changing the next."""
     openapi()["paths"].clear()
     assert list(openapi()["paths"]) == ["/audiences"]

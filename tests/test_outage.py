@@ -2,8 +2,8 @@
 
 import pytest
 
+from audiences_async._pace.outage import Outage
 from audiences_async.clock import Clock
-from audiences_async.outage import Outage
 
 pytestmark = pytest.mark.once
 

@@ -28,12 +28,12 @@ from audiences_async import (
     ServerError,
     TooManyRequestsError,
 )
+from audiences_async._base.deadlines import CallTime, Deadlines
+from audiences_async._pace.pacer import Pacer
+from audiences_async._pace.pacing import Turn, Verdict
 from audiences_async.clock import Clock
-from audiences_async.deadlines import CallTime, Deadlines
 from audiences_async.events import AccountPaused, AccountResumed, AttemptFinished, RateLearned
-from audiences_async.lanes import AccountPace
-from audiences_async.pacer import Pacer
-from audiences_async.pacing import Turn, Verdict
+from audiences_async.snapshots import AccountPace
 
 pytestmark = pytest.mark.once
 
@@ -112,7 +112,7 @@ def test_a_known_rate_is_kept_exactly() -> None:
 
 
 def test_many_waiters_are_served_in_order_and_within_the_limit() -> None:
-    """2,000 waiters at 500/s: no order inversion, and at most burst + rate * t in every window of t seconds."""
+    """Serve 2,000 waiters at 500/s in order, at most burst + rate * t in every window of t seconds."""
 
     async def main() -> list[tuple[float, int]]:
         turns: list[tuple[float, int]] = []
@@ -146,7 +146,7 @@ def test_a_cancelled_waiter_delays_nobody() -> None:
 
 
 def test_a_call_that_comes_as_the_queue_empties_is_served() -> None:
-    """When the last waiter is cancelled and another call comes in the same moment, that call gets its turn."""
+    """Serve a call that comes in the same moment as the last waiter is cancelled."""
 
     async def main() -> None:
         lane = Way(pacer(RateLimit(1)))
@@ -163,7 +163,7 @@ def test_a_call_that_comes_as_the_queue_empties_is_served() -> None:
 
 
 def test_a_known_limit_outlives_a_long_wait_of_its_caller(client: Callable[..., AudiencesClient]) -> None:
-    """An account whose call only waits for its key is not forgotten when others come."""
+    """Keep an account whose call only waits for its key, while calls for other accounts come."""
     service = Service(lambda key, at: 200)
 
     async def slow_key() -> str:
@@ -185,7 +185,7 @@ def test_a_known_limit_outlives_a_long_wait_of_its_caller(client: Callable[..., 
 
 
 def test_a_cancelled_queue_leaves_no_task() -> None:
-    """When the last waiter is cancelled, nothing of the lane goes on."""
+    """Leave no task of the lane when the last waiter is cancelled."""
 
     async def main() -> None:
         lane = Way(pacer(RateLimit(0.001)))
@@ -200,7 +200,7 @@ def test_a_cancelled_queue_leaves_no_task() -> None:
 
 
 def test_a_call_whose_turn_comes_too_late_fails_at_once(client: Callable[..., AudiencesClient]) -> None:
-    """With a known rate, a call that cannot get its turn in time does not wait for it, and says when it would."""
+    """Fail at once, with a known rate, a call that cannot get its turn in time, and report when it would."""
 
     async def main() -> None:
         async with client(Service(lambda key, at: 200), rate_limit=RateLimit(1)) as c:
@@ -260,7 +260,7 @@ def test_connections_are_handed_on_in_order() -> None:
 @pytest.mark.parametrize(("rate", "burst"), [(20, 5), (5, 1), (100, 20), (2, 10)])
 @pytest.mark.parametrize("round_trip", [0.001, 0.05, 0.3])
 def test_a_rate_is_learned(client: Callable[..., AudiencesClient], rate: int, burst: int, round_trip: float) -> None:
-    """Against a limit that nobody told us, calls finish close to the ideal time with few requests to spare."""
+    """Finish calls close to the ideal time under an unknown limit, with few requests to spare."""
     service = Service(LeakyBucket(rate, burst), round_trip)
     chance = random.Random(1)
 
@@ -277,7 +277,7 @@ def test_a_rate_is_learned(client: Callable[..., AudiencesClient], rate: int, bu
 
 
 def test_the_first_burst_buys_few_429s(client: Callable[..., AudiencesClient]) -> None:
-    """A slow start: a thousand calls at once on a limit of one request meet a handful of 429s, not hundreds."""
+    """Start slowly: a thousand calls at once on a limit of one request meet a handful of 429s, not hundreds."""
     service = Service(LeakyBucket(0.001, 1))
 
     async def main() -> None:
@@ -337,7 +337,7 @@ def test_every_kind_of_limit_is_learned(
     ideal: float,
     round_trip: float,
 ) -> None:
-    """With the defaults and without headers, no call fails, and the median of five seeds keeps to both bounds."""
+    """Fail no call with the defaults and without headers; the median of five seeds keeps to both bounds."""
     times, requests = [], []
     for seed in range(5):
         service = Service(limit(), round_trip=round_trip)
@@ -366,7 +366,7 @@ class Later:
 
 
 def test_a_window_that_began_earlier_is_learned(client: Callable[..., AudiencesClient]) -> None:
-    """The first period that is seen is too short; the window is found all the same, and no call fails."""
+    """Find the window although the first period that is seen is too short, and fail no call."""
     for seed in range(5):
         service = Service(Later(FixedWindow(60, 10.0), 7.0), round_trip=0.05)
 
@@ -380,7 +380,7 @@ def test_a_window_that_began_earlier_is_learned(client: Callable[..., AudiencesC
 
 
 def test_a_window_that_grants_more_or_less_later_is_learned_anew(client: Callable[..., AudiencesClient]) -> None:
-    """A limit that is raised from 10 to 30 per 2 s, and then lowered to 5, is followed."""
+    """Follow a limit that is raised from 10 to 30 per 2 s, and then lowered to 5."""
     raised, lowered = FixedWindow(30, 2.0), FixedWindow(5, 2.0)
     first = FixedWindow(10, 2.0)
 
@@ -402,7 +402,7 @@ def test_a_window_that_grants_more_or_less_later_is_learned_anew(client: Callabl
 
 
 def test_a_bucket_is_not_taken_for_a_window(client: Callable[..., AudiencesClient]) -> None:
-    """A slow bucket with a burst is closed for long too; its rate is learned."""
+    """Learn the rate of a slow bucket with a burst, which is closed for long too."""
     service = Service(TokenBucket(1, 10))
 
     async def main() -> float | None:
@@ -438,7 +438,7 @@ def test_a_window_ends_a_call_that_has_no_time_for_the_next_one(client: Callable
 
 
 def test_a_window_is_an_event(client: Callable[..., AudiencesClient]) -> None:
-    """The rate in a window is reported with the window's length."""
+    """Report the rate in a window with the window's length."""
     events: list[Event] = []
 
     async def main() -> None:
@@ -472,7 +472,7 @@ def announced(limit: int, per: float, *, is_fixed: bool = True) -> Callable[[str
 def test_an_announced_quota_is_spent_and_never_overshot(
     client: Callable[..., AudiencesClient], is_fixed: bool, round_trip: float
 ) -> None:
-    """A service that announces what remains refuses nothing, and hardly any time is lost."""
+    """Meet no refusal, and lose hardly any time, if the service announces what remains."""
     service = Service(announced(60, 10.0, is_fixed=is_fixed), round_trip=round_trip)
 
     async def main() -> float:
@@ -505,7 +505,7 @@ def test_a_quota_that_is_no_longer_announced_holds_nothing_back(client: Callable
 
 
 def test_a_limit_that_is_lifted_is_noticed(client: Callable[..., AudiencesClient]) -> None:
-    """When the service grants more than it did, the pace follows."""
+    """Follow with the pace when the service grants more than it did."""
     limit = LeakyBucket(10, 2)
     service = Service(limit)
 
@@ -543,7 +543,7 @@ def test_a_429_pauses_its_own_account_only(client: Callable[..., AudiencesClient
 
 
 def test_retry_after_holds_for_the_whole_account(client: Callable[..., AudiencesClient]) -> None:
-    """A Retry-After closes the account until then; one probe goes first, the rest follow when it is answered."""
+    """Close the account until a Retry-After; one probe goes first, the rest follow when it is answered."""
     service = Service(lambda key, at: 200 if at >= 30 else (429, {"Retry-After": "30"}), round_trip=1.0)
     events: list[Event] = []
 
@@ -593,7 +593,7 @@ def test_a_probe_that_fails_doubles_the_pause(client: Callable[..., AudiencesCli
 def test_what_the_service_says_of_its_limit_is_taken(
     client: Callable[..., AudiencesClient], headers: dict[str, str], pause: float
 ) -> None:
-    """An answer that says it was the last one pauses the account before any 429; malformed headers are ignored."""
+    """Pause the account before any 429 after an answer marked as the last one; ignore malformed headers."""
     service = Service(lambda key, at: (200, headers if at < 1 else {}))
     events: list[Event] = []
 
@@ -608,7 +608,7 @@ def test_what_the_service_says_of_its_limit_is_taken(
 
 
 def test_a_pause_that_does_not_fit_ends_waiting_calls_at_once(client: Callable[..., AudiencesClient]) -> None:
-    """When the account closes for longer than a waiting call has, the call ends then, and says when to come back."""
+    """End a waiting call when the account closes for longer than it has, and report when to come back."""
     service = Service(lambda key, at: (429, {"Retry-After": "120"}), round_trip=1.0)
 
     async def main() -> list[Any]:
@@ -626,7 +626,7 @@ def test_a_pause_that_does_not_fit_ends_waiting_calls_at_once(client: Callable[.
 
 
 def test_a_pause_meets_a_cancelled_call_in_the_queue() -> None:
-    """Of two waiting calls one is cancelled and the other refused as the account closes: neither disturbs the other."""
+    """Cancel one of two waiting calls and refuse the other as the account closes: neither disturbs the other."""
 
     async def main() -> list[Any]:
         lane = Way(pacer(RateLimit(1)))
@@ -641,7 +641,7 @@ def test_a_pause_meets_a_cancelled_call_in_the_queue() -> None:
 
 
 def test_a_call_that_comes_during_a_pause_does_not_sleep_in_vain(client: Callable[..., AudiencesClient]) -> None:
-    """A web handler with two seconds left is told at once."""
+    """Fail a web handler with two seconds left at once."""
     service = Service(lambda key, at: (429, {"Retry-After": "50"}))
 
     async def main() -> None:
@@ -657,7 +657,7 @@ def test_a_call_that_comes_during_a_pause_does_not_sleep_in_vain(client: Callabl
 
 
 def test_a_lone_call_backs_off_as_its_policy_says(client: Callable[..., AudiencesClient]) -> None:
-    """One call on an account that is refused waits by full jitter from throttle_base_delay on."""
+    """Wait by full jitter from throttle_base_delay on for one call on an account that is refused."""
     service = Service(lambda key, at: 429 if at < 4 else 200)
     events: list[Event] = []
 
@@ -671,7 +671,7 @@ def test_a_lone_call_backs_off_as_its_policy_says(client: Callable[..., Audience
 
 
 def test_a_turn_is_held_back_when_a_429_comes_first(client: Callable[..., AudiencesClient]) -> None:
-    """A call that waits for a connection does not go out on one that has just brought a 429."""
+    """Hold back a call that waits for a connection which has just brought a 429."""
     service = Service(lambda key, at: 429 if at < 0.01 else 200, connections=1)
 
     async def main() -> None:
@@ -730,7 +730,7 @@ def test_a_retry_after_of_zero_does_not_open_the_gate(client: Callable[..., Audi
 
 
 def test_an_absurd_retry_after_does_not_close_the_account_for_ever(client: Callable[..., AudiencesClient]) -> None:
-    """A Retry-After of years, a date taken for seconds, ends its call and does not hold the others."""
+    """End only its own call on a Retry-After of years, a date taken for seconds; the others are not held."""
     service = Service(lambda key, at: 200 if at > 1 else (429, {"Retry-After": "1700000000"}))
 
     async def main() -> None:
@@ -744,7 +744,7 @@ def test_an_absurd_retry_after_does_not_close_the_account_for_ever(client: Calla
 
 
 def test_a_limiter_is_asked_only_when_the_gate_is_open(client: Callable[..., AudiencesClient]) -> None:
-    """What a limiter grants during a pause does not pile up behind it."""
+    """Ask a limiter for nothing during a pause, so that its grants do not pile up behind it."""
 
     class Limiter:
         def __init__(self) -> None:
@@ -766,7 +766,7 @@ def test_a_limiter_is_asked_only_when_the_gate_is_open(client: Callable[..., Aud
 
 
 def test_a_burst_on_few_connections_is_not_refused(client: Callable[..., AudiencesClient]) -> None:
-    """Calls that a limit's burst covers wait for a connection, and are not told that their turn comes too late."""
+    """Let calls that a limit's burst covers wait for a connection, without failing them as too late."""
     service = Service(lambda key, at: 200, connections=1)
 
     async def main() -> None:
@@ -777,7 +777,7 @@ def test_a_burst_on_few_connections_is_not_refused(client: Callable[..., Audienc
 
 
 def test_slow_callers_do_not_spoil_the_measure(client: Callable[..., AudiencesClient]) -> None:
-    """A rate is measured only while calls queue for it: after an idle minute a 429 is a cut, and no measure."""
+    """Measure a rate only while calls queue for it: after an idle minute a 429 is a cut, and no measure."""
     service = Service(LeakyBucket(20, 2))
     events: list[Event] = []
 
@@ -803,7 +803,7 @@ def outage(until: float) -> Service:
 
 @pytest.mark.slow
 def test_a_full_outage_is_not_multiplied(client: Callable[..., AudiencesClient]) -> None:
-    """A thousand calls while everything fails make at most 1.2 requests each, and say why they stopped."""
+    """Make at most 1.2 requests for each of a thousand calls while everything fails, and report why they stopped."""
     service = outage(1e9)
 
     async def main() -> list[Any]:
@@ -839,7 +839,7 @@ def test_recovery_after_an_outage_is_spread(client: Callable[..., AudiencesClien
 
 
 def test_answers_earn_retries_back(client: Callable[..., AudiencesClient]) -> None:
-    """Each answer gives tokens back, up to the capacity; without a budget nothing is counted."""
+    """Refund tokens with each answer, up to the capacity; without a budget nothing is counted."""
     service = Service(lambda key, at: 500 if at < 0.5 else 200)
 
     async def main() -> None:
@@ -859,7 +859,7 @@ def test_answers_earn_retries_back(client: Callable[..., AudiencesClient]) -> No
 
 
 def test_first_attempts_never_wait_for_the_budget(client: Callable[..., AudiencesClient]) -> None:
-    """With the budget used up a new call still makes its one attempt."""
+    """Make a new call's one attempt even with the budget used up."""
     service = Service(lambda key, at: 500)
 
     async def main() -> None:
@@ -874,16 +874,16 @@ def test_first_attempts_never_wait_for_the_budget(client: Callable[..., Audience
 
 @pytest.mark.parametrize("wrong", [{"capacity": 0}, {"cost": 0}, {"refund": -1}, {"cost": "5"}])
 def test_a_budget_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
-    """A budget's numbers are checked by name."""
+    """Check a budget's numbers by name."""
     with pytest.raises(ConfigurationError, match=next(iter(wrong))):
         RetryBudget(**wrong)
 
 
-# --- said plainly
+# --- snapshots and events
 
 
 def test_the_snapshot_says_why_a_call_waits(client: Callable[..., AudiencesClient]) -> None:
-    """The snapshot tells each account's rate, pause, queue and requests on the wire, and no key."""
+    """Show each account's rate, pause, queue and requests on the wire in the snapshot, and no key."""
     service = Service(lambda key, at: (429, {"Retry-After": "30"}) if key == "key-south" else 200)
 
     async def main() -> None:
@@ -904,7 +904,7 @@ def test_the_snapshot_says_why_a_call_waits(client: Callable[..., AudiencesClien
 
 
 def test_a_learned_rate_is_told(client: Callable[..., AudiencesClient]) -> None:
-    """Each new measure of the rate is an event."""
+    """Emit an event for each new measure of the rate."""
     events: list[Event] = []
 
     async def main() -> None:
@@ -948,7 +948,7 @@ def test_a_paused_account_is_not_forgotten() -> None:
 
 @pytest.mark.slow
 def test_learned_rates_are_kept_for_a_while() -> None:
-    """What was learned of an account is kept, for a bounded number of accounts."""
+    """Keep the learned pace for a bounded number of accounts."""
 
     async def main() -> None:
         paces = pacer()
@@ -963,7 +963,7 @@ def test_learned_rates_are_kept_for_a_while() -> None:
 
 @pytest.mark.parametrize("kind", [OSError, TimeoutError])
 def test_a_clock_that_fails_ends_waiting_calls(kind: type[Exception]) -> None:
-    """When the clock's own sleep raises, every call that waits raises it."""
+    """Raise in every call that waits when the clock's own sleep raises."""
 
     async def sleep(seconds: float) -> None:
         raise kind("no time")
@@ -990,7 +990,7 @@ def test_closing_ends_waiting_calls(client: Callable[..., AudiencesClient]) -> N
 
 
 def test_old_news_is_no_new_cut(client: Callable[..., AudiencesClient]) -> None:
-    """429s of requests that were sent before the account was paused do not pause it for longer."""
+    """Keep the length of a pause when 429s arrive for requests that were sent before it."""
     service = Service(lambda key, at: 200 if at < 1 or at > 3 else 429, round_trip=1.0)
     events: list[Event] = []
 

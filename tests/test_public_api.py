@@ -25,7 +25,7 @@ NAMES = """
 
 
 def test_the_public_names() -> None:
-    """The root has the promised names, and no others."""
+    """Export the promised names from the root, and no others."""
     assert set(audiences_async.__all__) == {*NAMES.split(), "__version__"}
     assert all(hasattr(audiences_async, name) for name in audiences_async.__all__)
 
@@ -40,29 +40,29 @@ def test_the_clients_signature() -> None:
 
 
 def test_the_package_is_typed() -> None:
-    """The marker for type checkers is shipped, and so is the contract."""
+    """Ship the marker for type checkers, and the contract."""
     assert (ROOT / "py.typed").exists()
     assert (ROOT / "sandbox" / "openapi.json").exists()
 
 
 def test_the_version_is_stated_once() -> None:
-    """The installed metadata and the package agree."""
+    """State the same version in the installed metadata and in the package."""
     assert importlib.metadata.version("audiences_async") == audiences_async.__version__
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optional", ["cyclopts", "rich", "pytest", "audiences_async.sandbox"])
 def test_an_import_brings_nothing_optional(optional: str) -> None:
-    """Importing the package loads no extra, no test tool and no server."""
+    """Import the package without loading an extra, a test tool or a server."""
     code = f"import sys, audiences_async; sys.exit({optional!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_imports_go_one_way() -> None:
-    """Only the sending modules and the sandbox import aiohttp at run time; nothing below the root imports the root."""
+    """Keep aiohttp out of all but the sending modules and the sandbox at run time, and never import the root."""
     for file in ROOT.glob("*.py"):
         source = file.read_text()
-        if file.name not in {"transport.py", "direct.py", "resolver.py", "client.py"}:
+        if file.stem not in {"bodies", "connections", "exchange", "transport", "direct", "resolver", "client"}:
             assert "import aiohttp" not in source
             assert "from aiohttp" not in source
         assert "from audiences_async import (" not in source

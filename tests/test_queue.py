@@ -8,8 +8,8 @@ import pytest
 import virtual
 
 from audiences_async import ConfigurationError, DeadlineExceededError, TransportError
-from audiences_async.deadlines import Deadlines
-from audiences_async.queue import Queue
+from audiences_async._base.deadlines import Deadlines
+from audiences_async._pace.queue import Queue
 
 pytestmark = pytest.mark.once
 

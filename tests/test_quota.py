@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from audiences_async.quota import Quota, announced
+from audiences_async._http.quota import Quota, announced
 
 NOON = datetime(2026, 2, 11, 12, tzinfo=UTC).timestamp()
 LINES = ("RateLimit", "X-RateLimit", "X-Rate-Limit")
@@ -55,7 +55,7 @@ def lines(remaining: str, reset: str, prefix: str = "X-RateLimit", date: str = "
     ],
 )
 def test_an_item_of_a_list(field: str, expected: tuple[int, float]) -> None:
-    """An item of draft 10 is read, in any order of its parameters and with others beside them."""
+    """Read an item of draft 10, in any order of its parameters and with others beside them."""
     assert combined(field) == Quota(*expected)
 
 
@@ -71,7 +71,7 @@ def test_an_item_of_a_list(field: str, expected: tuple[int, float]) -> None:
     ],
 )
 def test_the_most_restrictive_item_counts(items: list[str], expected: tuple[int, float]) -> None:
-    """The exhausted item that takes longest counts, or else the one with the least remaining, in any order."""
+    """Use the exhausted item that takes longest, or else the one with the least remaining, in any order."""
     for order in itertools.permutations(items):
         assert (
             combined(", ".join(order))
@@ -104,7 +104,7 @@ def test_the_most_restrictive_item_counts(items: list[str], expected: tuple[int,
     ],
 )
 def test_a_policy_completes_an_item(field: str, policy: str | None, expected: tuple[int, float] | None) -> None:
-    """The policy of the same name bounds a missing time by its window and names the unit of what remains."""
+    """Complete an item by its policy: the window bounds a missing time, the unit is that of what remains."""
     assert combined(field, policy=policy) == (None if expected is None else Quota(*expected))
 
 
@@ -142,12 +142,12 @@ def test_a_policy_completes_an_item(field: str, policy: str | None, expected: tu
     ],
 )
 def test_a_malformed_list_is_ignored(field: str) -> None:
-    """An item with parameters of other types is ignored, and a malformed list as a whole."""
+    """Ignore an item with parameters of other types, and a malformed list as a whole."""
     assert combined(field) is None
 
 
 def test_a_malformed_line_spoils_the_field_only() -> None:
-    """A malformed line makes all lines of its field malformed, and leaves the other headers as they are."""
+    """Ignore all lines of a field with a malformed line, and leave the other headers as they are."""
     assert combined('"a";r=0;t=30', '"b";r') is not None
     assert combined('"a";r=0;t=30', '"b";r=') is None
     assert read(("RateLimit", '"a";r='), ("RateLimit-Remaining", "0"), ("RateLimit-Reset", "7")) == Quota(0, 7)
@@ -180,7 +180,7 @@ def test_a_malformed_line_spoils_the_field_only() -> None:
     ],
 )
 def test_a_dictionary(fields: list[str], expected: tuple[int, float] | None) -> None:
-    """The dictionary of draft 07 is read; parameters are ignored, and values of other types make it no quota."""
+    """Read the dictionary of draft 07; parameters are ignored, and values of other types make it no quota."""
     assert combined(*fields) == (None if expected is None else Quota(*expected))
 
 
@@ -210,7 +210,7 @@ def test_a_dictionary(fields: list[str], expected: tuple[int, float] | None) -> 
     ],
 )
 def test_a_reset(prefix: str, reset: str, seconds: float) -> None:
-    """A reset is in seconds from now, in (milli)seconds since 1970, or a date and time in ISO 8601."""
+    """Read a reset in seconds from now, in (milli)seconds since 1970, or as a date and time in ISO 8601."""
     quota = lines("7", reset, prefix)
     assert quota is not None
     assert quota.remaining == 7
@@ -255,7 +255,7 @@ def test_a_reset(prefix: str, reset: str, seconds: float) -> None:
     ],
 )
 def test_an_implausible_reset_is_ignored(prefix: str, reset: str) -> None:
-    """A reset that is malformed, over by now or more than a day ahead makes its header ignored."""
+    """Ignore a header whose reset is malformed, over by now or more than a day ahead."""
     assert lines("0", reset, prefix) is None
 
 
@@ -280,19 +280,19 @@ def test_an_implausible_reset_is_ignored(prefix: str, reset: str) -> None:
     ],
 )
 def test_what_remains(prefix: str, remaining: str, expected: int | None) -> None:
-    """What remains is an integer of 0 or more, with at most 15 digits."""
+    """Accept an integer of 0 or more, with at most 15 digits, as what remains."""
     assert lines(remaining, "30", prefix) == (None if expected is None else Quota(expected, 30))
 
 
 @pytest.mark.parametrize("reset", ["1770796830", "1770796830000", "2026-02-11T08:00:30Z"])
 def test_a_point_in_time_counts_from_the_replys_own_date(reset: str) -> None:
-    """A reset that is a point in time is held against the reply's Date, so that our own clock does not matter."""
+    """Compare a reset that is a point in time with the reply's Date, so that our own clock does not matter."""
     assert lines("0", reset, date="Wed, 11 Feb 2026 08:00:00 GMT") == Quota(0, 30)
     assert lines("0", reset, date="yesterday") is None
 
 
 def test_the_headers_of_aspnetcoreratelimit() -> None:
-    """AspNetCoreRateLimit's period in the place of a limit does not matter."""
+    """Accept AspNetCoreRateLimit's period in the place of a limit."""
     limit = ("X-Rate-Limit-Limit", "1m")
     remaining, reset = ("X-Rate-Limit-Remaining", "0"), ("X-Rate-Limit-Reset", "2026-01-01T00:00:00.1234567Z")
     quota = read(limit, remaining, reset, ("Date", "Wed, 31 Dec 2025 23:59:00 GMT"))
@@ -314,12 +314,12 @@ def test_the_headers_of_aspnetcoreratelimit() -> None:
     ],
 )
 def test_no_quota(headers: list[tuple[str, str]]) -> None:
-    """Without a count and its reset there is no quota."""
+    """Return no quota without a count and its reset."""
     assert read(*headers) is None
 
 
 def test_the_most_restrictive_header_counts() -> None:
-    """Of several forms in one reply, as of a service and a gateway before it, the most restrictive counts."""
+    """Use the most restrictive of several forms in one reply, as of a service and a gateway before it."""
     modern, limit = ("ratelimit", '"a";r=5;t=10'), ("x-ratelimit-remaining", "0")
     dotnet = [("x-rate-limit-remaining", "3"), ("x-rate-limit-reset", "20")]
     assert read(modern, limit, ("x-ratelimit-reset", "30"), *dotnet) == Quota(0, 30)
@@ -328,7 +328,7 @@ def test_the_most_restrictive_header_counts() -> None:
 
 
 def test_repeated_headers_pair_up() -> None:
-    """Each proxy on the way may add its own two headers; one that has no partner is ignored."""
+    """Pair the two headers that each proxy on the way may add; one that has no partner is ignored."""
     remaining = [("X-RateLimit-Remaining", count) for count in ("7", "2", "0")]
     assert read(*remaining, ("X-RateLimit-Reset", "30"), ("X-RateLimit-Reset", "40")) == Quota(2, 40)
 
@@ -337,7 +337,7 @@ def test_repeated_headers_pair_up() -> None:
 
 
 def test_only_a_ratelimit_header_imports_the_parser(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reply without a RateLimit header is read without http_sf, which takes its time to import."""
+    """Read a reply without a RateLimit header without http_sf, which takes its time to import."""
     monkeypatch.setitem(sys.modules, "http_sf", None)
     assert read(("Content-Type", "application/json"), ("RateLimit-Policy", '"a";q=1')) is None
     assert lines("0", "30") == Quota(0, 30)
@@ -359,7 +359,7 @@ def test_only_a_ratelimit_header_imports_the_parser(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_a_huge_header_takes_no_time(field: str) -> None:
-    """A header of 300 KiB, far above what aiohttp accepts, is read or ignored at once."""
+    """Read or ignore a header of 300 KiB, far above what aiohttp accepts, at once."""
     started = perf_counter()
     combined(field, policy=field)
     for prefix in LINES:
@@ -370,7 +370,7 @@ def test_a_huge_header_takes_no_time(field: str) -> None:
 
 
 def test_a_long_field_is_ignored() -> None:
-    """A RateLimit field is read up to 8,190 characters, the lines together."""
+    """Read a RateLimit field up to 8,190 characters, the lines together."""
     padding = " " * (8190 - len('"a";r=0;t=5'))
     assert combined('"a";r=0;t=5' + padding) == Quota(0, 5)
     assert combined('"a";r=0;t=5' + padding + " ") is None

@@ -1,10 +1,10 @@
 """Host name look-ups."""
 
-from audiences_async.resolver import SharedResolver
+from audiences_async._http.resolver import SharedResolver
 
 
 async def test_failed_addresses_come_last() -> None:
-    """An address that has failed is tried last, and the memory of failures is bounded."""
+    """Try an address that has failed last, and bound the memory of failures."""
     resolver = SharedResolver()
     found = await resolver.resolve("localhost", 80)
     assert [result["port"] for result in found] == [80] * len(found)

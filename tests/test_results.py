@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from audiences_async import Account, ConfigurationError, DeadlineExceededError, Failed, Fetched
+from audiences_async._jobs.results import OutcomeFile, line, lines, write_whole
 from audiences_async.errors import status_error
-from audiences_async.results import OutcomeFile, line, lines, write_whole
 from audiences_async.sandbox import EXAMPLE_AUDIENCES
 from audiences_async.structuring import decode
 
@@ -23,7 +23,7 @@ SOUTH = Failed(Account("south", "key"), 1.25, ERROR)
 
 
 def test_a_line_for_each_kind_of_outcome() -> None:
-    """An outcome is one line: the account with its audiences as sent, or with its error."""
+    """Write an outcome as one line: the account with its audiences as sent, or with its error."""
     fetched, failed = json.loads(line(NORTH)), json.loads(line(SOUTH))
     assert fetched == {
         "account": "north",
@@ -54,7 +54,7 @@ def test_going_on_keeps_what_was_fetched(tmp_path: Path) -> None:
 
 @given(cut=st.integers(min_value=0, max_value=2000))
 def test_wherever_a_crash_cuts_the_file(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
-    """Resuming from any prefix of a file keeps its whole lines, and nothing else."""
+    """Keep the whole lines of any prefix of a file when resuming, and nothing else."""
     path = tmp_path_factory.getbasetemp() / "cut"
     second = Fetched(Account("east", "key"), 0.25, RESPONSE)
     whole = line(NORTH) + line(second)
@@ -68,7 +68,7 @@ def test_wherever_a_crash_cuts_the_file(tmp_path_factory: pytest.TempPathFactory
 
 
 def test_a_file_that_is_there_is_not_touched(tmp_path: Path) -> None:
-    """Without resume a file with content is refused; an empty one is not."""
+    """Refuse a file with content without resume, but not an empty one."""
     path = tmp_path / "out"
     path.write_bytes(b"precious")
     with pytest.raises(ConfigurationError, match="already exists"):
@@ -80,7 +80,7 @@ def test_a_file_that_is_there_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
-    """Resuming a file behind a symbolic link changes the file."""
+    """Change the file behind a symbolic link when resuming."""
     (tmp_path / "real").write_bytes(line(NORTH) + line(NORTH)[:20])
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with OutcomeFile(tmp_path / "link", resume=True):
@@ -90,7 +90,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    """A second process is refused while a file is written, also after its resumption, until it is closed."""
+    """Refuse a second process while a file is written, also after its resumption, until it is closed."""
     path = tmp_path / "out"
     path.write_bytes(line(SOUTH))
     with OutcomeFile(path, resume=True), pytest.raises(ConfigurationError, match="written by another process"):
@@ -100,7 +100,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_pipe_can_be_written_but_not_gone_on_from(tmp_path: Path) -> None:
-    """A pipe accepts outcomes, but cannot be resumed."""
+    """Write outcomes to a pipe, but refuse to resume it."""
     reader, writer = os.pipe()
     path = Path(f"/dev/fd/{writer}")
     with pytest.raises(ConfigurationError, match="is not a regular file"):
@@ -113,7 +113,7 @@ def test_a_pipe_can_be_written_but_not_gone_on_from(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    """A file that cannot be written completely stays unchanged, with nothing beside it."""
+    """Keep a file unchanged that cannot be written completely, with nothing beside it."""
     path = tmp_path / "out"
     write_whole(path, [b"old"])
 
@@ -131,7 +131,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     "text", [b"5\n", b"{}\n", b'{"account": 5, "ok": true}\n', b'{"account": "a", "ok": tru\n', b"\xff\n"]
 )
 def test_what_is_no_outcome_is_refused(tmp_path: Path, text: bytes) -> None:
-    """A line that this package did not write is reported with its number, and never treated as incomplete."""
+    """Report a line that this package did not write with its number, and never treat it as incomplete."""
     path = tmp_path / "out"
     path.write_bytes(line(NORTH) + text)
     with pytest.raises(ConfigurationError, match="out, line 2, is not the outcome"):

@@ -17,8 +17,8 @@ from audiences_async import (
     InvalidResponseError,
     RetryPolicy,
 )
+from audiences_async._call.retrying import wait_full_jitter
 from audiences_async.errors import status_error
-from audiences_async.retrying import wait_full_jitter
 from audiences_async.sandbox import SteppedTime
 
 
@@ -31,7 +31,7 @@ def wait(policy: RetryPolicy, number: int, error: AudiencesError, draw: float = 
 
 
 def test_defaults() -> None:
-    """The defaults are the documented ones."""
+    """Use the documented defaults."""
     policy = RetryPolicy()
     assert attrs.asdict(policy) == {
         "max_attempts": 5,
@@ -43,7 +43,7 @@ def test_defaults() -> None:
 
 
 def test_a_policy_is_a_frozen_value() -> None:
-    """A policy is immutable, so tasks and clients can share it."""
+    """Freeze a policy, so tasks and clients can share it."""
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         RetryPolicy().max_attempts = 9  # type: ignore[misc]
     assert RetryPolicy(statuses=[500, 500]) == RetryPolicy(statuses={500})
@@ -69,7 +69,7 @@ def test_a_policy_is_a_frozen_value() -> None:
     ],
 )
 def test_a_value_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
-    """A number out of range is refused by name, when the policy is created."""
+    """Reject a number out of range by name, when the policy is created."""
     with pytest.raises(ConfigurationError, match=next(iter(wrong))):
         RetryPolicy(**wrong)
 
@@ -89,19 +89,19 @@ def test_a_value_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
     ),
 )
 def test_what_is_retried(error: AudiencesError, retried: bool) -> None:
-    """The listed statuses and missing answers are retried, nothing else."""
+    """Retry the listed statuses and missing answers, nothing else."""
     assert RetryPolicy().retries(error) is retried
 
 
 def test_statuses_can_be_chosen() -> None:
-    """The policy's own statuses decide."""
+    """Decide by the policy's own statuses."""
     policy = RetryPolicy(statuses=frozenset({501}))
     assert policy.retries(status_error(501, ""))
     assert not policy.retries(status_error(500, ""))
 
 
 def test_the_longest_wait_doubles_up_to_the_cap() -> None:
-    """The upper bound of a wait is base_delay, doubled with each attempt, and at most max_delay."""
+    """Bound a wait by base_delay, doubled with each attempt, and at most max_delay."""
     waits = [wait(RetryPolicy(), number, status_error(500, "")) for number in (1, 2, 3, 6, 7, 10_000)]
     assert waits == [0.5, 1.0, 2.0, 16.0, 20.0, 20.0]
 
@@ -113,12 +113,12 @@ def test_a_429_waits_longer() -> None:
 
 
 def test_full_jitter() -> None:
-    """The wait is drawn evenly from 0 to its upper bound."""
+    """Draw the wait evenly from 0 to its upper bound."""
     assert [wait(RetryPolicy(), 2, status_error(500, ""), draw) for draw in (0.0, 0.25, 1.0)] == [0.0, 0.25, 1.0]
 
 
 def test_retry_after_is_a_floor() -> None:
-    """The service's wait is kept in full, above max_delay too, with jitter only on top."""
+    """Keep the service's wait in full, above max_delay too, with jitter only on top."""
     asked = status_error(503, "", retry_after=30.0)
     assert [wait(RetryPolicy(), 1, asked, draw) for draw in (0.0, 1.0)] == [30.0, 30.5]
 

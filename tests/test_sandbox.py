@@ -1,4 +1,4 @@
-"""The sandbox: follows the service's page, and misbehaves when told to."""
+"""The sandbox: follows the service's page, and misbehaves on request."""
 
 import asyncio
 import gc
@@ -32,7 +32,7 @@ async def get(http: aiohttp.ClientSession, sandbox: Sandbox, key: str | None, pa
 
 
 async def test_it_answers_as_documented(sandbox: Sandbox, http: aiohttp.ClientSession) -> None:
-    """With its key an account gets the documented envelope with a string status, in either spelling of the path."""
+    """Return the documented envelope with a string status for an account's key, in either spelling of the path."""
     account = sandbox.add_account("north")
     for path in ("audiences", "Audiences"):
         status, headers, body = await get(http, sandbox, str(account.api_key), path)
@@ -44,7 +44,7 @@ async def test_it_answers_as_documented(sandbox: Sandbox, http: aiohttp.ClientSe
 
 @pytest.mark.parametrize("key", [None, "wrong"])
 async def test_it_wants_the_right_key(sandbox: Sandbox, http: aiohttp.ClientSession, key: str | None) -> None:
-    """Without a known key the answer is the documented 401, with an integer status."""
+    """Return the documented 401, with an integer status, without a known key."""
     sandbox.add_account("north")
     status, headers, body = await get(http, sandbox, key)
     assert (status, json.loads(body)["status"], headers["WWW-Authenticate"]) == (401, 401, "Bearer")
@@ -69,7 +69,7 @@ async def test_other_paths_and_methods(sandbox: Sandbox, north: Account, http: a
 async def test_scripted_errors_have_the_documented_body(
     sandbox: Sandbox, north: Account, http: aiohttp.ClientSession, status: int
 ) -> None:
-    """A scripted status comes with the error envelope, once; then the ordinary answer again."""
+    """Send a scripted status with the error envelope, once; then the ordinary answer again."""
     sandbox.script("north", Answer(status, retry_after=3))
     answered, headers, body = await get(http, sandbox, str(north.api_key))
     assert (answered, json.loads(body)["status"], headers["Retry-After"]) == (status, status, "3")
@@ -88,7 +88,7 @@ async def test_it_records_what_it_saw(sandbox: Sandbox, north: Account) -> None:
 
 
 def test_waiting_for_a_request_that_never_comes(sandbox: Sandbox) -> None:
-    """Waiting for requests ends with an error that says how many came."""
+    """End the wait for requests with an error that states how many came."""
     with pytest.raises(TimeoutError, match="0 of 1 requests"):
         sandbox.wait_for_requests(1, timeout=0.01)
 
@@ -118,13 +118,13 @@ def test_the_rate_limit_is_a_real_one() -> None:
 
 
 def test_a_429_says_when_to_come_back_if_asked_to() -> None:
-    """The limit's Retry-After is in whole seconds, and long enough."""
+    """Send the limit's Retry-After in whole seconds, and long enough."""
     north = account(rate=0.5, retry_after=True)
     assert [answer.retry_after for answer in answers(north, 0.0, 0.0, 0.5, 2.0)] == [None, 3, 2, None]
 
 
 def test_faults_come_from_the_seed() -> None:
-    """The same seed gives the same faults, another one others; about the share asked for."""
+    """Draw the same faults from the same seed, others from another; about the share asked for."""
     drawn = [[account(seed=seed, fault_rate=0.3).answer() for _ in range(1)] for seed in range(300)]
     north, twin, other = (account(seed=seed, fault_rate=0.3) for seed in (1, 1, 2))
     answers = [north.answer() for _ in range(100)]
@@ -134,7 +134,7 @@ def test_faults_come_from_the_seed() -> None:
 
 
 async def test_random_faults_are_absorbed(sandbox: Sandbox) -> None:
-    """A client gets every answer of a service that fails three times out of ten."""
+    """Get every answer of a service that fails three times out of ten."""
     accounts = [sandbox.add_account(f"a{n}", audiences=many_audiences(f"a{n}", 2), fault_rate=0.3) for n in range(50)]
     policy = RetryPolicy(max_attempts=20, base_delay=0, throttle_base_delay=0)
     async with AudiencesClient(base_url=sandbox.base_url, retry=policy) as client:
@@ -144,7 +144,7 @@ async def test_random_faults_are_absorbed(sandbox: Sandbox) -> None:
 
 
 def test_a_port_in_use_is_an_error(sandbox: Sandbox) -> None:
-    """A port that cannot be had raises what the system says."""
+    """Raise the system's own error for a port that cannot be had."""
     port = int(sandbox.base_url.rsplit(":", 1)[1].strip("/"))
     with pytest.raises(OSError, match="in use"), Sandbox(port=port):
         pass

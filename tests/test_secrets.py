@@ -45,16 +45,16 @@ from audiences_async import (
     StatusError,
     TooManyRequestsError,
     UnauthorizedError,
-    call,
     errors,
 )
+from audiences_async._call import run as call
+from audiences_async._http.wire import Reply, read
+from audiences_async._jobs.results import line
 from audiences_async.accounts import AccountFile
 from audiences_async.credentials import ApiKey
 from audiences_async.events import AttemptFinished
-from audiences_async.results import line
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
 from audiences_async.structuring import run_to_completion
-from audiences_async.wire import Reply, read
 
 StartRaw: TypeAlias = Callable[[Callable[[RawConnection], Awaitable[None]]], Awaitable[RawServer]]
 

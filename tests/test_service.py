@@ -25,6 +25,7 @@ from audiences_async import (
     RetryPolicy,
     ServerError,
 )
+from audiences_async._http.wire import Reply
 from audiences_async.credentials import ApiKey
 from audiences_async.errors import AttemptTimeoutError, ConnectionFailedError, TransportError
 from audiences_async.events import (
@@ -34,15 +35,14 @@ from audiences_async.events import (
     ServiceRateLearned,
     ServiceResumed,
 )
-from audiences_async.service import ServicePace
-from audiences_async.wire import Reply
+from audiences_async.snapshots import ServicePace
 
 pytestmark = [pytest.mark.once, pytest.mark.slow]
 
 
 @define
 class Done:
-    """What a job came to.
+    """Results of a job.
 
     Attributes:
         outcomes: Each account's, and when it came.
@@ -56,17 +56,17 @@ class Done:
 
     @property
     def answered(self) -> list[float]:
-        """When accounts were answered."""
+        """Return when accounts were answered."""
         return [at for at, outcome in self.outcomes if outcome.ok]
 
     @property
     def reasons(self) -> Counter[str]:
-        """Why accounts failed."""
+        """Count why accounts failed."""
         return Counter(outcome.error.stop_reason for _, outcome in self.outcomes if isinstance(outcome, Failed))
 
     @property
     def took(self) -> float:
-        """Seconds until the last answer."""
+        """Return the seconds until the last answer."""
         return self.answered[-1]
 
     @property
@@ -119,7 +119,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> RunJob:
 @pytest.mark.parametrize("refusal", [429, 503])
 @pytest.mark.parametrize("round_trip", [0.001, 0.1])
 def test_a_shared_rate_is_learned(run: RunJob, refusal: int, round_trip: float) -> None:
-    """A limit of all accounts together fails none, costs 15 % more requests at the most, and hardly any time."""
+    """Learn a limit of all accounts together without failing any, with 15 % more requests and time at the most."""
     done = run(Service(shared(LeakyBucket(50, 5), refusal), round_trip=round_trip), 2000)
     assert not done.reasons
     assert done.took <= 1.15 * (2000 - 6) / 50
@@ -129,7 +129,7 @@ def test_a_shared_rate_is_learned(run: RunJob, refusal: int, round_trip: float) 
 
 
 def test_a_shared_rate_whose_refusals_name_a_pause(run: RunJob) -> None:
-    """Each refusal has to be waited out; the rate is found all the same."""
+    """Find the rate although each refusal has to be waited out."""
     bucket = LeakyBucket(50, 5)
     refusing = Service(lambda key, at: (429, {"Retry-After": "1"}) if bucket("", at) == 429 else 200, round_trip=0.01)
     done = run(refusing, 2000)
@@ -139,7 +139,7 @@ def test_a_shared_rate_whose_refusals_name_a_pause(run: RunJob) -> None:
 
 
 def test_a_small_job_under_a_shared_rate(run: RunJob) -> None:
-    """A hundred accounts at 10 a second take little longer than the limit allows."""
+    """Fetch a hundred accounts at 10 a second in little more time than the limit allows."""
     done = run(Service(shared(LeakyBucket(10, 5)), round_trip=0.01), 100)
     assert not done.reasons
     assert done.took <= 1.15 * 9.5
@@ -157,7 +157,7 @@ def test_a_shared_rate_and_one_for_each_account(run: RunJob) -> None:
 
 @pytest.mark.parametrize("refusal", [429, 503])
 def test_a_limit_of_connections(run: RunJob, refusal: int) -> None:
-    """A service that refuses the eleventh request at a time is asked for what it can do."""
+    """Use the capacity of a service that refuses the eleventh request at a time."""
     done = run(ConnectionLimit(round_trip=0.2, refusal=refusal), 2000)
     assert not done.reasons
     assert done.took <= 1.25 * 40
@@ -170,7 +170,7 @@ def test_a_limit_of_connections(run: RunJob, refusal: int) -> None:
     ids=["fixed", "sliding", "token"],
 )
 def test_every_kind_of_shared_limit_is_learned(run: RunJob, limit: Callable[[], Callable[[str, float], int]]) -> None:
-    """A shared window or bucket fails no account, and few requests are refused."""
+    """Fail no account under a shared window or bucket, with few requests refused."""
     done = run(Service(shared(limit()), round_trip=0.02), 3000)
     assert not done.reasons
     assert done.took <= 1.4 * 50
@@ -196,7 +196,7 @@ def test_a_shared_quota_is_announced_to_different_accounts(run: RunJob) -> None:
 
 
 def test_quotas_of_accounts_are_no_shared_quota(run: RunJob) -> None:
-    """Accounts that are all told the same count have a quota each, and do not wait for each other."""
+    """Treat the same count announced to all accounts as a quota of each, for which no other account waits."""
     used: Counter[str] = Counter()
 
     def decide(key: str, at: float) -> tuple[int, dict[str, str]]:
@@ -221,7 +221,7 @@ def test_refusals_that_slowing_does_not_help_do_not_stop_a_job(run: RunJob, shar
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_accounts_that_fail_for_ever_under_a_shared_rate(run: RunJob, status: int) -> None:
-    """A twentieth of the accounts failing under a rate that all share does not slow the others down."""
+    """Keep the others' pace if a twentieth of the accounts fails under a rate that all share."""
     bucket = shared(LeakyBucket(50, 5))
 
     def decide(key: str, at: float) -> int:
@@ -236,7 +236,7 @@ def test_accounts_that_fail_for_ever_under_a_shared_rate(run: RunJob, status: in
 @pytest.mark.parametrize("refusal", [429, 503])
 @pytest.mark.parametrize("outage", [503, 500])
 def test_an_outage_under_a_shared_rate(run: RunJob, refusal: int, outage: int) -> None:
-    """A limit that is known does not hide an outage: the job resumes within 2 s, at the rate it had."""
+    """Resume the job within 2 s of an outage, at the rate it had: a limit that is known does not hide it."""
     bucket = shared(LeakyBucket(100, 5), refusal)
     service = Service(lambda key, at: outage if 8 < at < 18 else bucket("", at), round_trip=0.02)
     done = run(service, 3000)
@@ -247,7 +247,7 @@ def test_an_outage_under_a_shared_rate(run: RunJob, refusal: int, outage: int) -
 
 
 def test_a_limit_of_connections_is_an_event(run: RunJob) -> None:
-    """The number of requests that the service takes at the same time is reported, and the window keeps to it."""
+    """Report the number of requests that the service takes at the same time; the window keeps to it."""
     events: list[Event] = []
     done = run(ConnectionLimit(round_trip=0.2), 2000, on_event=events.append)
     learned = [event.limit for event in events if isinstance(event, ServiceConcurrencyLearned)]
@@ -261,7 +261,7 @@ def test_a_limit_of_connections_is_an_event(run: RunJob) -> None:
 
 
 def test_a_limit_of_connections_that_is_lowered(run: RunJob) -> None:
-    """A limit that falls to one request at a time is followed, and fails nobody."""
+    """Follow a limit that falls to one request at a time, and fail no account."""
 
     @define
     class Falling(ConnectionLimit):
@@ -275,7 +275,7 @@ def test_a_limit_of_connections_that_is_lowered(run: RunJob) -> None:
 
 
 def test_a_known_shared_rate_is_never_overshot(run: RunJob) -> None:
-    """With *service_rate_limit*, no request is refused, and waiting for it takes nothing of an account's time."""
+    """Meet no refusal with *service_rate_limit*, and keep the wait for it out of an account's time."""
     service = Service(shared(LeakyBucket(5, 1)))
     done = run(service, 50, timeout=1.0, service_rate_limit=RateLimit(5))
     assert not done.reasons
@@ -299,14 +299,14 @@ def test_a_limiter_of_all_accounts_together(run: RunJob) -> None:
 
 
 def test_limits_of_accounts_are_no_shared_limit(run: RunJob) -> None:
-    """A thousand accounts that are throttled at once, each for itself, do not slow each other down."""
+    """Keep a thousand accounts that are throttled at once, each for itself, from slowing each other down."""
     done = run(Service(LeakyBucket(2, 1), round_trip=0.01), 1000, each=3)
     assert not done.reasons
     assert done.pace.state == "open"
 
 
 def test_a_limit_that_is_lifted_is_forgotten(run: RunJob) -> None:
-    """A service that refuses all at first, and nobody later, is open again after some answers."""
+    """Reopen a service that refused every request at first, and none later, after some answers."""
     done = run(Service(lambda key, at: 429 if at < 0.3 else 200, round_trip=0.01), 500)
     assert not done.reasons
     assert (done.pace.state, done.pace.rate) == ("open", None)
@@ -384,7 +384,7 @@ def lost(status: int) -> Callable[[str, float], int]:
     ids=["503", "500", "502", "swallows"],
 )
 def test_an_outage_is_waited_out(run: RunJob, service: Service) -> None:
-    """In an outage a job sends probes only, fails nobody, and goes on within 2 s of its end."""
+    """Send probes only during an outage, fail no account, and go on within 2 s of its end."""
     service.seen.clear()
     done = run(service, 5000)
     during = [at for at, _, _ in service.seen if 1 < at < 11]
@@ -394,7 +394,7 @@ def test_an_outage_is_waited_out(run: RunJob, service: Service) -> None:
 
 
 def test_a_job_without_patience(run: RunJob) -> None:
-    """After *patience* seconds in which nobody is answered the other accounts fail, and say so."""
+    """Fail the other accounts, with the reason, after *patience* seconds without any answer."""
     done = run(Service(lambda key, at: 503 if at > 0.2 else 200, round_trip=0.05), 1000, patience=5.0)
     assert done.reasons.keys() == {"patience"}
     assert len(done.answered) + done.reasons["patience"] == 1000
@@ -405,7 +405,7 @@ def test_a_job_without_patience(run: RunJob) -> None:
 
 
 def test_closing_ends_a_job_in_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that waits for the service ends when its client is closed."""
+    """End a job that waits for the service when its client is closed."""
     monkeypatch.setattr("audiences_async.client.Transport", Service(lambda key, at: 500, round_trip=0.05))
 
     async def main() -> list[Outcome]:
@@ -439,7 +439,7 @@ def test_an_outage_and_a_limit_are_events(run: RunJob) -> None:
 
 
 def test_the_snapshot_during_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The snapshot says that the service is out, since when, and when the next probe is due."""
+    """Show in the snapshot that the service is out, since when, and when the next probe is due."""
     service = Service(lambda key, at: 500 if at > 0.2 else 200, round_trip=0.05)
     monkeypatch.setattr("audiences_async.client.Transport", service)
 
@@ -487,7 +487,7 @@ def test_a_single_call_does_not_wait_for_the_end_of_an_outage(monkeypatch: pytes
 @pytest.mark.parametrize("status", [500, 429])
 @pytest.mark.parametrize("every", [20, 5])
 def test_accounts_that_fail_for_ever_slow_nobody(run: RunJob, status: int, every: int) -> None:
-    """A twentieth or a fifth of the accounts failing: all others are answered, in 1.3 times the time at the most."""
+    """Answer all others in 1.3 times the time at the most, if a twentieth or a fifth of the accounts fails."""
     alone = run(Service(lambda key, at: 200, round_trip=0.05), 3000).took
     service = Service(lambda key, at: status if key.startswith("bad") else 200, round_trip=0.05)
     done = run(service, 3000, is_bad=lambda number: number % every == 0)
@@ -506,7 +506,7 @@ def test_accounts_that_fail_side_by_side_are_no_outage(run: RunJob) -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.3])
 def test_random_failures_end_no_call_for_lack_of_budget(run: RunJob, share: float) -> None:
-    """A job retries them all, with no more requests than independent retries need."""
+    """Retry them all in a job, with no more requests than independent retries need."""
     chance = random.Random(3)
     done = run(Service(lambda key, at: 503 if chance.random() < share else 200, round_trip=0.05), 5000)
     assert done.reasons.keys() <= {"attempts"}
@@ -524,7 +524,7 @@ def test_a_slow_service_is_asked_for_what_it_can_finish(run: RunJob) -> None:
 
 
 def test_a_service_without_a_limit_is_asked_at_full_speed(run: RunJob) -> None:
-    """The slow start of a job costs no more than a round trip or two."""
+    """Start a job slowly at the cost of no more than a round trip or two."""
     done = run(Service(lambda key, at: 200, round_trip=0.1), 3000)
     assert done.took <= 3.0 + 0.15
     assert done.requests == 3000

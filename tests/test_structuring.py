@@ -25,9 +25,9 @@ from audiences_async import (
     StatusError,
     TooManyRequestsError,
     UnknownAudience,
-    fast_path,
     structuring,
 )
+from audiences_async import _fast_path as fast_path
 from audiences_async.structuring import MAX_PROBLEMS, decode, decode_in_steps, record, run_to_completion
 
 STATIC = {"id": "1", "name": "one", "created_time": "2025-10-01T09:10:00Z", "user_count": 7, "type": "Static"}

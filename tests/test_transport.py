@@ -21,6 +21,7 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 from conftest import EMPTY_ANSWER, RawConnection, RawServer
 from services import free_port
+from yarl import URL
 
 from audiences_async import (
     Account,
@@ -35,8 +36,12 @@ from audiences_async import (
     ServerError,
     StatusError,
     UnauthorizedError,
-    direct,
 )
+from audiences_async._base.deadlines import Deadlines
+from audiences_async._http import direct
+from audiences_async._http.connections import Connector, Trust
+from audiences_async._http.transport import Transport, TransportSettings
+from audiences_async.credentials import ApiKey
 from audiences_async.events import AttemptFinished
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
 
@@ -82,8 +87,8 @@ async def test_a_connection_that_is_lost_at_once(
     """A connection that is already lost when aiohttp returns it is a failed one, and retried."""
     connect = aiohttp.TCPConnector.connect
 
-    async def lost(*arguments: Any) -> Connection:
-        connection = await connect(*arguments)
+    async def lost(*arguments: Any, **named: Any) -> Connection:
+        connection = await connect(*arguments, **named)
         assert connection.protocol is not None
         connection.protocol.abort()
         return connection
@@ -93,6 +98,7 @@ async def test_a_connection_that_is_lost_at_once(
         error = await error_of(client)
     assert isinstance(error, ConnectionFailedError)
     assert error.transient
+    assert error.message == "the connection was closed or reset before a reply came"
 
 
 # --- encodings
@@ -141,6 +147,15 @@ async def test_a_cut_or_corrupt_encoding_is_no_answer(
         error = await error_of(client)
     assert isinstance(error, ConnectionFailedError)
     assert "the body is cut short or corrupt" in str(error)
+
+
+async def test_the_last_bytes_of_a_deflated_body_are_read(sandbox: Sandbox, north: Account) -> None:
+    """All input may be taken before a piece of 256 KiB is full, and the rest of the output then still waits in zlib."""
+    compressor = zlib.compressobj(wbits=-zlib.MAX_WBITS, strategy=zlib.Z_HUFFMAN_ONLY)
+    body = compressor.compress(EMPTY_ANSWER.ljust(256 * 1024 + 3)) + compressor.flush()
+    sandbox.script("north", Answer(200, body, headers={"Content-Encoding": "deflate"}))
+    async with AudiencesClient(base_url=sandbox.base_url, retry=ONCE) as client:
+        assert len(await client.get_audiences(north)) == 0
 
 
 async def test_the_content_type_does_not_matter(sandbox: Sandbox, north: Account) -> None:
@@ -362,6 +377,32 @@ async def test_what_comes_unasked_answers_nobody(
                 await asyncio.sleep(0)
             assert len(await client.get_audiences()) == 0
     assert (server.connections, server.requests) == (2, 2)
+
+
+@pytest.mark.parametrize("is_given", [False, True], ids=["own", "given"])
+async def test_a_connection_that_the_next_request_has_already(raw: StartRaw, *, is_given: bool) -> None:
+    """The pool may reuse a connection before the task that read from it has run; the next request keeps it."""
+    sent = asyncio.Event()
+
+    async def serve(connection: RawConnection) -> None:
+        await connection.request()
+        await connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(EMPTY_ANSWER))
+        await a_few_turns()
+        await connection.send(EMPTY_ANSWER)
+        sent.set()
+        await connection.request()
+        await connection.answer()
+
+    server = await raw(serve)
+    async with aiohttp.ClientSession() as session:
+        given = session if is_given else None
+        async with AudiencesClient("key", base_url=server.base_url, retry=ONCE, session=given) as client:
+            first = asyncio.create_task(client.get_audiences())
+            await sent.wait()
+            await asyncio.sleep(0)  # the event loop reads the answer, and runs this task before the other one
+            assert not first.done()
+            assert len(await client.get_audiences()) == len(await first) == 0
+    assert (server.connections, server.requests) == (1, 2)
 
 
 @pytest.mark.slow
@@ -793,14 +834,23 @@ async def test_requests_that_are_abandoned_time_out(raw: StartRaw) -> None:
         await asyncio.sleep(30)
 
     asked = asyncio.Event()
-    server = await raw(serve)
-    async with AudiencesClient("key", base_url=server.base_url, retry=ONCE) as client:
-        call = asyncio.create_task(client.get_audiences())
-        await asyncio.wait_for(asked.wait(), 5)
-        assert client._calls is not None
-        client._calls.transport.abandon()
-        with pytest.raises(AttemptTimeoutError, match="nor to any other request, waiting for the reply"):
-            await call
+    settings = TransportSettings(
+        endpoint=URL((await raw(serve)).base_url),
+        attempt_timeout=30.0,
+        max_body_bytes=2**20,
+        max_connections=1,
+        ssl=None,
+        proxy=None,
+        session=None,
+    )
+    transport = Transport(settings, Deadlines())
+    attempt = asyncio.create_task(transport.attempt(ApiKey("key")))
+    await asyncio.wait_for(asked.wait(), 5)
+    transport.abandon()
+    error = await attempt
+    await transport.close()
+    assert isinstance(error, AttemptTimeoutError)
+    assert "nor to any other request, waiting for the reply" in str(error)
 
 
 async def test_a_connector_of_another_aiohttp_is_closed_in_its_own_process(
@@ -810,10 +860,9 @@ async def test_a_connector_of_another_aiohttp_is_closed_in_its_own_process(
     if way == "session":
         pytest.skip("the pool is the same")
     monkeypatch.setattr(aiohttp.TCPConnector, "_close_immediately", lambda _, *, abort_ssl: ["closed"], raising=False)
-    async with AudiencesClient("key", base_url="http://localhost/") as client:
-        assert client._calls is not None
-        connector: Any = client._calls.transport._session.connector
-        assert connector._close_immediately() == ["closed"]
-        monkeypatch.setattr("os.getpid", lambda: 0)
-        assert connector._close_immediately() == []
-        monkeypatch.undo()
+    connector = Connector(None, Trust(None), is_tls=False)
+    assert connector._close_immediately() == ["closed"]
+    monkeypatch.setattr("os.getpid", lambda: 0)
+    assert connector._close_immediately() == []
+    monkeypatch.undo()
+    await connector.close()

@@ -24,9 +24,9 @@ from audiences_async import (
     TooManyRequestsError,
     UnauthorizedError,
 )
+from audiences_async._http.wire import MAX_ERROR_BODY, Reply, Result, endpoint, proxy_url, read, retry_after
 from audiences_async.credentials import ApiKey, Secret
 from audiences_async.structuring import run_to_completion
-from audiences_async.wire import MAX_ERROR_BODY, Reply, Result, endpoint, proxy_url, read, retry_after
 
 KEY = ApiKey("key+with/odd&signs")
 NOON = datetime(2026, 2, 11, 12, tzinfo=UTC).timestamp()
@@ -49,7 +49,7 @@ def reply(status: int, body: bytes = b"", exceeded: int | None = None, **headers
     ],
 )
 def test_the_services_example_errors(status: int, kind: type[StatusError], description: str) -> None:
-    """Each error of the service's page gives its class with the envelope's fields and the body as sent."""
+    """Raise the class of each error of the service's page, with the envelope's fields and the body as sent."""
     sample = (SAMPLES / f"{status}.json").read_bytes()
     error = reply(status, sample, Content_Type="application/json")
     assert type(error) is kind
@@ -71,21 +71,21 @@ def test_the_services_example_errors(status: int, kind: type[StatusError], descr
 )
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[1]", b'{"description": 5}', b"\xff"])
 def test_the_status_decides_whatever_the_body(status: int, kind: type[StatusError], body: bytes) -> None:
-    """Any status from 300 up is its error, with any body at all."""
+    """Raise the error of any status from 300 up, with any body at all."""
     error = reply(status, body)
     assert type(error) is kind
     assert (error.status, error.description, error.response_time, error.body) == (status, "", None, body)
 
 
 def test_a_200_is_the_audiences() -> None:
-    """A readable 200 is a response."""
+    """Return a readable 200 as a response."""
     response = reply(200, (SAMPLES / "200.json").read_bytes())
     assert isinstance(response, AudiencesResponse)
     assert len(response) == 2
 
 
 def test_an_unreadable_200_tells_its_problems() -> None:
-    """An unreadable 200 is an InvalidResponseError with problems and the start of the body."""
+    """Raise InvalidResponseError for an unreadable 200, with problems and the start of the body."""
     long = b"x" * (MAX_ERROR_BODY + 1)
     error = reply(200, long)
     assert isinstance(error, InvalidResponseError)
@@ -95,21 +95,21 @@ def test_an_unreadable_200_tells_its_problems() -> None:
 
 @pytest.mark.parametrize("status", [101, 201, 204, 206])
 def test_another_success_is_unreadable(status: int) -> None:
-    """Any other 2xx is not documented, so it is an InvalidResponseError."""
+    """Raise InvalidResponseError for any other 2xx, which is not documented."""
     error = reply(status, b"{}")
     assert isinstance(error, InvalidResponseError)
     assert error.message == f"HTTP {status} where 200 is documented"
 
 
 def test_a_body_above_the_cap() -> None:
-    """A 200 whose body went beyond the cap says which cap."""
+    """Name the cap in the error of a 200 whose body went beyond it."""
     error = reply(200, b"xx", exceeded=2)
     assert isinstance(error, ResponseTooLargeError)
     assert "max_body_bytes=2" in str(error)
 
 
 def test_an_error_inside_a_200_keeps_the_headers() -> None:
-    """A 200 whose envelope says 429 is a TooManyRequestsError, Retry-After included."""
+    """Raise TooManyRequestsError for a 200 whose envelope has 429, Retry-After included."""
     error = reply(200, json.dumps({"status": 429, "description": "slow"}).encode(), Retry_After="7")
     assert isinstance(error, TooManyRequestsError)
     assert (error.status, error.description, error.retry_after) == (429, "slow", 7.0)
@@ -129,7 +129,7 @@ def test_an_error_inside_a_200_keeps_the_headers() -> None:
 )
 @pytest.mark.parametrize("status", [401, 200, 201])
 def test_an_echoed_key_is_masked(status: int, spelling: str) -> None:
-    """A key that the service echoes is masked in text, headers, body and problems, however it is escaped."""
+    """Mask a key that the service echoes in text, headers, body and problems, however it is escaped."""
     body = f'{{"status": 401, "description": "bad token {spelling}", "data": []}}'.encode()
     error = reply(status, body, WWW_Authenticate=f'Bearer realm="{spelling}"')
     assert not isinstance(error, AudiencesResponse)
@@ -140,7 +140,7 @@ def test_an_echoed_key_is_masked(status: int, spelling: str) -> None:
 
 
 def test_an_echoed_key_in_a_problem_is_masked() -> None:
-    """A key in a field that breaks the schema is masked in the problem."""
+    """Mask a key in a field that breaks the schema in the problem."""
     error = reply(200, b'{"status": "key+with/odd&signs", "data": []}')
     assert isinstance(error, InvalidResponseError)
     assert error.problems == ("$.status: expected an HTTP status, got '***'",)
@@ -154,14 +154,14 @@ def test_near_misses_of_the_key_take_no_time(start: str, *, masked: bool) -> Non
 
 
 def test_a_key_in_another_encoding_is_masked() -> None:
-    """A body in UTF-16 does not show the key either, and a key that was replaced is masked like its successor."""
+    """Mask the key in a body in UTF-16 too, and a key that was replaced like its successor."""
     key = ApiKey("new-key", before=ApiKey("old-key"))
     assert b"n\0e\0w" not in key.redact_start("my new-key".encode("utf-16-le"), 100)
     assert key.redact("old-key, new-key") == "***, ***"
 
 
 def test_control_characters_do_not_reach_a_terminal() -> None:
-    """What the service says is escaped where it prints, and kept as it is in the field."""
+    """Escape the service's description when it is printed, and keep it unchanged in the field."""
     error = reply(400, json.dumps({"description": "a\x1b[31m\nb" + "c" * 500}).encode())
     assert isinstance(error, BadRequestError)
     assert r"a\x1b[31m\nb" in str(error)
@@ -185,12 +185,12 @@ def test_control_characters_do_not_reach_a_terminal() -> None:
     ],
 )
 def test_retry_after(value: str, seconds: float) -> None:
-    """Seconds, fractional seconds and all three forms of an HTTP date are read; the past is no wait."""
+    """Read seconds, fractional seconds and all three forms of an HTTP date; the past is no wait."""
     assert retry_after(CIMultiDict({"retry-after": value}), now=NOON) == seconds
 
 
 def test_retry_after_counts_from_the_replys_own_date() -> None:
-    """A date is held against the reply's Date, so that our own clock does not matter."""
+    """Compare a date with the reply's Date, so that our own clock does not matter."""
     headers = CIMultiDict({"Date": "Wed, 11 Feb 2026 08:00:00 GMT", "Retry-After": "Wed, 11 Feb 2026 08:00:30 GMT"})
     assert retry_after(headers, now=NOON) == 30.0
     headers["Date"] = "yesterday"
@@ -228,7 +228,7 @@ def test_retry_after_counts_from_the_replys_own_date() -> None:
     ],
 )
 def test_malformed_retry_after_is_ignored(value: str) -> None:
-    """Every malformed spelling is as if nothing had been sent."""
+    """Ignore every malformed spelling, as if nothing had been sent."""
     assert retry_after(CIMultiDict({"Retry-After": value}), now=NOON) is None
 
 
@@ -255,7 +255,7 @@ def test_any_retry_after_is_sane_or_ignored(value: str) -> None:
     ],
 )
 def test_a_429_is_retried_after_its_quota(status: int, headers: dict[str, str], seconds: float | None) -> None:
-    """A 429 without a readable Retry-After asks to wait until its quota is restored, if that is used up."""
+    """Wait until its quota is restored after a 429 without a readable Retry-After, if that is used up."""
     error = run_to_completion(read(Reply(status, CIMultiDictProxy(CIMultiDict(headers)), b""), KEY, now=NOON))
     assert isinstance(error, StatusError)
     assert error.retry_after == seconds
@@ -273,7 +273,7 @@ def test_a_429_is_retried_after_its_quota(status: int, headers: dict[str, str], 
     ],
 )
 def test_endpoint(base_url: str, expected: str) -> None:
-    """The endpoint is /audiences below the base URL; plain http is for loopback."""
+    """Build the endpoint as /audiences below the base URL; plain http is for loopback."""
     assert str(endpoint(Secret(base_url), allow_http=False)) == expected
 
 
@@ -297,18 +297,18 @@ def test_endpoint(base_url: str, expected: str) -> None:
     ],
 )
 def test_endpoint_that_cannot_be_used(base_url: Any) -> None:
-    """What is no absolute https URL is refused, plain http to another host above all."""
+    """Reject a value that is no absolute https URL, plain http to another host above all."""
     with pytest.raises(ConfigurationError, match="base_url"):
         endpoint(Secret(base_url), allow_http=False)
 
 
 def test_plain_http_on_request() -> None:
-    """allow_http opens plain http to any host."""
+    """Open plain http to any host with allow_http."""
     assert str(endpoint(Secret("http://gateway.internal/"), allow_http=True)) == "http://gateway.internal/audiences"
 
 
 def test_a_password_in_a_url_never_prints() -> None:
-    """A URL that holds a password is refused, or misread, without being repeated."""
+    """Reject a URL that holds a password without repeating it."""
     with pytest.raises(ConfigurationError, match="credentials") as caught:
         endpoint(Secret("https://user:hunter2@api.commbox.io/"), allow_http=False)
     assert "hunter2" not in str(caught.value)
@@ -319,6 +319,6 @@ def test_a_password_in_a_url_never_prints() -> None:
 
 @pytest.mark.parametrize("proxy", ["http://[::1", 5])
 def test_proxy_that_is_no_url(proxy: Any) -> None:
-    """A proxy that is no URL is refused."""
+    """Reject a proxy that is no URL."""
     with pytest.raises(ConfigurationError, match="proxy is not a URL"):
         proxy_url(Secret(proxy))

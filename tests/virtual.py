@@ -9,12 +9,12 @@ from attrs import define, field
 from conftest import EMPTY_ANSWER
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from audiences_async._base.deadlines import Deadlines
+from audiences_async._http.transport import TransportSettings
+from audiences_async._http.wire import Reply
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey
-from audiences_async.deadlines import Deadlines
 from audiences_async.errors import AttemptTimeoutError, TransportError
-from audiences_async.transport import TransportSettings
-from audiences_async.wire import Reply
 
 T = TypeVar("T")
 

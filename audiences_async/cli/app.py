@@ -13,7 +13,8 @@ from typing import Annotated, Any, Final, NoReturn
 from cyclopts import App, Parameter
 from rich.console import Console
 
-from audiences_async import checks
+from audiences_async._base import checks
+from audiences_async._http.wire import PRODUCTION, endpoint
 from audiences_async._version import __version__
 from audiences_async.accounts import AccountFile
 from audiences_async.cli import demo as demonstration
@@ -27,9 +28,8 @@ from audiences_async.client import AudiencesClient
 from audiences_async.credentials import Secret
 from audiences_async.errors import AudiencesError, ConfigurationError, printable
 from audiences_async.models import AudiencesResponse
-from audiences_async.retrying import RetryPolicy
+from audiences_async.policies import RetryPolicy
 from audiences_async.sandbox import Sandbox, many_audiences
-from audiences_async.wire import PRODUCTION, endpoint
 
 app: Final = App(
     name="audiences",

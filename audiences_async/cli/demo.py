@@ -16,7 +16,7 @@ from audiences_async.client import AudiencesClient
 from audiences_async.clock import Clock
 from audiences_async.events import Attempt, AttemptFinished, Event, EventHook
 from audiences_async.models import Account, AudiencesResponse
-from audiences_async.retrying import RetryPolicy
+from audiences_async.policies import RetryPolicy
 from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox, many_audiences
 
 _FIRST_FAULT: Final[Mapping[str, Answer]] = {

@@ -9,14 +9,14 @@ from contextlib import suppress
 from attrs import frozen
 from yarl import URL
 
+from audiences_async._base.dates import http_date
+from audiences_async._base.deadlines import Deadlines
+from audiences_async._http.transport import Transport, TransportSettings
+from audiences_async._http.wire import Reply, Result, read
 from audiences_async.cli.exits import AUTHENTICATION, DONE, FAILED, UNAVAILABLE, exit_code
 from audiences_async.credentials import ApiKey
-from audiences_async.dates import http_date
-from audiences_async.deadlines import Deadlines
 from audiences_async.errors import AudiencesError, ConfigurationError, printable
 from audiences_async.structuring import run_to_completion
-from audiences_async.transport import Transport, TransportSettings
-from audiences_async.wire import Reply, Result, read
 
 _SKEW = 5.0  # s; Date has whole seconds, and a response takes time
 _MAX_BODY = 64 * 2**20

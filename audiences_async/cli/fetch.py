@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from audiences_async import checks, errors
+from audiences_async import errors
+from audiences_async._base import checks
+from audiences_async._jobs.results import Line, OutcomeFile, check_new
 from audiences_async.accounts import AccountFile
 from audiences_async.cli.output import FileFormat, check_target, convert, notices, notify
 from audiences_async.client import AudiencesClient
 from audiences_async.errors import AudiencesError, ConfigurationError, StatusError, printable
 from audiences_async.events import Event, ServiceConcurrencyLearned, ServicePaused, ServiceRateLearned, ServiceResumed
 from audiences_async.models import Failed, Outcome
-from audiences_async.rates import RateLimit
-from audiences_async.results import Line, OutcomeFile, check_new
-from audiences_async.retrying import RetryPolicy
+from audiences_async.policies import RateLimit, RetryPolicy
 
 _NAMED: Final = 3  # accounts shown per reason
 _MIN_OUTAGE: Final = 2.0  # s; a shorter gap without answers is not reported

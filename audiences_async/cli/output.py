@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from audiences_async._jobs.results import Line, lines, write_whole
 from audiences_async.errors import ConfigurationError, printable
 from audiences_async.models import Audience, AudiencesResponse
-from audiences_async.results import Line, lines, write_whole
 from audiences_async.structuring import record
 
 Format: TypeAlias = Literal["table", "json", "ndjson", "csv"]

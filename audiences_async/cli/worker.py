@@ -8,11 +8,10 @@ from pathlib import Path
 
 from attrs import field, frozen, validators
 
-from audiences_async import checks
+from audiences_async._base import checks
 from audiences_async.client import AudiencesClient
 from audiences_async.models import Account
-from audiences_async.rates import RateLimit
-from audiences_async.retrying import RetryPolicy
+from audiences_async.policies import RateLimit, RetryPolicy
 
 
 @frozen

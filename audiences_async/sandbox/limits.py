@@ -6,7 +6,7 @@ from typing import Final, Protocol, runtime_checkable
 
 from attrs import define, field, frozen
 
-from audiences_async import checks
+from audiences_async._base import checks
 
 _ROUNDING: Final = 1e-6  # seconds or requests: differences of floats are not exact
 

@@ -19,7 +19,7 @@ from typing import Any, Final, Self
 import attrs
 from aiohttp import web
 
-from audiences_async import checks
+from audiences_async._base import checks
 from audiences_async.errors import ConfigurationError, phrase
 from audiences_async.models import Account
 from audiences_async.sandbox.accounts import EXAMPLE_AUDIENCES, SandboxAccount

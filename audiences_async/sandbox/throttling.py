@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from attrs import define, field
 
-from audiences_async import checks
+from audiences_async._base import checks
 from audiences_async.errors import ConfigurationError
 from audiences_async.sandbox.answers import Answer
 from audiences_async.sandbox.limits import Limit, Meter

@@ -9,10 +9,10 @@ from typing import Final
 
 from attrs import define, field
 
+from audiences_async._base.deadlines import Deadlines, Scope, is_cancelled
 from audiences_async.clock import Clock
-from audiences_async.deadlines import Deadlines, Scope, is_cancelled
 from audiences_async.errors import DeadlineExceededError, TransportError, callback_error
-from audiences_async.rates import Limiter
+from audiences_async.policies import Limiter
 
 NO_TIME: Final = 1e-9
 """Seconds; less than a clock can resolve."""
@@ -24,7 +24,7 @@ class Waiter:
 
     Attributes:
         deadline: When it must have had its turn, on the client's clock.
-        patience: Seconds that it waits while the service answers nobody.
+        patience: Seconds that it waits while the service answers no account.
         scope: What ends its wait.
         refusal: Why it was ended.
     """
@@ -64,7 +64,7 @@ class Queue(ABC):
         """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
 
     def is_free(self, now: float) -> bool:
-        """Return whether a request may go now, ahead of nobody."""
+        """Return whether a request may go now, without passing a waiting call."""
         return not self._waiters and self.limiter is None and self.delay(now) <= 0
 
     @asynccontextmanager

@@ -2,10 +2,14 @@
 
 from weakref import WeakValueDictionary
 
-from audiences_async.caching import Cache, CachePolicy
-from audiences_async.call import Call, CallSettings, out_of_time
+from audiences_async._base.deadlines import CallTime, Deadlines
+from audiences_async._call.cache import Cache
+from audiences_async._call.run import Call, CallSettings, out_of_time
+from audiences_async._http.transport import Transport
+from audiences_async._http.wire import Result
+from audiences_async._pace.pacer import Pacer
+from audiences_async._pace.places import Place
 from audiences_async.credentials import ApiKey, KeySource
-from audiences_async.deadlines import CallTime, Deadlines
 from audiences_async.errors import (
     AudiencesError,
     ClientClosedError,
@@ -15,10 +19,7 @@ from audiences_async.errors import (
 )
 from audiences_async.events import StopReason
 from audiences_async.models import Account
-from audiences_async.pacer import Pacer
-from audiences_async.places import Place
-from audiences_async.transport import Transport
-from audiences_async.wire import Result
+from audiences_async.policies import CachePolicy
 
 
 class Calls:

@@ -6,25 +6,26 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 from attrs import frozen
 
-from audiences_async.allowance import Allowance
+from audiences_async._base.deadlines import Deadlines
+from audiences_async._http.quota import Quota
+from audiences_async._pace.allowance import Allowance
+from audiences_async._pace.learning import LearnedRate
+from audiences_async._pace.queue import Queue
+from audiences_async._pace.rates import KnownRate
+from audiences_async._pace.windows import LearnedWindow
 from audiences_async.clock import Clock
-from audiences_async.deadlines import Deadlines
 from audiences_async.errors import DeadlineExceededError
-from audiences_async.learning import LearnedRate
-from audiences_async.queue import Queue
-from audiences_async.quota import Quota
-from audiences_async.rates import KnownRate, Limiter, RateLimit
-from audiences_async.windows import LearnedWindow
+from audiences_async.policies import Limiter, RateLimit
 
 Verdict: TypeAlias = Literal["answered", "throttled", "unavailable", "failed", "lost", "timed out", "nothing"]
-"""What became of a request: an answer, if only a final refusal; a 429; a 503; another reply that may be retried; no
-reply; none in time; or nothing that says anything of the service."""
+"""The result of a request: an answer, if only a final refusal; a 429; a 503; another reply that may be retried; no
+reply; none in time; or nothing that shows anything about the service."""
 
 REFUSALS: Final = frozenset({"throttled", "unavailable"})
 """Verdicts on replies that a limit may send."""
 
 _IDLE: Final = 1.0  # s without a request, after which an account counts as idle
-_LONGEST_PAUSE: Final = 86_400.0  # s; who asks for more has mistaken the unit
+_LONGEST_PAUSE: Final = 86_400.0  # s; a longer one is in a mistaken unit
 _DOUBLINGS: Final = 5  # pauses, each twice as long as the one before
 _LATER: Final = 6.2  # the next ones: a quarter of the time since the first refusal
 
@@ -58,7 +59,7 @@ class PauseSettings:
     longest: float
 
     def draw(self, rate: float | None, failures: int, clock: Clock) -> float:
-        """Draw the seconds to pause after so many refusals in a row."""
+        """Draw the seconds to pause after *failures* refusals in a row."""
         base = self.first / 2 if rate is None else min(max(0.5 / rate, self.first / 20), self.longest)
         # A limit that is closed for longer may be a window, whose end is not to be missed by as much again.
         times = 2.0 ** (failures - 1) if failures <= _DOUBLINGS else _LATER * 1.25 ** min(failures - _DOUBLINGS, 60)
@@ -144,7 +145,7 @@ class PacedQueue(Queue):
         return self._probing
 
     def announced(self, now: float, sent_at: float, quota: Quota | None) -> None:
-        """Keep to the *quota* announced in the reply to a request sent at *sent_at*; ``None`` if there was none."""
+        """Keep to the *quota* announced in the reply to a request sent at *sent_at*; ``None`` if it had no quota."""
         if quota is not None:
             self._allowance = self._allowance or Allowance()
             self._allowance.announced(now, sent_at, quota)

@@ -1,37 +1,8 @@
 """The rate of requests that a limit allows: known, or kept elsewhere."""
 
 import math
-from typing import Protocol, runtime_checkable
 
-from attrs import field, frozen
-
-from audiences_async import checks
-
-
-@frozen
-class RateLimit:
-    """A rate that is known, for each account: at most ``burst + rate / per * t`` requests in any *t* seconds.
-
-    Attributes:
-        rate: Requests in *per* seconds; above 0.
-        per: Seconds; above 0.
-        burst: Requests that may go at once after a pause; 1 means evenly spaced.
-
-    Raises:
-        ConfigurationError: A number out of its range.
-    """
-
-    rate: float = field(validator=checks.is_positive)
-    per: float = field(default=1.0, validator=checks.is_positive)
-    burst: int = field(default=1, validator=checks.is_count)
-
-
-@runtime_checkable
-class Limiter(Protocol):
-    """Any object that says when an account may send, such as a limit that several processes share."""
-
-    async def acquire(self, account_name: str) -> object:
-        """Return when the account may send one request. Called before every attempt, retries included."""
+from audiences_async.policies import RateLimit
 
 
 class KnownRate:

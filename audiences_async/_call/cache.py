@@ -9,8 +9,9 @@ from typing import Final, TypeVar
 
 from attrs import define, field, frozen
 
-from audiences_async import checks
-from audiences_async.call import Call
+from audiences_async._call.run import Call
+from audiences_async._http.wire import Result
+from audiences_async._pace.places import Place
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey
 from audiences_async.errors import (
@@ -21,8 +22,7 @@ from audiences_async.errors import (
     TransportError,
 )
 from audiences_async.models import Account, AudiencesResponse
-from audiences_async.places import Place
-from audiences_async.wire import Result
+from audiences_async.policies import CachePolicy
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -30,31 +30,6 @@ _V = TypeVar("_V")
 # Outages only, as in RFC 5861, section 4: an answer such as 403 is not one.
 _OUTAGES: Final = (TransportError, ServerError, TooManyRequestsError, DeadlineExceededError)
 _MAX_NAMES: Final = 10_000  # names kept with one answer; if it has more, it is fetched again
-
-
-@frozen
-class CachePolicy:
-    """How long an answer may be reused. A frozen value that can be shared freely.
-
-    Concurrent calls of one account always share one request. The cache is keyed by the account's API key, never by its
-    name, so that no account gets the answer of another. Errors are not cached.
-
-    Attributes:
-        ttl: Seconds for which an answer is reused; 0 means that only concurrent calls share it.
-        stale_while_revalidate: Seconds after *ttl* for which the old answer is returned while a new one is fetched in
-            the background; 0 disables this (https://www.rfc-editor.org/rfc/rfc5861, section 3).
-        stale_if_error: Seconds after *ttl* for which the old answer replaces an outage: no answer, a 5xx, a 429, or no
-            time left; 0 disables this (section 4).
-        max_accounts: Maximum number of cached answers; the least recently used are evicted.
-
-    Raises:
-        ConfigurationError: A number is out of range.
-    """
-
-    ttl: float = field(validator=checks.is_not_negative)
-    stale_while_revalidate: float = field(default=0.0, validator=checks.is_not_negative)
-    stale_if_error: float = field(default=0.0, validator=checks.is_not_negative)
-    max_accounts: int = field(default=1024, validator=checks.is_count)
 
 
 @frozen(eq=False)

@@ -3,7 +3,7 @@
 import math
 from typing import Final
 
-from audiences_async.quota import Quota
+from audiences_async._http.quota import Quota
 
 _ROUNDING: Final = 1.0  # s; most services announce whole seconds
 _LONGEST: Final = 30.0  # s; a quota that was misread must not hold requests back for longer

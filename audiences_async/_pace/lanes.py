@@ -4,36 +4,16 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-from attrs import frozen
-
+from audiences_async._base.deadlines import Deadlines
+from audiences_async._pace.learning import LearnedRate
+from audiences_async._pace.pacing import PacedQueue, PauseSettings, Verdict
 from audiences_async.clock import Clock
-from audiences_async.deadlines import Deadlines
 from audiences_async.events import AccountPaused, AccountResumed, Event, RateLearned
-from audiences_async.learning import LearnedRate
-from audiences_async.pacing import PacedQueue, PauseSettings, Verdict
-from audiences_async.rates import Limiter, RateLimit
+from audiences_async.policies import Limiter, RateLimit
+from audiences_async.snapshots import AccountPace
 
 _RECENT: Final = 1.0  # s; requests that an account sent in it may explain a refusal
 _LONGEST_ANNOUNCED: Final = 30.0  # s; a pause that no refusal asked for may be misread, and a request will show it
-
-
-@frozen
-class AccountPace:
-    """How one account is paced right now.
-
-    Attributes:
-        account: The account's name.
-        rate: Requests per second, known or learned; ``None`` if none is known yet.
-        paused_for: Seconds until requests may go again; 0.0 means now.
-        waiting: Calls that wait for their turn.
-        in_flight: Requests on the wire.
-    """
-
-    account: str
-    rate: float | None
-    paused_for: float
-    waiting: int
-    in_flight: int
 
 
 class Lane(PacedQueue):
@@ -58,7 +38,7 @@ class Lane(PacedQueue):
         """Calls that hold on to the lane, also while they neither wait nor send."""
         self._emit = emit
         self._granted_at = -math.inf
-        self._suspected_at: int | None = None  # answers of the service when this account began to come to nothing
+        self._suspected_at: int | None = None  # answers of the service when this account began to fail
         self._alone = False  # whether others were answered since then
 
     def snapshot(self, now: float) -> AccountPace:
@@ -100,16 +80,16 @@ class Lane(PacedQueue):
 
     @property
     def recovers(self) -> bool:
-        """Whether its last request came to nothing; that it is answered now shows that this was not its own doing."""
+        """Whether its last request failed; an answer now shows that this was not its own doing."""
         return self._suspected_at is not None
 
     def returned(self, now: float, sent_at: float, verdict: Verdict, pause: float | None) -> None:
-        """Learn from what became of a request.
+        """Learn from the result of a request.
 
         Args:
             now: The time.
             sent_at: When it was sent.
-            verdict: What the reply says about the account's pace.
+            verdict: The meaning of the reply for the account's pace.
             pause: Seconds for which the service asked to send nothing, if it did.
         """
         fresh = self._returned(now, sent_at)

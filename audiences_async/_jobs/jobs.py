@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaita
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final, Generic, Self, TypeAlias, TypeVar
 
-from audiences_async import checks
+from audiences_async._base import checks
 from audiences_async.errors import ClientClosedError
 from audiences_async.models import Account
 

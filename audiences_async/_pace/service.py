@@ -3,12 +3,17 @@
 import asyncio
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final
 
-from attrs import frozen
-
+from audiences_async._base.deadlines import Deadlines
+from audiences_async._pace.evidence import Evidence
+from audiences_async._pace.lanes import Lane
+from audiences_async._pace.learning import LearnedRate
+from audiences_async._pace.load import Load
+from audiences_async._pace.outage import Outage
+from audiences_async._pace.pacing import REFUSALS, PacedQueue, PauseSettings, Turn, Verdict
+from audiences_async._pace.queue import NO_TIME
 from audiences_async.clock import Clock
-from audiences_async.deadlines import Deadlines
 from audiences_async.errors import TransportError
 from audiences_async.events import (
     Event,
@@ -17,48 +22,16 @@ from audiences_async.events import (
     ServiceRateLearned,
     ServiceResumed,
 )
-from audiences_async.evidence import Evidence
-from audiences_async.lanes import Lane
-from audiences_async.learning import LearnedRate
-from audiences_async.load import Load
-from audiences_async.outage import Outage
-from audiences_async.pacing import REFUSALS, PacedQueue, PauseSettings, Turn, Verdict
-from audiences_async.queue import NO_TIME
-from audiences_async.rates import Limiter, RateLimit
+from audiences_async.policies import Limiter, RateLimit
+from audiences_async.snapshots import ServicePace, State
 
 if TYPE_CHECKING:
     from audiences_async.credentials import ApiKey
-
-State: TypeAlias = Literal["open", "limited", "out"]
-"""The service answers; it holds all accounts to a limit; or it answers no account."""
 
 _MANY: Final = 8  # requests in flight; fewer show no stall
 _LONGEST_PACED: Final = 1.0  # s; of a pause once a rate is known, or two intervals of it
 _SOON: Final = 5.0  # s; a longer pause ends a measurement
 _SAMPLE: Final = 32  # answers without a refusal, after which there is no shared limit
-
-
-@frozen
-class ServicePace:
-    """How the service holds all accounts together.
-
-    Attributes:
-        rate: Requests per second, known or learned; ``None`` if there is no such limit.
-        paused_for: Seconds until the next request may go, a probe if the state is ``"out"``; 0.0 means now.
-        waiting: Calls that wait for the service.
-        in_flight: Requests in flight.
-        window: Requests that may be in flight at the same time, as far as is known.
-        state: ``"open"``, ``"limited"`` (all accounts share a limit), or ``"out"`` (no account is answered).
-        silent_for: Seconds for which no account has been answered although requests were sent; 0.0 if one has.
-    """
-
-    rate: float | None
-    paused_for: float
-    waiting: int
-    in_flight: int
-    window: int
-    state: State
-    silent_for: float
 
 
 class ServiceLane(PacedQueue):

@@ -5,6 +5,7 @@ from typing import Final, Literal, TypeAlias
 
 from attrs import frozen
 
+from audiences_async._pace.pacing import Verdict
 from audiences_async.errors import (
     AttemptTimeoutError,
     AudiencesError,
@@ -14,8 +15,7 @@ from audiences_async.errors import (
     UnauthorizedError,
 )
 from audiences_async.events import StopReason
-from audiences_async.pacing import Verdict
-from audiences_async.retrying import RetryPolicy
+from audiences_async.policies import RetryPolicy
 
 Reason: TypeAlias = Literal["fresh-key", "stale-connection", "pace", "retry-after", "backoff"]
 """Why the next attempt is made when it is."""

@@ -9,19 +9,20 @@ from functools import partial
 from itertools import islice
 from typing import Final
 
-from audiences_async.allowance import QuotaScope
+from audiences_async._base.deadlines import CallTime, Deadlines
+from audiences_async._http.quota import Quota
+from audiences_async._pace.allowance import QuotaScope
+from audiences_async._pace.lanes import Lane
+from audiences_async._pace.pacing import REFUSALS, PauseSettings, Turn, Verdict, never
+from audiences_async._pace.places import Place
+from audiences_async._pace.queue import NO_TIME
+from audiences_async._pace.service import ServiceLane
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey
-from audiences_async.deadlines import CallTime, Deadlines
 from audiences_async.events import EventHook, emit
-from audiences_async.lanes import AccountPace, Lane
 from audiences_async.models import Account
-from audiences_async.pacing import REFUSALS, PauseSettings, Turn, Verdict, never
-from audiences_async.places import Place
-from audiences_async.queue import NO_TIME
-from audiences_async.quota import Quota
-from audiences_async.rates import Limiter, RateLimit
-from audiences_async.service import ServiceLane
+from audiences_async.policies import Limiter, RateLimit
+from audiences_async.snapshots import AccountPace
 
 _FIRST_PAUSE: Final = 0.1  # of throttle_base_delay
 _KEPT_LANES: Final = 4096
@@ -33,8 +34,8 @@ class Pacer:
     """The lanes of one client: the service's, and one for each account.
 
     Args:
-        limit: What is known of each account's rate; ``None`` means that it is learned.
-        service_limit: What is known of the rate of all accounts together; ``None`` means that one is learned.
+        limit: The known rate of each account; ``None`` means that it is learned.
+        service_limit: The known rate of all accounts together; ``None`` means that one is learned.
         connections: Requests that may be in flight at the same time.
         attempt_timeout: Seconds for one attempt.
         throttle_base_delay: Seconds; the first pauses after a 429 are a tenth of it, until a rate is learned.
@@ -75,7 +76,7 @@ class Pacer:
         self._lanes: OrderedDict[Account | str, Lane] = OrderedDict()
 
     def lane(self, account: Account) -> Lane:
-        """Return the account's lane. Functions for keys do not compare, so their accounts are told apart by name."""
+        """Return the account's lane. Functions for keys do not compare, so their accounts are distinguished by name."""
         key = account if isinstance(account.credential, ApiKey) else account.name
         lane = self._lanes.get(key)
         if lane is None:
@@ -103,7 +104,7 @@ class Pacer:
             DeadlineExceededError: The turn cannot come before the call's deadline.
             ConfigurationError: A limiter of the caller's is wrong.
             TransportError: A limiter of the caller's failed for a reason that may pass; or the service has answered
-                nobody for as long as the job's patience.
+                no account for as long as the job's patience.
         """
         now = self.clock.monotonic()
         if lane.is_free(now) and self.service.is_free(now) and (place is None or place.held):
@@ -167,12 +168,12 @@ class Pacer:
         is_own: bool = True,
         in_job: bool = False,
     ) -> bool:
-        """Take in what became of a request, and decide whose limit a refusal reports.
+        """Record the result of a request, and decide whose limit a refusal reports.
 
         Args:
             lane: The account's.
             turn: What `acquire` returned.
-            verdict: What the reply says.
+            verdict: The meaning of the reply for the pace.
             pause: Seconds for which the service asked to send nothing, if it did.
             quota: The quota that the reply announced, if it did.
             is_own: Whether the request was the account's own, and no probe for another one.

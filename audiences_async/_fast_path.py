@@ -14,7 +14,7 @@ import attrs
 from msgspec import UNSET, DecodeError, Meta, Raw, Struct, UnsetType, ValidationError
 from msgspec.json import Decoder
 
-from audiences_async.dates import in_utc
+from audiences_async._base.dates import in_utc
 from audiences_async.models import NOTHING, Audience, AudiencesResponse, DynamicAudience, StaticAudience
 
 STEP: Final = 128 * 1024

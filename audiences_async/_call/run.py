@@ -6,10 +6,17 @@ from collections.abc import Generator
 from attrs import frozen
 from tenacity import AsyncRetrying, RetryCallState
 
+from audiences_async._base.deadlines import CallTime
+from audiences_async._call.decide import Again, Facts, Stop, decide, may_help, verdict_of
+from audiences_async._call.retrying import RetryTokens, wait_full_jitter
+from audiences_async._http.quota import Quota, announced
+from audiences_async._http.transport import Transport
+from audiences_async._http.wire import Reply, Result, read, read_plain
+from audiences_async._pace.pacer import Pacer
+from audiences_async._pace.pacing import REFUSALS, Verdict
+from audiences_async._pace.places import Place
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, KeySource
-from audiences_async.deadlines import CallTime
-from audiences_async.decide import Again, Facts, Stop, decide, may_help, verdict_of
 from audiences_async.errors import (
     AudiencesError,
     ConnectionFailedError,
@@ -30,13 +37,7 @@ from audiences_async.events import (
     is_watched,
 )
 from audiences_async.models import Account, AudiencesResponse
-from audiences_async.pacer import Pacer
-from audiences_async.pacing import REFUSALS, Verdict
-from audiences_async.places import Place
-from audiences_async.quota import Quota, announced
-from audiences_async.retrying import RetryPolicy, RetryTokens, wait_full_jitter
-from audiences_async.transport import Transport
-from audiences_async.wire import Reply, Result, read, read_plain
+from audiences_async.policies import RetryPolicy
 
 
 @frozen(eq=False)
@@ -74,7 +75,7 @@ class Call:
         place: Place | None = None,
     ) -> None:
         self._account = account.name
-        # Not the lane itself yet: it is forgotten where nobody uses it.
+        # Not the lane itself yet: an unused lane is forgotten.
         self._of, self._pacer = account, pacer
         self.time: CallTime = time
         self._place = place
@@ -101,7 +102,7 @@ class Call:
         """Return the answer, or the error of the last attempt; tenacity comes in if something has failed.
 
         Args:
-            first: What the first attempt came to, if it was made before the call: its key function failed.
+            first: The error of the first attempt, if it was made before the call: its key function failed.
         """
         self._lane = lane = self._pacer.lane(self._of)
         lane.users += 1
@@ -137,7 +138,7 @@ class Call:
         return result
 
     def cut_off(self, error: AudiencesError, stop_reason: StopReason) -> AudiencesError:
-        """The error of a call that ended from outside: its timeout, a closing client, a key function that failed.
+        """Return the error of a call that ended from outside: by timeout, a closing client or a failed key function.
 
         An attempt that was under way counts: its request may be on the wire.
         """
@@ -149,13 +150,13 @@ class Call:
         return self._with_context(error, stop_reason)
 
     def attempts_until_now(self, stop_reason: StopReason) -> tuple[Attempt, ...]:
-        """The attempts that a caller who leaves now, for this reason, knows of."""
+        """Return the attempts so far for a caller that leaves now, for *stop_reason*."""
         if self._sent_at is None:
             return self._attempts
         return (*self._attempts, self._cut_off_attempt(self._sent_at, stop_reason))
 
     def abandoned(self, error: BaseException) -> None:
-        """The caller was cancelled: told, and nothing else comes of it."""
+        """Emit `CallFinished` for a cancelled call."""
         under_way = self._sent_at is not None
         elapsed = self._settings.clock.monotonic() - self.time.started
         self._tell(CallFinished(self._account, len(self._attempts) + under_way, elapsed, type(error).__name__))
@@ -181,11 +182,11 @@ class Call:
         return result
 
     async def _exchange(self, key: ApiKey) -> tuple[bool, Result]:
-        """Wait for a turn, use it, and report what came of it.
+        """Wait for a turn, use it, and report the result.
 
         Returns:
-            Whether it was no attempt of this call's, and is made again; and its result. It may have lacked a socket, or
-            have been a job's probe of a closed service.
+            Whether the request does not count as an attempt and is made again; and its result. It may have lacked a
+            socket, or have been a job's probe of a closed service.
         """
         asked_at = self._settings.clock.monotonic() if self._watched else 0.0
         turn = await self._pacer.acquire(self._lane, self.time, self._place)
@@ -323,7 +324,7 @@ class Call:
         error.elapsed = self._settings.clock.monotonic() - self.time.started
         error.stop_reason = stop_reason
         self._tell_finished(error)
-        return error.with_traceback(None)  # whose frames would hold this call for as long as somebody keeps the error
+        return error.with_traceback(None)  # whose frames would hold this call for as long as the error is kept
 
     def _tell_finished(self, error: AudiencesError | None) -> None:
         elapsed = self._settings.clock.monotonic() - self.time.started
@@ -336,12 +337,12 @@ class Call:
 
 
 def out_of_time(timeout: float) -> DeadlineExceededError:
-    """The error of a call that was not answered within its *timeout*, in seconds."""
+    """Return the error of a call that was not answered within its *timeout*, in seconds."""
     return DeadlineExceededError(f"no answer within timeout={timeout:.6g} s")
 
 
 async def _in_turns(steps: Generator[None, None, Result]) -> Result:
-    """The result of the steps, between which others run."""
+    """Return the result of the steps, between which other tasks run."""
     while True:
         try:
             next(steps)

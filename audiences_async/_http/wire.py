@@ -11,9 +11,11 @@ from attrs import field, frozen
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
+from audiences_async._base.dates import delay_seconds, http_date, sent_at
+from audiences_async._fast_path import decode_plain
+from audiences_async._http.quota import announced
 from audiences_async._version import __version__
 from audiences_async.credentials import ApiKey, Secret
-from audiences_async.dates import delay_seconds, http_date, sent_at
 from audiences_async.errors import (
     AudiencesError,
     ConfigurationError,
@@ -22,9 +24,7 @@ from audiences_async.errors import (
     StatusError,
     status_error,
 )
-from audiences_async.fast_path import decode_plain
 from audiences_async.models import AudiencesResponse
-from audiences_async.quota import announced
 from audiences_async.structuring import decode_in_steps, description_of, parse, response_time_of
 
 PRODUCTION: Final = "https://api.commbox.io/"

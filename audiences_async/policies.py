@@ -1,20 +1,16 @@
-"""Retry decisions and delays; tenacity runs the loop.
+"""Settings of a client: when to retry, how fast to send, and how long to reuse an answer. All are frozen values.
 
 The service documents 429 and 500, and no ``Retry-After``: https://api.commbox.io/ (GET /audiences). Proxies in front of
-it add 408, 502, 503 and 504.
+such a service add 408, 502, 503 and 504.
 """
 
-import math
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, Protocol, runtime_checkable
 
 from attrs import field, frozen
-from tenacity import RetryCallState, wait_exponential
-from tenacity.wait import wait_base
 
-from audiences_async import checks
-from audiences_async.clock import Clock
-from audiences_async.errors import AudiencesError, StatusError, TooManyRequestsError, TransportError
+from audiences_async._base import checks
+from audiences_async.errors import AudiencesError, StatusError, TransportError
 
 RETRIED_STATUSES: Final = frozenset({408, 429, 500, 502, 503, 504})
 
@@ -55,25 +51,6 @@ class RetryPolicy:
         return isinstance(error, TransportError) and error.transient
 
 
-class wait_full_jitter(wait_base):  # noqa: N801 - tenacity's strategies are named like functions
-    """Full jitter below tenacity's capped exponential, added to the wait that ``Retry-After`` asked for.
-
-    tenacity's own strategy draws from the global random source, and knows neither 429 nor ``Retry-After``.
-    """
-
-    def __init__(self, policy: RetryPolicy, clock: Clock) -> None:
-        self._clock = clock
-        self._backoff = wait_exponential(policy.base_delay, policy.max_delay)
-        self._throttled = wait_exponential(policy.throttle_base_delay, policy.max_delay)
-
-    def __call__(self, retry_state: RetryCallState) -> float:
-        """Return the seconds to wait after the attempt whose error *retry_state* holds."""
-        assert retry_state.outcome is not None
-        error = retry_state.outcome.result()
-        longest = self._throttled if isinstance(error, TooManyRequestsError) else self._backoff
-        return (error.retry_after or 0.0) + self._clock.random() * longest(retry_state)
-
-
 @frozen
 class RetryBudget:
     """Limit on the retries of all calls of a client together, so that retries cannot overload the service.
@@ -98,23 +75,52 @@ class RetryBudget:
     refund: float = field(default=1.0, validator=checks.is_not_negative)
 
 
-class RetryTokens:
-    """The tokens left of a client's `RetryBudget`; a budget of ``None`` is unlimited."""
+@frozen
+class RateLimit:
+    """A rate that is known, for each account: at most ``burst + rate / per * t`` requests in any *t* seconds.
 
-    def __init__(self, budget: RetryBudget | None) -> None:
-        self._budget = budget
-        self.left: float = math.inf if budget is None else budget.capacity
+    Attributes:
+        rate: Requests in *per* seconds; above 0.
+        per: Seconds; above 0.
+        burst: Requests that may go at once after a pause; 1 means evenly spaced.
 
-    def take(self) -> bool:
-        """Take the tokens for one retry; return ``False`` if there are too few."""
-        if self._budget is None:
-            return True
-        if self.left < self._budget.cost:
-            return False
-        self.left -= self._budget.cost
-        return True
+    Raises:
+        ConfigurationError: A number out of its range.
+    """
 
-    def give_back(self) -> None:
-        """Refund tokens for one answer."""
-        if self._budget is not None:
-            self.left = min(self._budget.capacity, self.left + self._budget.refund)
+    rate: float = field(validator=checks.is_positive)
+    per: float = field(default=1.0, validator=checks.is_positive)
+    burst: int = field(default=1, validator=checks.is_count)
+
+
+@runtime_checkable
+class Limiter(Protocol):
+    """Any object that says when an account may send, such as a limit that several processes share."""
+
+    async def acquire(self, account_name: str) -> object:
+        """Return when the account may send one request. Called before every attempt, retries included."""
+
+
+@frozen
+class CachePolicy:
+    """How long an answer may be reused. A frozen value that can be shared freely.
+
+    Concurrent calls of one account always share one request. The cache is keyed by the account's API key, never by its
+    name, so that no account gets the answer of another. Errors are not cached.
+
+    Attributes:
+        ttl: Seconds for which an answer is reused; 0 means that only concurrent calls share it.
+        stale_while_revalidate: Seconds after *ttl* for which the old answer is returned while a new one is fetched in
+            the background; 0 disables this (https://www.rfc-editor.org/rfc/rfc5861, section 3).
+        stale_if_error: Seconds after *ttl* for which the old answer replaces an outage: no answer, a 5xx, a 429, or no
+            time left; 0 disables this (section 4).
+        max_accounts: Maximum number of cached answers; the least recently used are evicted.
+
+    Raises:
+        ConfigurationError: A number is out of range.
+    """
+
+    ttl: float = field(validator=checks.is_not_negative)
+    stale_while_revalidate: float = field(default=0.0, validator=checks.is_not_negative)
+    stale_if_error: float = field(default=0.0, validator=checks.is_not_negative)
+    max_accounts: int = field(default=1024, validator=checks.is_count)

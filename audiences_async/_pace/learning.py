@@ -1,8 +1,8 @@
 """The rate of a limit that the service does not publish, learned from its refusals.
 
 The service throttles with 429 and publishes neither its rate nor ``Retry-After``: https://api.commbox.io/
-(GET /audiences). A slow start finds where the refusals begin; the grants from one refusal to a later one, by the time
-between them, are the rate.
+(GET /audiences). A slow start grows until the first refusals. The rate is then measured as the grants from one refusal
+to a later one, divided by the time between them.
 """
 
 import math

@@ -2,8 +2,8 @@
 
 from typing import Final
 
-from audiences_async.lanes import Lane
-from audiences_async.pacing import REFUSALS, Verdict
+from audiences_async._pace.lanes import Lane
+from audiences_async._pace.pacing import REFUSALS, Verdict
 
 _FEW: Final = 3  # accounts that fail in a row while few requests are in flight
 _MANY: Final = 8

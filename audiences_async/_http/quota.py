@@ -21,7 +21,7 @@ from typing import Any, Final
 from attrs import frozen
 from multidict import MultiMapping, istr
 
-from audiences_async.dates import date_and_time, delay_seconds, sent_at
+from audiences_async._base.dates import date_and_time, delay_seconds, sent_at
 
 # Each reply is searched for these names. A name that is made once is found faster.
 _COMBINED: Final = istr("RateLimit")

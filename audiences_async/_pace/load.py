@@ -2,8 +2,8 @@
 
 from typing import Final
 
-from audiences_async.concurrency import LearnedConcurrency
-from audiences_async.pacing import REFUSALS, Turn, Verdict
+from audiences_async._pace.concurrency import LearnedConcurrency
+from audiences_async._pace.pacing import REFUSALS, Turn, Verdict
 
 _FIRST_LIMIT: Final = 32.0  # requests in flight; three times as many a round trip later
 _LEAST: Final = 4.0  # requests in flight, however slow the service is

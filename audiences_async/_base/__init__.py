@@ -1,0 +1,1 @@
+"""What everything else uses: clock, checks, dates and deadlines."""

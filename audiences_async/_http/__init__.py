@@ -1,0 +1,1 @@
+"""One HTTP exchange: the wire, its connections and its errors."""

@@ -1,0 +1,1 @@
+"""Jobs over many accounts, and the files of their outcomes."""

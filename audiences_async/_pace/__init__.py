@@ -1,0 +1,1 @@
+"""Pace of accounts and of the service: limits, load and outages."""

@@ -1,0 +1,65 @@
+"""Snapshots of a client: why calls wait right now."""
+
+from typing import Literal, TypeAlias
+
+from attrs import frozen
+
+State: TypeAlias = Literal["open", "limited", "out"]
+"""The service answers; it holds all accounts to a limit; or it answers no account."""
+
+
+@frozen
+class AccountPace:
+    """How one account is paced right now.
+
+    Attributes:
+        account: The account's name.
+        rate: Requests per second, known or learned; ``None`` if none is known yet.
+        paused_for: Seconds until requests may go again; 0.0 means now.
+        waiting: Calls that wait for their turn.
+        in_flight: Requests on the wire.
+    """
+
+    account: str
+    rate: float | None
+    paused_for: float
+    waiting: int
+    in_flight: int
+
+
+@frozen
+class ServicePace:
+    """How the service holds all accounts together.
+
+    Attributes:
+        rate: Requests per second, known or learned; ``None`` if there is no such limit.
+        paused_for: Seconds until the next request may go, a probe if the state is ``"out"``; 0.0 means now.
+        waiting: Calls that wait for the service.
+        in_flight: Requests in flight.
+        window: Requests that may be in flight at the same time, as far as is known.
+        state: ``"open"``, ``"limited"`` (all accounts share a limit), or ``"out"`` (no account is answered).
+        silent_for: Seconds for which no account has been answered although requests were sent; 0.0 if one has.
+    """
+
+    rate: float | None
+    paused_for: float
+    waiting: int
+    in_flight: int
+    window: int
+    state: State
+    silent_for: float
+
+
+@frozen
+class ClientSnapshot:
+    """State of a client at one moment.
+
+    Attributes:
+        accounts: The accounts in use and their pace.
+        budget_left: Tokens left of the `RetryBudget`; ``inf`` if the client has no budget.
+        service: State of the limits that all accounts share; ``None`` before the client's first use.
+    """
+
+    accounts: tuple[AccountPace, ...]
+    budget_left: float
+    service: ServicePace | None

@@ -1,0 +1,98 @@
+"""The way imports go, and the page that shows it."""
+
+import ast
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import audiences_async
+
+pytestmark = pytest.mark.once
+
+PACKAGE = Path(audiences_async.__file__).parent
+PAGE = PACKAGE / "help" / "architecture.md"
+AIOHTTP = {"_http", "client", "sandbox"}  # the client names the type of a caller's session
+
+
+def modules() -> Iterator[tuple[str, str, ast.Module]]:
+    """Yield each module's name below the package, its part (a package, or itself at the root), and its tree."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+        part = name.partition(".")[0]
+        if part not in {"__init__", "_version", "pytest_plugin"}:
+            yield name, part, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(tree: ast.Module, package: str) -> Iterator[str]:
+    """Yield the names below *package* that a module imports anywhere, each with the modules above it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from (name.partition(".")[2] for name in names if name.partition(".")[0] == package)
+
+
+def imports() -> dict[str, set[str]]:
+    """Return the parts of the package that each part imports."""
+    found: dict[str, set[str]] = defaultdict(set)
+    parts = {part for _, part, _ in modules()}
+    for _, part, tree in modules():
+        found[part] |= {name.partition(".")[0] for name in imported(tree, "audiences_async")} & parts - {part}
+    return found
+
+
+def picture() -> str:
+    """Return the imports between the parts as a Mermaid flowchart, without those that follow from others."""
+    found = imports()
+    reachable: dict[str, set[str]] = {}
+    lines = ["flowchart TD"]
+    for part in TopologicalSorter(found).static_order():
+        reachable[part] = set().union(*(reachable[other] | {other} for other in found[part]))
+        direct = {
+            other for other in found[part] if not any(other in reachable[third] for third in found[part] - {other})
+        }
+        lines += [f"    {part} --> {other}" for other in sorted(direct)]
+    return "\n".join([lines[0], *sorted(lines[1:])])
+
+
+def test_imports_go_one_way() -> None:
+    """Order the parts so that each imports only parts before it; a cycle raises an error."""
+    assert list(TopologicalSorter(imports()).static_order())
+
+
+def test_modules_import_one_way() -> None:
+    """Order the modules of each package in the same way."""
+    names = {name for name, _, _ in modules()}
+    found = {
+        name: {
+            other
+            for target in imported(tree, "audiences_async")
+            for other in (target, target.rpartition(".")[0])
+            if other in names and other != name and not name.startswith(f"{other}.")
+        }
+        for name, _, tree in modules()
+        if "TYPE_CHECKING" not in ast.unparse(tree)
+    }
+    assert list(TopologicalSorter(found).static_order())
+
+
+def test_only_the_wire_and_the_sandbox_import_aiohttp() -> None:
+    """Keep aiohttp behind the transport."""
+    users = {part for _, part, tree in modules() if any(True for _ in imported(tree, "aiohttp"))}
+    assert users <= AIOHTTP
+
+
+def test_the_picture_follows_the_imports() -> None:
+    """Show on the architecture page what the code imports; `python tests/test_architecture.py` prints it anew."""
+    assert f"```mermaid\n{picture()}\n```" in PAGE.read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{picture()}\n")
