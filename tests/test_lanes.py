@@ -116,7 +116,7 @@ async def test_an_account_fails_alone_if_others_are_answered(north: Account) -> 
 
 
 async def test_an_account_recovers_with_the_next_answer(north: Account) -> None:
-    """Report that the latest request came to nothing, until one is answered."""
+    """Report that the latest request failed, until one is answered."""
     seen = [north.lane.recovers]
     north.lane.fails_alone(7)
     seen.append(north.lane.recovers)
@@ -148,7 +148,7 @@ async def test_a_hook_that_ends_the_program_leaves_the_queue_awake() -> None:
     """Let the queue look again although the event hook raised."""
 
     class Stop(BaseException):
-        """What a hook raises to end the program."""
+        """An exception that ends the program."""
 
     def emit(event: Event) -> None:
         raise Stop

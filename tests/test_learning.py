@@ -177,7 +177,7 @@ def test_refusals_at_any_rate_do_not_collapse_it() -> None:
 
 
 def cuts_of_no_use(strays: Strays, *, cuts: int = 15, by: float = 0.9, granted: int = 9) -> float | None:
-    """Cut a rate of 100 again and again, with so many grants before each refusal; return the last cut's result."""
+    """Cut a rate of 100 repeatedly, with *granted* grants before each refusal; return the last cut's result."""
     rate, restored = 100.0, None
     for _ in range(cuts):
         for _ in range(granted):

@@ -90,7 +90,7 @@ def test_growth_after_a_cut_is_slow_at_first() -> None:
 
 
 def test_requests_sent_before_a_cut_are_old_news() -> None:
-    """Ignore timeouts of requests that were sent before the limit was cut, or before it was told to."""
+    """Ignore timeouts of requests that were sent before the latest cut, or before the time to ignore."""
     requests = Requests()
     first, second = requests.send(10), requests.send(10)
     requests.now = 8.0

@@ -66,8 +66,8 @@ def test_a_cancelled_waiter_gives_up_its_place() -> None:
     assert virtual.run(main()) == [(0, 0), (1, 2), (2, 4)]
 
 
-def test_a_free_queue_has_no_wait_and_nobody_in_it() -> None:
-    """Report a queue as free only if nobody waits and a request may go now."""
+def test_a_queue_is_free_if_no_call_waits() -> None:
+    """Report a queue as free only if no call waits and a request may go now."""
 
     async def main() -> None:
         line = Line()
