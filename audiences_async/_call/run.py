@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Generator
+from typing import Final
 
 from attrs import frozen
 from tenacity import AsyncRetrying, RetryCallState
@@ -38,6 +39,8 @@ from audiences_async.events import (
 )
 from audiences_async.models import Account, AudiencesResponse
 from audiences_async.policies import RetryPolicy
+
+_FINAL: Final = Stop("final")
 
 
 @frozen(eq=False)
@@ -87,7 +90,7 @@ class Call:
         self._sent_at: float | None = None
         self._attempt_elapsed = 0.0
         self._attempts: tuple[Attempt, ...] = ()
-        self._next: Again | Stop = Stop("final")
+        self._next: Again | Stop = _FINAL
         self._borrows = False  # whether the next attempt waits for a place of those without tokens
         self._was_stale = False
         self._is_paced = False  # whether the lanes do all the waiting for the next attempt

@@ -15,11 +15,10 @@ _HALF: Final = 0.5
 class Evidence:
     """Accounts that are refused or fail, without an answer to any account in between."""
 
-    __slots__ = ("_accounts", "_peak", "_recovered", "_refused")
+    __slots__ = ("_accounts", "_recovered", "_refused")
 
     def __init__(self) -> None:
         self._accounts: set[Lane] = set()
-        self._peak = 0  # requests in flight at the same time
         self._refused = 0.0  # share of the latest requests
         self._recovered = 0.0  # share of the latest answers, of accounts that had been refused or had failed
 
@@ -28,10 +27,6 @@ class Evidence:
         """Whether most requests are refused, and most refused accounts are answered later."""
         return self._refused >= _HALF and self._recovered >= _HALF
 
-    def sent(self, in_flight: int) -> None:
-        """Note that a request goes now, as one of *in_flight*."""
-        self._peak = max(self._peak, in_flight)
-
     def returned(self, verdict: Verdict, lane: Lane) -> None:
         """Note the reply to a request of an account."""
         self._refused += _WEIGHT * ((verdict in REFUSALS) - self._refused)
@@ -39,12 +34,15 @@ class Evidence:
             self._recovered += _WEIGHT * (lane.recovers - self._recovered)
             self._accounts.clear()
 
-    def suffices(self, verdict: Verdict, lane: Lane) -> bool:
-        """Note that an account was refused or failed; return whether enough did, so that the service is the cause."""
+    def suffices(self, verdict: Verdict, lane: Lane, peak: int) -> bool:
+        """Note that an account was refused or failed; return whether enough did, so that the service is the cause.
+
+        More must do so if many requests, up to *peak*, were in flight at the same time.
+        """
         self._accounts.add(lane)
         # Accounts have limits of their own, and few have outages of their own.
         few = _MANY if verdict == "throttled" else _FEW
-        if len(self._accounts) < min(max(few, self._peak // _PER_ACCOUNT), _MANY):
+        if len(self._accounts) < min(max(few, peak // _PER_ACCOUNT), _MANY):
             return False
         self._accounts.clear()
         return True

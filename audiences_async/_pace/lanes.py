@@ -103,7 +103,8 @@ class Lane(PacedQueue):
                 if pause is not None and verdict != "unavailable":
                     self._close(now, min(pause, _LONGEST_ANNOUNCED), asked=True)
         finally:  # a hook may raise what ends the program, and be mistaken
-            self.changed()
+            if self._waiters:
+                self.changed()
 
     def _on_paused(self, seconds: float, *, asked: bool) -> None:
         self._emit(AccountPaused(self.account, seconds, asked))

@@ -63,7 +63,7 @@ class LearnedRate:
         self._since_cut = 0.0  # answers
         self._is_asked = False  # whether refusals name a pause
         self._burst = math.inf  # the fewest answers from the end of a pause to the next refusal
-        self._strays = Strays()
+        self._strays: Strays | None = None  # once there is a rate
         # The measurement:
         self._since: float | None = None  # a refusal
         self._granted = 0  # answers since then
@@ -73,7 +73,7 @@ class LearnedRate:
     @property
     def explains_refusals(self) -> bool:
         """Whether a refusal now may be due to the rate."""
-        return self._strays.are_few
+        return self._strays is None or self._strays.are_few
 
     def delay(self, now: float, in_flight: int) -> float:
         """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
@@ -89,9 +89,8 @@ class LearnedRate:
         return max(0.0, self._next_at - now) + (1 - shrink**ahead) / (1 - shrink) / self.rate
 
     def sent(self, now: float) -> None:
-        """Note that a request goes now."""
-        if self.rate is None:
-            return
+        """Note that a request goes now, at the rate that is known."""
+        assert self.rate is not None
         interval = 1 / self.rate
         self._held = now - self._next_at <= 2 * interval
         if not self._held:
@@ -105,6 +104,7 @@ class LearnedRate:
             self._granted += fresh  # the others were granted before the measurement began
             self._window += _WINDOW_STEP if took < _LONG_TRIP else _LONG_STEP
             return
+        assert self._strays is not None
         self._granted += 1
         self._strays.granted()
         if self._held:  # else the callers are slower than the pace, and that it is kept shows nothing
@@ -130,9 +130,10 @@ class LearnedRate:
             asked: Whether the refusal names a pause.
         """
         self._window = max(1.0, self._window / 2)
-        self._strays.refused()
-        if not self._strays.are_few:
-            return False
+        if self._strays is not None:
+            self._strays.refused()
+            if not self._strays.are_few:
+                return False
         if self._since is None:
             if self.rate is not None:
                 self._cut(self.rate, 0.8 * self.rate)
@@ -157,11 +158,11 @@ class LearnedRate:
         measured = self._granted / seconds
         lower_bound = measured * (1 - 0.5 / (self._granted + 1))
         if self.rate is None:
-            self.rate = max(_MIN_RATE, lower_bound)
+            self._begin_at(lower_bound)
         else:
             self._cut(self.rate, max(0.25 * self.rate, min(0.9 * self.rate, 1.2 * measured), lower_bound))
-        largest = _SLOW_GROWTH if self._is_shared and self.rate < _SLOW and self._granted > _FEW else _MAX_GROWTH
-        self._growth = min(largest, max(_MIN_GROWTH, 2 / self._granted**2))
+        is_slow = self._is_shared and measured < _SLOW and self._granted > _FEW
+        self._growth = min(_SLOW_GROWTH if is_slow else _MAX_GROWTH, max(_MIN_GROWTH, 2 / self._granted**2))
 
     def _measure_carefully(self, active: float) -> None:
         if self._excused:
@@ -172,13 +173,18 @@ class LearnedRate:
             # Most of it was the burst after a pause. With the pause this is too low, without it too high.
             measured = self._granted / math.sqrt(active * (active + self._excused))
         if self.rate is None:
-            self.rate = max(_MIN_RATE, measured)
+            self._begin_at(measured)
         else:
             self._cut(self.rate, min(0.95 * self.rate, max(0.5 * self.rate, measured)))
         self._growth = _CAREFUL_GROWTH if self._granted >= _SOME else _FIRST_CAREFUL_GROWTH
         self._is_asked = True
 
+    def _begin_at(self, rate: float) -> None:
+        self.rate = max(_MIN_RATE, rate)
+        self._strays = self._strays or Strays()
+
     def _cut(self, old: float, new: float) -> None:
+        assert self._strays is not None
         restored = self._strays.cut(old)
         self.rate = max(_MIN_RATE, new if restored is None else restored)
         self._since_cut = 0

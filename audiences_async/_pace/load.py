@@ -28,13 +28,15 @@ class Load:
 
     __slots__ = (
         "_attempt_timeout", "_concurrency", "_cut_at", "_in_flight", "_sent", "_since_cut", "_step", "connections",
-        "limit", "quick_answers", "slowest",
+        "limit", "peak", "quick_answers", "slowest",
     )  # fmt: skip
 
     def __init__(self, connections: int, attempt_timeout: float) -> None:
         self.connections: int = connections
         self.limit: float = min(_FIRST_LIMIT, float(connections))
         """Requests that may be in flight now."""
+        self.peak: int = 0
+        """The most requests that were in flight at the same time."""
         self.quick_answers: int = 0
         """Number of answers within a small part of the attempt timeout."""
         self.slowest: float = 0.0
@@ -49,28 +51,39 @@ class Load:
 
     def sent(self) -> int:
         """Note that a request goes now; return its number."""
+        others = len(self._in_flight)
+        if others >= self.peak:
+            self.peak = others + 1
         self._sent += 1
-        self._in_flight[self._sent] = len(self._in_flight)
+        self._in_flight[self._sent] = others
         return self._sent
 
     def follow(self, now: float, turn: Turn, verdict: Verdict, in_flight: int) -> None:
         """Adapt the limit to the reply to the request of *turn*."""
         others = self._in_flight.pop(turn.number)
-        if verdict == "answered":
-            self._concurrency.granted(now, turn.sent_at, others)
-        elif verdict in REFUSALS:
-            self._concurrency.refused(now, turn.sent_at, sum(number < turn.number for number in self._in_flight))
         took = now - turn.sent_at
-        if verdict == "timed out":
-            self._shrink(now, turn, _AFTER_TIMEOUT, in_flight)
-        elif verdict == "answered" and took > _SLOW * self._attempt_timeout:
-            self._shrink(now, turn, _AFTER_SLOW, in_flight)
-        elif verdict in {"answered", "failed", "unavailable"}:
-            self._grow(took)
         if verdict == "answered":
-            self.slowest = max(took, _FADING * self.slowest)
-            self.quick_answers += took <= _QUICK * self._attempt_timeout
-        self.limit = min(self.limit, self._concurrency.limit)
+            self._answered(now, turn, took, others, in_flight)
+        elif verdict == "timed out":
+            self._shrink(now, turn, _AFTER_TIMEOUT, in_flight)
+        elif verdict in {"failed", "unavailable"} and self.limit < self.connections:
+            self._grow(took)
+        if verdict in REFUSALS:
+            earlier = sum(number < turn.number for number in self._in_flight)
+            self._concurrency.refused(now, turn.sent_at, earlier)
+            self.limit = min(self.limit, self._concurrency.limit)
+
+    def _answered(self, now: float, turn: Turn, took: float, others: int, in_flight: int) -> None:
+        if self._concurrency.is_suspected:
+            self._concurrency.granted(now, turn.sent_at, others)
+            self.limit = min(self.limit, self._concurrency.limit)
+        if took > _SLOW * self._attempt_timeout:
+            self._shrink(now, turn, _AFTER_SLOW, in_flight)
+        elif self.limit < self.connections:
+            self._grow(took)
+        self.slowest *= _FADING
+        self.slowest = max(self.slowest, took)
+        self.quick_answers += took <= _QUICK * self._attempt_timeout
 
     def _shrink(self, now: float, turn: Turn, share: float, in_flight: int) -> None:
         others_were_quick = self.quick_answers - turn.quick_answers >= self.limit
@@ -80,8 +93,6 @@ class Load:
             self.cut(max(limit, min(_LEAST, self.connections)))  # one request that hangs must not block the others
 
     def _grow(self, took: float) -> None:
-        if self.limit >= self.connections:
-            return
         self._since_cut += 1
         if self._since_cut % _ENOUGH == 0:
             self._step = min(_FAST_STEP, 2 * self._step)

@@ -24,6 +24,7 @@ from audiences_async.models import Account
 from audiences_async.policies import Limiter, RateLimit
 from audiences_async.snapshots import AccountPace
 
+_NO_CAUSE: Final = frozenset({"answered", "nothing"})
 _FIRST_PAUSE: Final = 0.1  # of throttle_base_delay
 _KEPT_LANES: Final = 4096
 _LOOK_EVERY: Final = 0.5  # s
@@ -72,7 +73,7 @@ class Pacer:
             settings=self._settings,
             emit=self._emit,
         )
-        self._scope = QuotaScope()
+        self._scope: QuotaScope | None = None  # once a quota was announced
         self._lanes: OrderedDict[Account | str, Lane] = OrderedDict()
 
     def lane(self, account: Account) -> Lane:
@@ -183,18 +184,20 @@ class Pacer:
             Whether a retry may leave all waiting to the lanes.
         """
         now = self.clock.monotonic()
-        is_shared = is_own and self._concerns_all(lane, turn, verdict)
+        is_shared = is_own and verdict not in _NO_CAUSE and self._concerns_all(lane, turn, verdict)
         of_service = self.service.returned(now, turn, verdict, pause, lane, is_shared=is_shared)
         if of_service or not is_own:
             lane.returned(now, turn.sent_at, "nothing", None)
         else:
             lane.returned(now, turn.sent_at, verdict, pause)
-            self._announced(lane, now, turn.sent_at, quota)
+            if quota is not None or self._scope is not None:
+                self._announced(lane, now, turn.sent_at, quota)
         if of_service:
             return self.service.paces_retries or (in_job and self.service.is_limited)
         return verdict == "throttled" and lane.paces_retries
 
     def _announced(self, lane: Lane, now: float, sent_at: float, quota: Quota | None) -> None:
+        self._scope = self._scope or QuotaScope()
         if quota is not None:
             self._scope.announced(lane, now, quota)
         is_shared = quota is not None and self._scope.is_shared
@@ -203,8 +206,6 @@ class Pacer:
 
     def _concerns_all(self, lane: Lane, turn: Turn, verdict: Verdict) -> bool:
         """Return whether a refusal or a failure may be the service's, and not this account's alone."""
-        if verdict in {"answered", "nothing"}:
-            return False
         fails_alone = lane.fails_alone(self.service.answers)
         if verdict == "throttled" and lane.explains(turn.sent_at):
             return False

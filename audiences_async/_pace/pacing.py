@@ -84,7 +84,8 @@ class PacedQueue(Queue):
         deadlines: Deadlines,
         settings: PauseSettings,
     ) -> None:
-        super().__init__(clock, deadlines, limit if isinstance(limit, Limiter) else None)
+        # Not by `isinstance(limit, Limiter)`: checking a protocol takes longer than making a lane.
+        super().__init__(clock, deadlines, None if isinstance(limit, RateLimit) else limit)
         self._known = KnownRate(limit) if isinstance(limit, RateLimit) else None
         self._learned = learned  # also below a known rate, which may be too high
         self._window = LearnedWindow()
@@ -134,12 +135,12 @@ class PacedQueue(Queue):
     def sent(self, now: float) -> bool:
         """Note that a request goes now; ``True`` if it is a probe."""
         # A pause is not idleness: calls wait for its end.
-        idle_for = now - max(self._last_at, self._closed_until)
-        if not self.in_flight and idle_for > _IDLE:
+        if not self.in_flight and now - self._last_at > _IDLE and now - self._closed_until > _IDLE:
             self._learned.idle()
         self.in_flight += 1
         self._probe_out = self._probing
-        self._learned.sent(now)
+        if self._learned.rate is not None:
+            self._learned.sent(now)
         if self._known is not None:
             self._known.sent(now)
         return self._probing

@@ -103,9 +103,10 @@ class ServiceLane(PacedQueue):
 
     def delay(self, now: float) -> float:
         """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
-        if self.is_out and self._probe_out:
-            return self.outage.next_probe(now)
-        if not self.is_out and self.in_flight >= int(self.load.limit):
+        if self._state == "out":
+            if self._probe_out:
+                return self.outage.next_probe(now)
+        elif self.in_flight >= int(self.load.limit):
             return math.inf
         return super().delay(now)
 
@@ -114,7 +115,6 @@ class ServiceLane(PacedQueue):
         is_probe = super().sent(now)
         if is_probe:
             self.outage.probed(now)
-        self.evidence.sent(self.in_flight)
         return is_probe
 
     async def opened_or_out(self) -> None:
@@ -215,7 +215,7 @@ class ServiceLane(PacedQueue):
     def _heard(self, now: float, sent_at: float, *, fresh: bool) -> None:
         self.answers += 1
         self._unrefused += 1
-        if self.is_out:  # any answer ends an outage, even to an old request
+        if self._state == "out":  # any answer ends an outage, even to an old request
             if now < self._closed_until:
                 self._learned.restart(now)  # a measurement leaves the whole pause out
             self._closed_until, fresh = now, True
@@ -234,7 +234,7 @@ class ServiceLane(PacedQueue):
             return True
         if verdict in REFUSALS and (self.is_limited or self.refuses_many):
             return self._is_rate(now, turn, pause)
-        if not self.evidence.suffices(verdict, lane):
+        if not self.evidence.suffices(verdict, lane, self.load.peak):
             return False
         self._trip(now, turn.sent_at, verdict, pause)
         return True

@@ -12,6 +12,9 @@ _LOOK_AGAIN: Final = 16  # periods, after which the limit is tried again
 _STEP: Final = 0.25  # of the time waited so far, if the period is longer than expected
 
 
+_NO_GRANTS: Final[deque[float]] = deque(maxlen=0)
+
+
 class LearnedWindow:
     """A limit of some requests in any period, recognized by refusals in a row and then many grants at once.
 
@@ -30,7 +33,7 @@ class LearnedWindow:
         """Requests in a period; ``None`` if no such limit is recognized."""
         self._shortest = 0.0  # s
         self._longest = math.inf  # s
-        self._grants: deque[float] = deque()  # when the latest granted requests were sent, as many as the limit
+        self._grants = _NO_GRANTS  # when the latest granted requests were sent, as many as the limit
         self._settled = 0  # grants until the next look whether more is granted
         self._is_open = False  # whether it was granted
         # Until a limit is recognized, of the requests that were granted since the last opening:
@@ -129,7 +132,7 @@ class LearnedWindow:
         recent = self._within(sent_at)
         if recent < _BUNCH:
             self.limit = None
-            self._grants.clear()
+            self._grants = _NO_GRANTS
             return None
         self._settle(recent)
         self._trim()
@@ -145,7 +148,7 @@ class LearnedWindow:
         if self._refusals >= _STREAK and self._count >= _BUNCH and together:
             self.limit = self._count
             self._shortest, self._longest = self._refused_at - self._began, gap
-            self._grants.append(sent_at)
+            self._grants = deque([sent_at])
             self._settled = 0
 
     def _append(self, sent_at: float) -> None:
@@ -153,7 +156,7 @@ class LearnedWindow:
         since = sent_at - self._grants[0]
         if self._is_open and since > self._longest:
             self.limit, self._is_open = None, False  # the service grants any number
-            self._grants.clear()
+            self._grants = _NO_GRANTS
             return
         if len(self._grants) == self.limit and since < self._longest and not self._is_open:
             if since < self._shortest:
