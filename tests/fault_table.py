@@ -1,4 +1,13 @@
-"""Print a table of all faults and their results at the end of the test session."""
+"""Print a table of all faults and their results at the end of the test session.
+
+This is a pytest plugin, and is off by default. To print the table, run the faults in one process:
+
+    PYTHONPATH=tests pytest -p fault_table tests/test_faults.py
+
+Each row has a fault of the catalogue in `faults`, its outcome, the number of requests and the seconds. `test_faults`
+adds a `Row` for each fault to `ROWS`. Faults of one family share a row, with the highest figures; ``-v`` lists each
+of them.
+"""
 
 from itertools import groupby
 from typing import Final

@@ -1,4 +1,39 @@
-"""Faults of a peer on raw sockets, and the client's promise for each."""
+"""Faults of a peer on raw sockets, and the client's promise for each.
+
+**What a fault is.** A `Fault` has a name, a behaviour of the server (`serve`) and a promise: the outcome of the call,
+the number of requests, and, if they matter, the seconds and the bytes. The outcome is a `Value` (an answer with so
+many audiences) or a `Refused` (the exact class of the error, its status, and the path of the first problem).
+
+**How faults are used.** `test_faults.test_fault` runs every fault of `CATALOGUE`. It starts the server in a thread of
+its own, makes one call, and compares the outcome and the costs with the promise. It then heals the server and makes a
+second call, which must succeed (unless TLS is the fault), and checks that no task and no socket is left. `HEAVY` and
+`LONG` are run in a child process that measures peak memory, and how long the event loop is blocked.
+
+**How a behaviour is written.** `serve` is a coroutine function of one `Peer`, the server's end of a connection. It is
+called again and again until it closes the connection. Most faults need no new one:
+
+- `_keep(body, status, *headers)` sends a valid response, and keeps the connection;
+- `_says(*pieces, then=...)` sends bytes as they are, and then keeps, closes or resets the connection, or hangs;
+- `_goes_on(start, piece, times, finish)` sends the same bytes many times, or for ever; `_drips` sends single bytes;
+- `_first_connection` and `_in_turn` combine behaviours, for faults of a connection that is reused.
+
+`reply`, `head`, `chunk` and `length` make the bytes; `ONE` is a valid body with one audience.
+
+**How to add a fault.** Find the function that yields its kind, such as `_header_lines` or `_chunked`, and yield one
+more:
+
+    yield Fault("header: an empty value", _says(head(b"X-Name:", length(len(ONE))) + ONE), Value(1))
+
+`_retried` is the same for a fault that costs both attempts, by default with `NO_REPLY`; `_slow` is for one that costs
+the time of both. A new function goes into `CATALOGUE` too. Then run it alone:
+
+    pytest tests/test_faults.py -k "empty and value"
+
+State the promise that README makes, not what the client happens to do. If aiohttp accepts something that it should
+refuse, list it with a comment, so that a new version of aiohttp shows the difference.
+
+`PYTHONPATH=tests pytest -p fault_table tests/test_faults.py` prints a table of all outcomes; see `fault_table`.
+"""
 
 import asyncio
 import functools

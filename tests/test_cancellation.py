@@ -1,4 +1,40 @@
-"""Cancelling and closing, in every state of a call: immediate, with no further request and nothing left behind."""
+"""Cancelling and closing, in every state of a call: immediate, with no further request and nothing left behind.
+
+The module has four parts: one call held in a known state, many calls cancelled at random moments, other loops and
+processes, and a search for blocking calls. Only the first needs an explanation.
+
+**What a scene is.** A call passes through about twenty states: it waits for its key, for its turn, for a connection,
+for the body, and so on. A `Scene` is one client with one call that is stuck in one of these states. The scene
+provides both what the call waits for and the way out of it:
+
+- a server that answers every request with the same bytes, or with none (`serve`);
+- callbacks that do not return: `key`, `acquire` (a limiter) and `sleep` (the clock);
+- a name server, a TLS handshake and a full backlog that do not answer (`resolve_slowly`, `handshake`, `fill_backlog`).
+
+The client's clock moves only once the scene is healed. The server has no tasks: any task that is left is the
+client's.
+
+**How a test uses it.** `STATES[state](scene)` brings the call into the state. The test then cancels the call or
+closes the client, and counts the turns of the event loop until it has ended. `scene.heal()` releases everything that
+is held, and `scene.sound()` checks that the next call is answered. At the end, no task, no socket and no queued call
+is left. The fixture runs each state with the client's own session, and again with a session of the caller.
+
+**How a state is recognized.** `scene.call("Queue._wait")` starts a call and returns when it waits in the function of
+this qualified name. `awaited` lists these names for any task; print it to find the right one. If a function is
+renamed, the scenes that wait in it fail with a timeout, and only the name has to be changed.
+
+**How to add a state.** Write a function of four lines, and add it to `STATES` under a name that completes "a call
+that is cancelled while it is ...":
+
+    async def _headers(scene: Scene) -> None:
+        scene.open()  # the client, with the settings that the state needs
+        await scene.serve()  # what holds the call: here, a server that sends nothing
+        await scene.call("ClientResponse.start")  # the call, and the function that it waits in
+        await in_time(lambda: scene.requests)  # if that is not yet the state: what must have happened
+
+Both tests of every state then include it. If the call waits for another call, start that one first: the last call is
+cancelled before the others.
+"""
 
 import asyncio
 import gc

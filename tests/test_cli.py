@@ -213,6 +213,7 @@ def test_a_full_disk_is_one_line(environment: Mapping[str, str]) -> None:
     assert (done.returncode, done.stderr) == (1, b"error: cannot write: [Errno 28] No space left on device\n")
 
 
+@pytest.mark.slow
 def test_a_closed_stdout_is_one_line(environment: Mapping[str, str]) -> None:
     """Fail a command that has data to write if stdout is closed."""
     done = subprocess.run(

@@ -28,6 +28,8 @@ from audiences_async.clock import Clock
 from audiences_async.events import AttemptFinished, AttemptStarted, CallFinished, CallStarted
 from audiences_async.sandbox import Answer, Sandbox, SeenRequest, many_audiences
 
+pytestmark = pytest.mark.slow
+
 ACCOUNTS: Final = 50
 CALLS_EACH: Final = 20
 POLICY: Final = RetryPolicy(max_attempts=6, base_delay=0.5, throttle_base_delay=1.0)

@@ -204,6 +204,7 @@ class Pool:
         self.is_ill = True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [1, 10])
 @pytest.mark.parametrize("how", [reset, hang])
 async def test_a_pool_of_dead_connections_costs_a_call_one_request(
@@ -311,6 +312,7 @@ def tls_contexts(name: str) -> tuple[tls.SSLContext, tls.SSLContext]:
     return ours, theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("dead", [[hang], [reset], [hang, hang], [reset, hang]])
 async def test_a_retry_starts_at_another_address(raw_at: Any, names: Names, scheme: str, dead: list[Serve]) -> None:

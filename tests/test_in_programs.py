@@ -173,6 +173,7 @@ def programs(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("checker", ["pyright", "mypy"])
 def test_type_checkers_accept_the_programs_of_readme(programs: Path, checker: str) -> None:
@@ -266,6 +267,7 @@ def printed(code: str, **environment: str) -> str:
 HEAVY = ("aiohttp", "cattrs", "tenacity", "msgspec", "audiences_async.client", "audiences_async.sandbox")
 
 
+@pytest.mark.slow
 def test_the_pytest_plugin_imports_little(tmp_path: Path) -> None:
     """Import none of the fixtures' dependencies in a test run that uses none of them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -276,12 +278,14 @@ def test_the_pytest_plugin_imports_little(tmp_path: Path) -> None:
     assert printed(code, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", PYTEST_ADDOPTS="") == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", ["import audiences_async", "import audiences_async as a; dir(a); hasattr(a, 'no')"])
 def test_an_import_brings_little(code: str) -> None:
     """Import the package alone without aiohttp and cattrs; its names load on first use."""
     assert printed(f"{code}; import sys; print([n for n in {HEAVY} if n in sys.modules])") == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [
@@ -351,6 +355,7 @@ FRAGMENTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", FILES)
 def test_mangled_accounts_files(tmp_path: Path, chance: random.Random, suffix: str) -> None:
     """Read any content of an accounts file, or raise ConfigurationError."""

@@ -228,15 +228,6 @@ def test_every_attempt_asks_first(client: Callable[..., AudiencesClient]) -> Non
     assert len(service.seen) == 12
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"rate": 0}, {"rate": -1}, {"rate": "2"}, {"rate": 1, "per": 0}, {"rate": 1, "burst": 0}]
-)
-def test_a_limit_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
-    """Check a rate limit's numbers by name."""
-    with pytest.raises(ConfigurationError, match=list(wrong)[-1]):
-        RateLimit(**wrong)
-
-
 def test_connections_are_handed_on_in_order() -> None:
     """Connections go to waiters in the order asked for; one that is cancelled, even as it gets its turn, loses none."""
 
@@ -325,6 +316,7 @@ def test_a_window_of_the_services_is_learned_too(client: Callable[..., Audiences
     assert len(service.times(429)) <= 100, "a window that doubles finds the limit for at most what it was granted"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "calls", "ideal"),
     [
@@ -954,6 +946,7 @@ def test_a_paused_account_is_not_forgotten() -> None:
     virtual.run(main())
 
 
+@pytest.mark.slow
 def test_learned_rates_are_kept_for_a_while() -> None:
     """Keep the learned pace for a bounded number of accounts."""
 

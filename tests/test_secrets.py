@@ -343,6 +343,7 @@ HEADS: Final = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 async def test_no_echo_in_a_broken_head_gets_through(
     raw: StartRaw, caplog: pytest.LogCaptureFixture, debug: None, head: str

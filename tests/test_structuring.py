@@ -278,6 +278,7 @@ def test_many_small_rows() -> None:
     )
 
 
+@pytest.mark.slow
 def test_rows_of_uneven_length_are_decoded_in_steps() -> None:
     """A few long rows among many short ones are decoded in steps, and every row keeps its place."""
     long = json.dumps({"type": "New", "x": "y" * 100_000}).encode()
@@ -392,6 +393,7 @@ statics = st.builds(lambda row, n: {**row, "user_count": n, "type": "Static"}, r
 dynamics = rows.map(lambda row: {**row, "type": "Dynamic"})
 
 
+@pytest.mark.slow
 @given(st.lists(statics | dynamics, max_size=5))
 def test_every_valid_record_comes_back_unchanged(data: list[dict[str, Any]]) -> None:
     """Any valid records give as many audiences, equal to the records."""

@@ -1,7 +1,6 @@
 """One attempt on real sockets: bodies, encodings, limits, broken connections, TLS, cookies and proxies."""
 
 import asyncio
-import functools
 import gc
 import gzip
 import json
@@ -80,77 +79,6 @@ async def error_of(client: AudiencesClient) -> AudiencesError:
 
 
 # --- the request
-
-
-async def test_either_way_sends_the_same(raw: StartRaw, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The head is the same to the byte whether aiohttp's session writes it or not."""
-    heads: list[bytes] = []
-
-    async def serve(connection: RawConnection) -> None:
-        while True:
-            heads.append(await connection.request())
-            await connection.answer()
-
-    server = await raw(serve)
-    for known in (True, False):
-        with monkeypatch.context() as patch:
-            patch.setattr(direct, "_is_known", lambda known=known: known)
-            async with AudiencesClient("clé %s", base_url=f"{server.base_url}a%20b/") as client:
-                await client.get_audiences()
-    assert heads[0] == heads[1]
-    assert heads[0].startswith(b"GET /a%20b/audiences HTTP/1.1\r\nHost: 127.0.0.1:")
-    assert heads[0].endswith("\r\nAuthorization: Bearer clé %s\r\n\r\n".encode())
-
-
-async def test_this_aiohttp_is_known(way: str) -> None:
-    """Requests use the installed aiohttp's pool directly. If a new version fails, review its changes first."""
-    async with aiohttp.ClientSession() as session:
-        requests = direct.direct_requests(session, URL("http://localhost/audiences"))
-        assert (requests is not None and requests.usable) is (way == "direct")
-
-
-def _without(owner: object, name: str, patch: pytest.MonkeyPatch) -> None:
-    patch.delattr(owner, name)
-
-
-def _wrapped(owner: object, name: str, patch: pytest.MonkeyPatch) -> None:
-    original: Any = getattr(owner, name)
-
-    @functools.wraps(original)
-    def wrapper(*arguments: Any, **named: Any) -> Any:
-        return original(*arguments, **named)
-
-    patch.setattr(owner, name, wrapper)
-
-
-@pytest.mark.parametrize("change", [_without, _wrapped])
-@pytest.mark.parametrize(
-    ("owner", "name"),
-    [
-        (aiohttp.ClientRequest, "send"),
-        (aiohttp.ClientRequest, "__init__"),
-        (aiohttp.ClientResponse, "__init__"),
-        (aiohttp.ClientResponse, "start"),
-        (aiohttp.BaseConnector, "connect"),
-        (ResponseHandler, "set_response_params"),
-        (aiohttp.ClientSession, "_request"),
-    ],
-)
-async def test_a_changed_aiohttp_is_asked_in_public(
-    owner: object,
-    name: str,
-    change: Callable[[object, str, pytest.MonkeyPatch], None],
-    way: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A member that is missing or wrapped is detected when a client starts; nothing is raised."""
-    async with aiohttp.ClientSession() as session:
-        with monkeypatch.context() as patch:
-            change(owner, name, patch)
-            requests = direct.direct_requests(session, URL("http://localhost/audiences"))
-            assert requests is None or not requests.usable
-        requests = direct.direct_requests(session, URL("http://localhost/audiences"))
-        assert (requests is not None) is (way == "direct")
 
 
 async def test_a_connection_that_is_lost_at_once(
@@ -938,15 +866,3 @@ async def test_a_connector_of_another_aiohttp_is_closed_in_its_own_process(
     assert connector._close_immediately() == []
     monkeypatch.undo()
     await connector.close()
-
-
-async def test_an_aiohttp_that_refuses_is_asked_in_public(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If preparing the direct path fails in any way, the session is used instead."""
-    assert not direct._takes(aiohttp.ClientRequest.__init__, 1)
-
-    def refuse(*_: object) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(direct.DirectRequests, "__init__", refuse)
-    async with AudiencesClient(base_url=sandbox.base_url) as client:
-        assert len(await client.get_audiences(sandbox.add_account("north"))) == 2

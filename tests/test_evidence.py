@@ -1,0 +1,74 @@
+"""Whether a refusal or a failure is the service's: from what different accounts meet in a row."""
+
+import pytest
+
+from audiences_async._base.deadlines import Deadlines
+from audiences_async._pace.evidence import Evidence
+from audiences_async._pace.lanes import Lane
+from audiences_async._pace.pacing import PauseSettings, Verdict
+from audiences_async.clock import Clock
+
+pytestmark = pytest.mark.once
+
+
+@pytest.fixture
+async def lanes() -> list[Lane]:
+    """Return the lanes of twenty accounts."""
+    common = {"limit": None, "clock": Clock(), "deadlines": Deadlines(), "settings": PauseSettings(0.1, 20.0)}
+    return [Lane(f"a{number}", emit=lambda event: None, **common) for number in range(20)]  # type: ignore[arg-type]
+
+
+def needed(evidence: Evidence, verdict: Verdict, lanes: list[Lane]) -> int:
+    """Return the number of different accounts after which the verdict is the service's."""
+    return next(number for number, lane in enumerate(lanes, 1) if evidence.suffices(verdict, lane))
+
+
+@pytest.mark.parametrize(
+    ("verdict", "in_flight", "accounts"),
+    [("failed", 1, 3), ("failed", 20, 5), ("failed", 1000, 8), ("throttled", 1, 8), ("throttled", 1000, 8)],
+)
+def test_some_accounts_in_a_row_suffice(lanes: list[Lane], verdict: Verdict, in_flight: int, accounts: int) -> None:
+    """Ask for more accounts if more requests are in flight, and for many if each may have met its own limit."""
+    evidence = Evidence()
+    evidence.sent(in_flight)
+    assert needed(evidence, verdict, lanes) == accounts
+
+
+def test_one_account_is_no_evidence(lanes: list[Lane]) -> None:
+    """Count an account once, however often it fails."""
+    evidence = Evidence()
+    assert not any(evidence.suffices("failed", lanes[0]) for _ in range(100))
+
+
+def test_an_answer_starts_the_count_again(lanes: list[Lane]) -> None:
+    """Count only failures without an answer to any account between them."""
+    evidence = Evidence()
+    for lane in lanes[:2]:
+        assert not evidence.suffices("failed", lane)
+    evidence.returned("answered", lanes[9])
+    assert needed(evidence, "failed", lanes) == 3
+    assert needed(evidence, "failed", lanes) == 3, "and it starts again once it has sufficed"
+
+
+def test_accounts_that_are_refused_and_then_answered_share_a_limit(lanes: list[Lane]) -> None:
+    """Report a shared limit while most requests are refused, and most refused accounts are answered later."""
+    evidence = Evidence()
+    for lane in 3 * lanes:
+        lane.fails_alone(answers=0)
+        evidence.returned("throttled", lane)
+        evidence.returned("unavailable", lane)
+        evidence.returned("answered", lane)
+    assert evidence.shows_refusals
+    for lane in lanes:
+        evidence.returned("answered", lane)
+    assert not evidence.shows_refusals
+
+
+def test_accounts_that_are_only_refused_do_not_show_a_shared_limit(lanes: list[Lane]) -> None:
+    """Report no shared limit if the accounts that are answered are never those that were refused."""
+    evidence = Evidence()
+    for lane in 3 * lanes[:10]:
+        evidence.returned("throttled", lane)
+        evidence.returned("throttled", lane)
+        evidence.returned("answered", lanes[10])
+    assert not evidence.shows_refusals

@@ -1,0 +1,162 @@
+"""One account's lane, from verdicts in stepped time: its pauses, its events, and whose fault a refusal is."""
+
+from typing import Any
+
+import pytest
+
+from audiences_async import Event, RateLimit
+from audiences_async._base.deadlines import Deadlines
+from audiences_async._pace.lanes import Lane
+from audiences_async._pace.pacing import PauseSettings, Verdict
+from audiences_async.clock import Clock
+from audiences_async.events import AccountPaused, AccountResumed, RateLearned
+from audiences_async.snapshots import AccountPace
+
+pytestmark = pytest.mark.once
+
+
+class Account:
+    """A lane with its events, whose requests come back at once."""
+
+    def __init__(self, limit: Any = None) -> None:
+        self.events: list[Event] = []
+        self.lane = Lane(
+            "north",
+            limit=limit,
+            clock=Clock(random=lambda: 0.5),
+            deadlines=Deadlines(),
+            settings=PauseSettings(first=0.1, longest=20.0),
+            emit=self.events.append,
+        )
+
+    def meets(self, verdict: Verdict, at: float, pause: float | None = None) -> float:
+        """Send a request at this time and take in its verdict; return the seconds of the pause after it."""
+        self.lane.sent(at)
+        self.lane.returned(at, at, verdict, pause)
+        return self.lane.paused_for(at)
+
+
+@pytest.fixture
+async def north() -> Account:
+    """Return an account without a known rate."""
+    return Account()
+
+
+async def test_a_refusal_pauses_and_the_probe_resumes(north: Account) -> None:
+    """Close after a 429 for as long as it asks; open again when the one request after the pause is answered."""
+    assert north.meets("throttled", 10.0, pause=5.0) == 5.0
+    assert north.lane.is_paused(14.9)
+    assert not north.lane.is_paused(15.0)
+    north.lane.sent(15.0)
+    assert north.lane.delay(15.0) == float("inf"), "the probe goes alone"
+    north.lane.returned(15.1, 15.0, "answered", None)
+    assert north.lane.delay(15.1) == 0.0
+    assert north.events == [AccountPaused("north", 5.0, True), AccountResumed("north")]
+
+
+async def test_pauses_double_with_refusals_in_a_row(north: Account) -> None:
+    """Double the pause with each refusal that names none."""
+    now, pauses = 0.0, []
+    for _ in range(4):
+        pauses.append(north.meets("throttled", now))
+        now += pauses[-1]
+    assert pauses == pytest.approx([0.075, 0.15, 0.3, 0.6])
+
+
+@pytest.mark.parametrize(
+    ("verdict", "asked", "pause"),
+    [
+        ("answered", 5.0, 5.0),
+        ("answered", 3600.0, 30.0),
+        ("failed", 5.0, 5.0),
+        ("unavailable", 5.0, 0.0),
+        ("lost", 5.0, 0.0),
+        ("nothing", 5.0, 0.0),
+    ],
+)
+async def test_a_pause_in_another_reply(north: Account, verdict: Verdict, asked: float, pause: float) -> None:
+    """Keep a pause that an answer or an error names, but not for longer than half a minute."""
+    assert north.meets(verdict, 10.0, asked) == pause
+
+
+async def test_a_learned_rate_is_an_event(north: Account) -> None:
+    """Emit `RateLearned` when grants lie between two refusals."""
+    north.meets("throttled", 0.0)
+    for tenth in range(10, 20):
+        north.meets("answered", tenth / 10)
+    north.meets("throttled", 2.0)
+    (learned,) = (event for event in north.events if isinstance(event, RateLearned))
+    assert (learned.account, learned.rate) == ("north", north.lane.rate)
+    assert learned.rate == pytest.approx(10 / 2.0, rel=0.1)
+
+
+async def test_recent_requests_explain_a_refusal(north: Account) -> None:
+    """Put a refusal down to the account if it has sent others within a second, or has others in flight."""
+    north.lane.sent(10.0)
+    assert not north.lane.explains(10.0)
+    north.lane.returned(10.0, 10.0, "answered", None)
+    assert [north.lane.explains(sent_at) for sent_at in (10.9, 11.1)] == [True, False]
+    north.lane.sent(20.0)
+    north.lane.sent(20.0)
+    assert north.lane.explains(20.0)
+
+
+async def test_a_slow_rate_explains_a_refusal_for_longer() -> None:
+    """Put a refusal down to the account within two intervals of its rate."""
+    account = Account(RateLimit(1, per=10.0))
+    account.meets("answered", 100.0)
+    assert [account.lane.explains(sent_at) for sent_at in (119.0, 121.0)] == [True, False]
+
+
+async def test_an_account_fails_alone_if_others_are_answered(north: Account) -> None:
+    """Suspect the account, and not the service, once others were answered between two of its failures."""
+    assert [north.lane.fails_alone(answers) for answers in (7, 7, 8, 8)] == [False, False, True, True]
+    north.meets("answered", 10.0)
+    assert north.lane.fails_alone(9) is False
+
+
+async def test_an_account_recovers_with_the_next_answer(north: Account) -> None:
+    """Report that the latest request failed, until one is answered."""
+    seen = [north.lane.recovers]
+    north.lane.fails_alone(7)
+    seen.append(north.lane.recovers)
+    north.meets("answered", 10.0)
+    assert [*seen, north.lane.recovers] == [False, True, False]
+
+
+async def test_a_lane_that_remembers_something_is_not_idle() -> None:
+    """Report a lane as idle only if forgetting it makes no difference."""
+    account = Account(RateLimit(1))
+    assert account.lane.is_idle(0.0)
+    account.lane.users = 1
+    assert not account.lane.is_idle(0.0)
+    account.lane.users = 0
+    account.meets("answered", 10.0)
+    assert [account.lane.is_idle(now) for now in (10.5, 11.0)] == [False, True]
+    account.meets("throttled", 20.0, pause=1.0)
+    assert not account.lane.is_idle(30.0), "a refusal since the latest answer"
+
+
+async def test_the_snapshot_shows_the_pace(north: Account) -> None:
+    """Show rate, pause, queue and requests in flight."""
+    north.meets("throttled", 10.0, pause=5.0)
+    north.lane.sent(16.0)
+    assert north.lane.snapshot(12.0) == AccountPace("north", None, 3.0, waiting=0, in_flight=1)
+
+
+async def test_a_hook_that_ends_the_program_leaves_the_queue_awake() -> None:
+    """Let the queue look again although the event hook raised."""
+
+    class Stop(BaseException):
+        """An exception that ends the program."""
+
+    def emit(event: Event) -> None:
+        raise Stop
+
+    account = Account()
+    account.lane._emit = emit
+    account.lane.sent(10.0)
+    with pytest.raises(Stop):
+        account.lane.returned(10.0, 10.0, "throttled", None)
+    assert account.lane.in_flight == 0
+    assert account.lane._changed.is_set()
