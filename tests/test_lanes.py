@@ -144,8 +144,8 @@ async def test_the_snapshot_shows_the_pace(north: Account) -> None:
     assert north.lane.snapshot(12.0) == AccountPace("north", None, 3.0, waiting=0, in_flight=1)
 
 
-async def test_a_hook_that_ends_the_program_leaves_the_queue_awake() -> None:
-    """Let the queue look again although the event hook raised."""
+async def test_a_hook_that_ends_the_program_leaves_no_request_in_flight() -> None:
+    """End the request although the event hook raised."""
 
     class Stop(BaseException):
         """An exception that ends the program."""
@@ -159,4 +159,3 @@ async def test_a_hook_that_ends_the_program_leaves_the_queue_awake() -> None:
     with pytest.raises(Stop):
         account.lane.returned(10.0, 10.0, "throttled", None)
     assert account.lane.in_flight == 0
-    assert account.lane._changed.is_set()
