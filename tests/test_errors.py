@@ -1,5 +1,6 @@
 """The errors: class tree, messages, pickles."""
 
+import base64
 import copy
 import inspect
 import pickle
@@ -20,6 +21,7 @@ from audiences_async import (
     InvalidResponseError,
     ResponseTooLargeError,
     StatusError,
+    TooManyRequestsError,
     TransportError,
     UnauthorizedError,
     errors,
@@ -119,3 +121,40 @@ def test_the_message_of_a_status(status: int, text: str) -> None:
 def test_what_a_web_app_answers(error: AudiencesError, status: int, headers: dict[str, str]) -> None:
     """Map each error to the status and headers for a web app whose own request failed because of it."""
     assert (error.gateway_status, error.gateway_headers) == (status, headers)
+
+
+# Pickled by 0.1: a 429 after one attempt, and an account.
+_OLD_ERROR = (
+    "gASVmwEAAAAAAACMFmF1ZGllbmNlc19hc3luYy5lcnJvcnOUjAhfcmVzdG9yZZSTlGgAjBRUb29NYW55UmVxdWVzdHNFcnJvcpSTlIwaSFRUUCA0"
+    "MjkgVG9vIE1hbnkgUmVxdWVzdHOUhZR9lCiMB21lc3NhZ2WUaAWMB2FjY291bnSUjAVub3J0aJSMCGF0dGVtcHRzlIwWYXVkaWVuY2VzX2FzeW5j"
+    "LmV2ZW50c5SMB0F0dGVtcHSUk5QpgZR9lCiMBm51bWJlcpRLAYwGc3RhdHVzlE2tAYwFZXJyb3KUjAhIVFRQIDQyOZSMB2VsYXBzZWSURz+5mZmZ"
+    "mZmajAR3YWl0lEc/4AAAAAAAAIwGcmVhc29ulIwHYmFja29mZpR1YoWUaBVHP+MzMzMzMzOMC3JldHJ5X2FmdGVylEdAAAAAAAAAAIwLc3RvcF9y"
+    "ZWFzb26UaAtoEk2tAYwLZGVzY3JpcHRpb26UjAlzbG93IGRvd26UjA1yZXNwb25zZV90aW1llE6MB2hlYWRlcnOUfZSMBGJvZHmUQwJ7fZR1h5RS"
+    "lC4="
+)
+_OLD_ACCOUNT = (
+    "gASVfQAAAAAAAACMFmF1ZGllbmNlc19hc3luYy5tb2RlbHOUjAdBY2NvdW50lJOUKYGUfZQojARuYW1llIwFbm9ydGiUjAtfY3JlZGVudGlhbJSM"
+    "G2F1ZGllbmNlc19hc3luYy5jcmVkZW50aWFsc5SMDF9ub3RfcGlja2xlZJSTlClSlHViLg=="
+)
+
+
+def test_an_error_that_the_first_version_pickled_is_loaded() -> None:
+    """Restore class, text, context and attempts."""
+    error = pickle.loads(base64.b64decode(_OLD_ERROR))
+    assert type(error) is TooManyRequestsError
+    assert (error.account, error.retry_after, error.stop_reason, error.description) == (
+        "north",
+        2.0,
+        "attempts",
+        "slow down",
+    )
+    assert [(attempt.number, attempt.status) for attempt in error.attempts] == [(1, 429)]
+    assert "429" in str(error)
+
+
+def test_an_account_that_the_first_version_pickled_is_loaded() -> None:
+    """Restore the name, but no key."""
+    account = pickle.loads(base64.b64decode(_OLD_ACCOUNT))
+    assert account.name == "north"
+    with pytest.raises(LookupError, match="not pickled"):
+        account.credential()
