@@ -521,3 +521,8 @@ async def test_a_job_that_joins_a_request_without_tokens(sandbox: Sandbox, north
         with pytest.raises(ServerError) as caught:
             await single
     assert (outcome.ok, caught.value.stop_reason) == (True, "budget")
+
+
+def test_nothing_is_invalidated_before_the_first_call(north: Account) -> None:
+    """Ignore an invalidation before the client is used."""
+    AudiencesClient(cache=CachePolicy(ttl=60)).invalidate(north)

@@ -29,8 +29,10 @@ class Evidence:
 
     def returned(self, verdict: Verdict, lane: Lane) -> None:
         """Note the reply to a request of an account."""
-        self._refused += _WEIGHT * ((verdict in REFUSALS) - self._refused)
-        if verdict == "answered":
+        if verdict != "answered":
+            self._refused += _WEIGHT * ((verdict in REFUSALS) - self._refused)
+        elif self._refused or self._accounts:  # else no refusal or failure came before
+            self._refused -= _WEIGHT * self._refused
             self._recovered += _WEIGHT * (lane.recovers - self._recovered)
             self._accounts.clear()
 

@@ -161,7 +161,7 @@ class LearnedRate:
             self._begin_at(lower_bound)
         else:
             self._cut(self.rate, max(0.25 * self.rate, min(0.9 * self.rate, 1.2 * measured), lower_bound))
-        is_slow = self._is_shared and measured < _SLOW and self._granted > _FEW
+        is_slow = self._is_shared and self.rate is not None and self.rate < _SLOW and self._granted > _FEW
         self._growth = min(_SLOW_GROWTH if is_slow else _MAX_GROWTH, max(_MIN_GROWTH, 2 / self._granted**2))
 
     def _measure_carefully(self, active: float) -> None:

@@ -58,8 +58,13 @@ class Load:
         self._in_flight[self._sent] = others
         return self._sent
 
-    def follow(self, now: float, turn: Turn, verdict: Verdict, in_flight: int) -> None:
-        """Adapt the limit to the reply to the request of *turn*."""
+    def follow(self, now: float, turn: Turn, verdict: Verdict, in_flight: int) -> bool:
+        """Adapt the limit to the reply to the request of *turn*.
+
+        Returns:
+            Whether it shows that the service limits the requests in flight, to fewer than was known.
+        """
+        before = self._concurrency.limit
         others = self._in_flight.pop(turn.number)
         took = now - turn.sent_at
         if verdict == "answered":
@@ -72,6 +77,7 @@ class Load:
             earlier = sum(number < turn.number for number in self._in_flight)
             self._concurrency.refused(now, turn.sent_at, earlier)
             self.limit = min(self.limit, self._concurrency.limit)
+        return self._concurrency.limit < before
 
     def _answered(self, now: float, turn: Turn, took: float, others: int, in_flight: int) -> None:
         if self._concurrency.is_suspected:

@@ -182,7 +182,8 @@ class ServiceLane(PacedQueue):
         self._probe_out = probing_before and not turn.probe
         self.evidence.returned(verdict, lane)
         try:
-            self._follow_load(now, turn, verdict)
+            if self.load.follow(now, turn, verdict, self.in_flight):
+                self._limit_in_flight()
             if verdict == "answered":
                 self._heard(now, turn.sent_at, fresh=fresh)
                 return False
@@ -205,12 +206,10 @@ class ServiceLane(PacedQueue):
         self.load.cut(float(self.in_flight))
         return True
 
-    def _follow_load(self, now: float, turn: Turn, verdict: Verdict) -> None:
-        before = self.load.concurrency
-        self.load.follow(now, turn, verdict, self.in_flight)
-        if self.load.concurrency < before:
-            self._learned.forget()  # it is not the rate that is limited
-            self._emit(ServiceConcurrencyLearned("", int(self.load.concurrency)))
+    def _limit_in_flight(self) -> None:
+        """Keep to a limit of requests in flight that was just recognized, or lowered, and to no rate."""
+        self._learned.forget()
+        self._emit(ServiceConcurrencyLearned("", int(self.load.concurrency)))
 
     def _heard(self, now: float, sent_at: float, *, fresh: bool) -> None:
         self.answers += 1
