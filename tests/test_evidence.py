@@ -18,9 +18,9 @@ async def lanes() -> list[Lane]:
     return [Lane(f"a{number}", emit=lambda event: None, **common) for number in range(20)]  # type: ignore[arg-type]
 
 
-def needed(evidence: Evidence, verdict: Verdict, lanes: list[Lane]) -> int:
+def needed(evidence: Evidence, verdict: Verdict, lanes: list[Lane], *, in_flight: int = 1) -> int:
     """Return the number of different accounts after which the verdict is the service's."""
-    return next(number for number, lane in enumerate(lanes, 1) if evidence.suffices(verdict, lane))
+    return next(number for number, lane in enumerate(lanes, 1) if evidence.suffices(verdict, lane, in_flight))
 
 
 @pytest.mark.parametrize(
@@ -29,22 +29,20 @@ def needed(evidence: Evidence, verdict: Verdict, lanes: list[Lane]) -> int:
 )
 def test_some_accounts_in_a_row_suffice(lanes: list[Lane], verdict: Verdict, in_flight: int, accounts: int) -> None:
     """Ask for more accounts if more requests are in flight, and for many if each may have met its own limit."""
-    evidence = Evidence()
-    evidence.sent(in_flight)
-    assert needed(evidence, verdict, lanes) == accounts
+    assert needed(Evidence(), verdict, lanes, in_flight=in_flight) == accounts
 
 
 def test_one_account_is_no_evidence(lanes: list[Lane]) -> None:
     """Count an account once, however often it fails."""
     evidence = Evidence()
-    assert not any(evidence.suffices("failed", lanes[0]) for _ in range(100))
+    assert not any(evidence.suffices("failed", lanes[0], 1) for _ in range(100))
 
 
 def test_an_answer_starts_the_count_again(lanes: list[Lane]) -> None:
     """Count only failures without an answer to any account between them."""
     evidence = Evidence()
     for lane in lanes[:2]:
-        assert not evidence.suffices("failed", lane)
+        assert not evidence.suffices("failed", lane, 1)
     evidence.returned("answered", lanes[9])
     assert needed(evidence, "failed", lanes) == 3
     assert needed(evidence, "failed", lanes) == 3, "and it starts again once it has sufficed"
