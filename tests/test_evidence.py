@@ -18,9 +18,9 @@ async def lanes() -> list[Lane]:
     return [Lane(f"a{number}", emit=lambda event: None, **common) for number in range(20)]  # type: ignore[arg-type]
 
 
-def needed(evidence: Evidence, verdict: Verdict, lanes: list[Lane], *, in_flight: int = 1) -> int:
+def needed(evidence: Evidence, verdict: Verdict, lanes: list[Lane], peak: int = 1) -> int:
     """Return the number of different accounts after which the verdict is the service's."""
-    return next(number for number, lane in enumerate(lanes, 1) if evidence.suffices(verdict, lane, in_flight))
+    return next(number for number, lane in enumerate(lanes, 1) if evidence.suffices(verdict, lane, peak))
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def needed(evidence: Evidence, verdict: Verdict, lanes: list[Lane], *, in_flight
 )
 def test_some_accounts_in_a_row_suffice(lanes: list[Lane], verdict: Verdict, in_flight: int, accounts: int) -> None:
     """Ask for more accounts if more requests are in flight, and for many if each may have met its own limit."""
-    assert needed(Evidence(), verdict, lanes, in_flight=in_flight) == accounts
+    assert needed(Evidence(), verdict, lanes, peak=in_flight) == accounts
 
 
 def test_one_account_is_no_evidence(lanes: list[Lane]) -> None:

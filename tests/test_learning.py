@@ -27,8 +27,7 @@ class Caller:
         """Send *count* requests one after the other, each as early as it may go."""
         for _ in range(count):
             self.now += max(0.0, self.rate.delay(self.now, 0))
-            if self.rate.rate is not None:
-                self.rate.sent(self.now)
+            self.rate.sent(self.now)
             is_granted = self._limit("", self.now) == 200
             self.now += 0.001
             if is_granted:

@@ -139,8 +139,7 @@ class PacedQueue(Queue):
             self._learned.idle()
         self.in_flight += 1
         self._probe_out = self._probing
-        if self._learned.rate is not None:
-            self._learned.sent(now)
+        self._learned.sent(now)
         if self._known is not None:
             self._known.sent(now)
         return self._probing
