@@ -1,8 +1,11 @@
 """One account's lane, from verdicts in stepped time: its pauses, its events, and whose fault a refusal is."""
 
+import asyncio
+import math
 from typing import Any
 
 import pytest
+import virtual
 
 from audiences_async import Event, RateLimit
 from audiences_async._base.deadlines import Deadlines
@@ -18,12 +21,12 @@ pytestmark = pytest.mark.once
 class Account:
     """A lane with its events, whose requests come back at once."""
 
-    def __init__(self, limit: Any = None) -> None:
+    def __init__(self, limit: Any = None, clock: Clock | None = None) -> None:
         self.events: list[Event] = []
         self.lane = Lane(
             "north",
             limit=limit,
-            clock=Clock(random=lambda: 0.5),
+            clock=clock or Clock(random=lambda: 0.5),
             deadlines=Deadlines(),
             settings=PauseSettings(first=0.1, longest=20.0),
             emit=self.events.append,
@@ -34,6 +37,11 @@ class Account:
         self.lane.sent(at)
         self.lane.returned(at, at, verdict, pause)
         return self.lane.paused_for(at)
+
+    async def waits(self) -> None:
+        """Wait for a turn."""
+        async with self.lane.head(math.inf):
+            await self.lane.opened()
 
 
 @pytest.fixture
@@ -48,7 +56,7 @@ async def test_a_refusal_pauses_and_the_probe_resumes(north: Account) -> None:
     assert north.lane.is_paused(14.9)
     assert not north.lane.is_paused(15.0)
     north.lane.sent(15.0)
-    assert north.lane.delay(15.0) == float("inf"), "the probe goes alone"
+    assert north.lane.delay(15.0) == math.inf, "the probe goes alone"
     north.lane.returned(15.1, 15.0, "answered", None)
     assert north.lane.delay(15.1) == 0.0
     assert north.events == [AccountPaused("north", 5.0, True), AccountResumed("north")]
@@ -144,8 +152,8 @@ async def test_the_snapshot_shows_the_pace(north: Account) -> None:
     assert north.lane.snapshot(12.0) == AccountPace("north", None, 3.0, waiting=0, in_flight=1)
 
 
-async def test_a_hook_that_ends_the_program_leaves_no_request_in_flight() -> None:
-    """End the request although the event hook raised."""
+def test_a_hook_that_ends_the_program_leaves_the_queue_awake() -> None:
+    """Let a call that waits for a reply go on when it comes, although the event hook raises."""
 
     class Stop(BaseException):
         """An exception that ends the program."""
@@ -153,9 +161,17 @@ async def test_a_hook_that_ends_the_program_leaves_no_request_in_flight() -> Non
     def emit(event: Event) -> None:
         raise Stop
 
-    account = Account()
-    account.lane._emit = emit
-    account.lane.sent(10.0)
-    with pytest.raises(Stop):
-        account.lane.returned(10.0, 10.0, "throttled", None)
-    assert account.lane.in_flight == 0
+    async def main() -> None:
+        account = Account(clock=virtual.clock())
+        account.meets("throttled", 1000.0, pause=1.0)
+        await asyncio.sleep(1)
+        account.lane.sent(1001.0)  # the probe, whose reply the next call waits for
+        waiter = asyncio.create_task(account.waits())
+        await asyncio.sleep(1)
+        account.lane._emit = emit
+        with pytest.raises(Stop):
+            account.lane.returned(1002.0, 1001.0, "throttled", 1.0)
+        await asyncio.wait_for(waiter, 60)
+        assert virtual.now() == pytest.approx(3.0)
+
+    virtual.run(main())
