@@ -1,6 +1,7 @@
 """How an announced quota is spent, and whose it is."""
 
 import math
+import random
 
 import pytest
 
@@ -61,27 +62,49 @@ def announce(scope: QuotaScope, counts: list[int], *, reset: float = 60.0) -> bo
     return scope.is_shared
 
 
-def test_counts_that_go_on_from_account_to_account_are_of_one_quota() -> None:
-    """Counts that are close together and never the same are of a quota that all share, in any order."""
-    assert announce(QuotaScope(), [99, 96, 97, 98, 93, 94, 95, 90, 91, 92, 89, 88])
+def shuffled(first: int, last: int) -> list[int]:
+    """Return falling counts that overtake each other in groups of twelve."""
+    chance = random.Random(1)
+    groups = [list(range(start, max(start - 12, last), -1)) for start in range(first, last, -12)]
+    return [count for group in groups for count in chance.sample(group, len(group))]
+
+
+def test_counts_that_fall_from_account_to_account_are_of_one_quota() -> None:
+    """Take a quota for shared if its count falls whoever sends, also in the next window."""
+    scope = QuotaScope()
+    assert announce(scope, shuffled(99, 51))
+    assert announce(scope, shuffled(99, 51), reset=120.0)
 
 
 @pytest.mark.parametrize(
     "counts",
-    [[9] * 12, [9, 8] * 6, [4821, 12, 3999, 870, 1, 640, 7000, 5, 99, 310, 2500, 77], [9, 8, 7]],
-    ids=["the same", "few", "far apart", "not enough"],
+    [
+        [9] * 48,
+        [9, 8] * 24,
+        [4821, 12, 3999, 870, 1, 640, 7000, 5, 99, 310, 2500, 77] * 4,
+        [random.Random(seed).randrange(1, 40) for seed in range(480)],
+        list(range(9, 3, -1)),
+    ],
+    ids=["the same", "few", "far apart", "up and down", "not enough"],
 )
 def test_counts_of_accounts_are_of_quotas_of_their_own(counts: list[int]) -> None:
-    """Counts that repeat, or are far apart, are each account's."""
+    """Take quotas for the accounts' own if counts repeat, are far apart, or do not fall."""
     assert not announce(QuotaScope(), counts)
 
 
+def test_a_quota_that_turns_out_to_be_the_accounts_own() -> None:
+    """Take back that a quota is shared as soon as its counts repeat."""
+    scope = QuotaScope()
+    announce(scope, shuffled(99, 51))
+    assert not announce(scope, [5] * 12)
+
+
 def test_a_new_window_begins_a_new_sample() -> None:
-    """Counts of two windows are not compared; neither are two of one account, or of an exhausted quota."""
+    """Compare no counts of two windows, of one account, or of an exhausted quota."""
     scope = QuotaScope()
-    announce(scope, [20, 19, 18, 17, 16, 15])
-    assert not announce(scope, [14, 13, 12, 11, 10, 9], reset=120.0)
+    announce(scope, shuffled(99, 69))
+    assert not announce(scope, shuffled(69, 57), reset=120.0)
     scope = QuotaScope()
-    for count in (*range(30, 15, -1), *[0] * 15):
+    for count in (*range(60, 12, -1), *[0] * 15):
         scope.announced("north", 0.0, Quota(count, 60.0))
     assert not scope.is_shared

@@ -41,6 +41,7 @@ from audiences_async.models import Account, AudiencesResponse
 from audiences_async.policies import RetryPolicy
 
 _FINAL: Final = Stop("final")
+_MOST_REFUSALS: Final = 4  # by a limit that all accounts share, for each attempt that a call of a job may make
 
 
 @frozen(eq=False)
@@ -93,6 +94,7 @@ class Call:
         self._next: Again | Stop = _FINAL
         self._borrows = False  # whether the next attempt waits for a place of those without tokens
         self._was_stale = False
+        self._refusals = 0  # by a limit that all accounts share
         self._is_paced = False  # whether the lanes do all the waiting for the next attempt
         self._watched = is_watched(settings.on_event)
 
@@ -215,7 +217,7 @@ class Call:
             if isinstance(result, AudiencesError) and verdict in REFUSALS:
                 pause = result.retry_after
         finally:
-            self._is_paced = self._pacer.release(
+            released = self._pacer.release(
                 self._lane,
                 turn,
                 verdict,
@@ -224,6 +226,7 @@ class Call:
                 is_own=witness is None,
                 in_job=self._place is not None,
             )
+        self._is_paced = released.is_paced
         self._attempt_elapsed = self._settings.clock.monotonic() - self._sent_at
         self._sent_at = None
         if isinstance(result, ConnectionFailedError) and result.unsent:
@@ -232,9 +235,17 @@ class Call:
         if witness is not None or (is_probe and isinstance(result, AudiencesError) and verdict != "answered"):
             self._record(self._attempt_record(result, 0.0, "probe"))
             return True, result
+        if released.is_shared_limit and self._waits_for_limit():
+            self._record(self._attempt_record(result, 0.0, "pace"))
+            return True, result
         if verdict == "answered":
             self._pacer.service.witness = key
         return False, result
+
+    def _waits_for_limit(self) -> bool:
+        """Return whether a job's call goes on waiting for a limit that all accounts share."""
+        self._refusals += 1
+        return self._place is not None and self._refusals <= _MOST_REFUSALS * self._settings.policy.max_attempts
 
     @property
     def _can_refresh_key(self) -> bool:

@@ -9,6 +9,7 @@ _ROUNDING: Final = 1.0  # s; most services announce whole seconds
 _LONGEST: Final = 30.0  # s; a quota that was misread must not hold requests back for longer
 _SAMPLE: Final = 12  # counts
 _CLOSE: Final = 4  # requests from one count to the next, if some are still in flight
+_SURE: Final = 2  # samples that fall
 
 
 class Allowance:
@@ -50,17 +51,19 @@ class Allowance:
 class QuotaScope:
     """Whether announced quotas are of single accounts, or of all together.
 
-    The counts that different accounts are told in one window repeat if each has a quota of its own. If they share one,
-    no count comes twice, and all are close together.
+    If all accounts share a quota, no two are told the same count in one window, all counts are close together, and they
+    fall from sample to sample.
     """
 
-    __slots__ = ("_account", "_counts", "_until", "is_shared")
+    __slots__ = ("_account", "_counts", "_falls", "_mean", "_until", "is_shared")
 
     def __init__(self) -> None:
         self.is_shared: bool = False
         """Whether all accounts share the quota, as far as is known."""
         self._account: object = None
         self._counts: list[int] = []
+        self._mean = -math.inf  # of the sample before
+        self._falls = 0  # samples in a row that are lower than the one before
         self._until = -math.inf
 
     def announced(self, account: object, now: float, quota: Quota) -> None:
@@ -68,12 +71,23 @@ class QuotaScope:
         until = now + quota.reset
         if until > self._until + _ROUNDING:
             self._counts.clear()
+            self._mean = math.inf  # the first sample of a window is lower than none
         self._until = until
         if account is self._account or not quota.remaining:
-            return  # more of one account, or used up, which tells nothing
+            return  # two requests of one account, or an exhausted quota, show nothing
         self._account = account
         self._counts.append(quota.remaining)
         if len(self._counts) == _SAMPLE:
-            spread = max(self._counts) - min(self._counts)
-            self.is_shared = len(set(self._counts)) == _SAMPLE and spread <= _CLOSE * _SAMPLE
-            self._counts.clear()
+            self._judge()
+
+    def _judge(self) -> None:
+        mean = sum(self._counts) / _SAMPLE
+        spread = max(self._counts) - min(self._counts)
+        is_one = len(set(self._counts)) == _SAMPLE and spread <= _CLOSE * _SAMPLE
+        if not is_one or mean > self._mean - _SAMPLE / 2:
+            self._falls = 0
+        elif self._mean < math.inf:
+            self._falls += 1
+        self.is_shared = self._falls >= _SURE or (self.is_shared and is_one and self._mean == math.inf)
+        self._mean = mean
+        self._counts.clear()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Final
+from typing import Final, NamedTuple
 
 from audiences_async._base.deadlines import CallTime, Deadlines
 from audiences_async._http.quota import Quota
@@ -29,6 +29,18 @@ _FIRST_PAUSE: Final = 0.1  # of throttle_base_delay
 _KEPT_LANES: Final = 4096
 _LOOK_EVERY: Final = 0.5  # s
 _LOOKED_AT: Final = 2  # lanes that are looked at for each new one
+
+
+class Released(NamedTuple):
+    """What a refusal means for a retry.
+
+    Attributes:
+        is_paced: Whether it may leave all waiting to the lanes.
+        is_shared_limit: Whether all accounts share the limit that refused it.
+    """
+
+    is_paced: bool
+    is_shared_limit: bool
 
 
 class Pacer:
@@ -113,6 +125,9 @@ class Pacer:
         expected = self.expected(lane, time)
         if now + expected >= time.deadline:
             raise never(expected)
+        if place is not None:  # before the lane, whose other calls may hold all places
+            with time.held():
+                await place.enter()
         async with lane.head(time.deadline):
             await lane.opened()
             await lane.ask_limiter("rate_limit", lane.account)
@@ -133,7 +148,6 @@ class Pacer:
 
     async def _jobs_turn(self, lane: Lane, time: CallTime, place: Place) -> Turn | None:
         with time.held():
-            await place.enter()
             self.service.check_patience(place.patience)
             async with self.service.head(math.inf, place.patience):
                 await self.service.ask_limiter("service_rate_limit", lane.account)
@@ -168,7 +182,7 @@ class Pacer:
         quota: Quota | None = None,
         is_own: bool = True,
         in_job: bool = False,
-    ) -> bool:
+    ) -> Released:
         """Record the result of a request, and decide whose limit a refusal reports.
 
         Args:
@@ -181,7 +195,7 @@ class Pacer:
             in_job: Whether the call is of a job, which waits as long as the service limits it.
 
         Returns:
-            Whether a retry may leave all waiting to the lanes.
+            Whose the refusal is, and who waits before a retry.
         """
         now = self.clock.monotonic()
         is_shared = is_own and verdict not in _NO_CAUSE and self._concerns_all(lane, turn, verdict)
@@ -191,18 +205,19 @@ class Pacer:
         else:
             lane.returned(now, turn.sent_at, verdict, pause)
             if quota is not None or self._scope is not None:
-                self._announced(lane, now, turn.sent_at, quota)
+                self._announced(lane, now, turn, quota)
         if of_service:
-            return self.service.paces_retries or (in_job and self.service.is_limited)
-        return verdict == "throttled" and lane.paces_retries
+            is_paced = self.service.paces_retries or (in_job and self.service.is_limited)
+            return Released(is_paced, is_shared_limit=verdict in REFUSALS)
+        return Released(verdict == "throttled" and lane.paces_retries, is_shared_limit=False)
 
-    def _announced(self, lane: Lane, now: float, sent_at: float, quota: Quota | None) -> None:
+    def _announced(self, lane: Lane, now: float, turn: Turn, quota: Quota | None) -> None:
         self._scope = self._scope or QuotaScope()
         if quota is not None:
             self._scope.announced(lane, now, quota)
         is_shared = quota is not None and self._scope.is_shared
-        self.service.announced(now, sent_at, quota if is_shared else None)
-        lane.announced(now, sent_at, None if is_shared else quota)
+        self.service.announced(now, turn.sent_at, quota if is_shared else None)
+        lane.announced(now, turn.sent_at, None if is_shared else quota)
 
     def _concerns_all(self, lane: Lane, turn: Turn, verdict: Verdict) -> bool:
         """Return whether a refusal or a failure may be the service's, and not this account's alone."""

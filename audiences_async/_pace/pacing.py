@@ -137,6 +137,8 @@ class PacedQueue(Queue):
         # A pause is not idleness: calls wait for its end.
         if not self.in_flight and now - self._last_at > _IDLE and now - self._closed_until > _IDLE:
             self._learned.idle()
+            if self._window.is_old(now - self._last_at):
+                self._window = LearnedWindow()
         self.in_flight += 1
         self._probe_out = self._probing
         self._learned.sent(now)

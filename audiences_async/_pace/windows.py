@@ -9,6 +9,9 @@ _BUNCH: Final = 4  # requests granted together
 _QUICK: Final = 0.5  # of the time from one opening to the next, in which they are granted
 _EXACT: Final = 0.03  # of the period: how well it must be known; a probe costs one of the requests in it, though
 _LOOK_AGAIN: Final = 16  # periods, after which the limit is tried again
+_FORGOTTEN: Final = 4  # periods
+_STRETCHED: Final = 12  # first periods; one that began in the middle of a window is shorter than the window
+_LONGEST_STEP: Final = 20.0  # s
 _STEP: Final = 0.25  # of the time waited so far, if the period is longer than expected
 
 
@@ -24,8 +27,8 @@ class LearnedWindow:
     """
 
     __slots__ = (
-        "_began", "_count", "_ended", "_grants", "_is_open", "_longest", "_refusals", "_refused_at", "_settled",
-        "_shortest", "limit",
+        "_began", "_count", "_ended", "_first", "_grants", "_is_open", "_longest", "_refusals", "_refused_at",
+        "_settled", "_shortest", "limit",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -33,6 +36,7 @@ class LearnedWindow:
         """Requests in a period; ``None`` if no such limit is recognized."""
         self._shortest = 0.0  # s
         self._longest = math.inf  # s
+        self._first = math.inf  # s; the period as it was recognized
         self._grants = _NO_GRANTS  # when the latest granted requests were sent, as many as the limit
         self._settled = 0  # grants until the next look whether more is granted
         self._is_open = False  # whether it was granted
@@ -55,6 +59,10 @@ class LearnedWindow:
         assert self.limit is not None
         is_exact = self._longest - self._shortest <= max(_EXACT, 2 / self.limit) * self._longest
         return self._longest if is_exact else (self._shortest + self._longest) / 2
+
+    def is_old(self, idle_for: float) -> bool:
+        """Return whether the window is worth nothing after *idle_for* seconds without a request."""
+        return self.limit is not None and idle_for > _FORGOTTEN * self.period
 
     def delay(self, now: float, in_flight: int) -> float:
         """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
@@ -127,16 +135,22 @@ class LearnedWindow:
     def _surprised(self, sent_at: float, since: float) -> float | None:
         """Learn from a refusal of a request that should have been granted: the period is longer, or the limit lower."""
         if self._refusals > 1 or sent_at - self._grants[-1] > self._shortest / 2:
+            if since > _STRETCHED * self._first:
+                self._forget()  # not one window, but a closure of another kind
+                return None
             self._shortest, self._longest = max(self._shortest, since), math.inf
-            return _STEP * since
+            return min(_STEP * since, _LONGEST_STEP)
         recent = self._within(sent_at)
         if recent < _BUNCH:
-            self.limit = None
-            self._grants = _NO_GRANTS
+            self._forget()
             return None
         self._settle(recent)
         self._trim()
         return max(0.0, self.period - (sent_at - self._grants[0]))
+
+    def _forget(self) -> None:
+        self.limit, self._is_open = None, False
+        self._grants = _NO_GRANTS
 
     def _settle(self, limit: int) -> None:
         self.limit = limit
@@ -147,7 +161,7 @@ class LearnedWindow:
         together = self._ended - self._began <= _QUICK * gap
         if self._refusals >= _STREAK and self._count >= _BUNCH and together:
             self.limit = self._count
-            self._shortest, self._longest = self._refused_at - self._began, gap
+            self._shortest, self._longest, self._first = self._refused_at - self._began, gap, gap
             self._grants = deque([sent_at])
             self._settled = 0
 
@@ -155,8 +169,7 @@ class LearnedWindow:
         assert self.limit is not None
         since = sent_at - self._grants[0]
         if self._is_open and since > self._longest:
-            self.limit, self._is_open = None, False  # the service grants any number
-            self._grants = _NO_GRANTS
+            self._forget()  # the service grants any number
             return
         if len(self._grants) == self.limit and since < self._longest and not self._is_open:
             if since < self._shortest:
