@@ -234,6 +234,8 @@ class Call:
         is_probe = self._place is not None and turn.probe
         if witness is not None or (is_probe and isinstance(result, AudiencesError) and verdict != "answered"):
             self._record(self._attempt_record(result, 0.0, "probe"))
+            if witness is None and self._place is not None and self._pacer.service.witness is None:
+                self._place.leave()  # no account was answered yet: let the next one be the probe
             return True, result
         if released.is_shared_limit and self._waits_for_limit():
             self._record(self._attempt_record(result, 0.0, "pace"))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _MANY: Final = 8  # requests in flight; fewer show no stall
 _LONGEST_PACED: Final = 1.0  # s; of a pause once a rate is known, or two intervals of it
+_LONGEST_UNPACED: Final = 1.5  # s; of a pause until a rate is known
 _SOON: Final = 5.0  # s; a longer pause ends a measurement
 _SAMPLE: Final = 32  # answers without a refusal, after which there is no shared limit
 
@@ -279,9 +280,9 @@ class ServiceLane(PacedQueue):
         return TransportError(message, stop_reason="patience", retry_after=self.paused_for(now) or None)
 
     def _draw_pause(self) -> float:
-        # Other processes take what a long pause leaves.
-        seconds = super()._draw_pause()
-        return seconds if self.rate is None else min(seconds, max(_LONGEST_PACED, 2 / self.rate))
+        # Other processes take what a long pause leaves; until a rate is known, the first accounts may fail for ever.
+        longest = _LONGEST_UNPACED if self.rate is None else max(_LONGEST_PACED, 2 / self.rate)
+        return min(super()._draw_pause(), longest)
 
     def _on_paused(self, seconds: float, *, asked: bool) -> None:
         self._emit(ServicePaused("", seconds, asked, self._state))
