@@ -88,3 +88,19 @@ def test_more_than_the_limit_is_noticed() -> None:
         at = 2.11 + 0.01 * number
         window.granted(at, at, fresh=True, is_paced=False)
     assert window.limit is None
+
+
+def test_a_closure_far_longer_than_the_window_is_none_of_its_kind() -> None:
+    """Forget a window that is refused for many of its periods: an outage, or another limit."""
+    window = recognized()
+    for at in (2.11, 2.12, 2.13, 2.14):
+        window.granted(at, at, fresh=True, is_paced=False)
+    now = 2.2
+    for _ in range(40):
+        wait = window.refused(now)
+        if wait is None:
+            break
+        assert wait <= 20.0
+        now += wait
+    assert window.limit is None
+    assert 12 * 2.1 <= now <= 60
