@@ -602,3 +602,16 @@ def test_an_idle_night_ends_what_is_known_of_a_window(monkeypatch: pytest.Monkey
             assert virtual.now() < 28_825
 
     virtual.run(main())
+
+
+def test_accounts_that_fail_for_ever_do_not_prolong_a_job_under_a_shared_rate(run: RunJob) -> None:
+    """End the job soon after the last healthy account, although a fifth of the accounts is refused for ever."""
+    bucket = shared(LeakyBucket(50, 5))
+
+    def decide(key: str, at: float) -> int:
+        granted = bucket("", at)
+        return 429 if key.startswith("bad") else granted
+
+    done = run(Service(decide, round_trip=0.02), 1500, is_bad=lambda number: number % 5 == 0)
+    assert done.reasons == {"attempts": 300}
+    assert done.outcomes[-1][0] <= 300

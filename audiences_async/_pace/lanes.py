@@ -79,6 +79,11 @@ class Lane(PacedQueue):
         return self._alone
 
     @property
+    def was_alone(self) -> bool:
+        """Whether other accounts were answered between its latest failures."""
+        return self._alone
+
+    @property
     def recovers(self) -> bool:
         """Whether its last request failed; an answer now shows that this was not its own doing."""
         return self._suspected_at is not None

@@ -6,6 +6,7 @@ from audiences_async._pace.concurrency import LearnedConcurrency
 from audiences_async._pace.pacing import REFUSALS, Turn, Verdict
 
 _FIRST_LIMIT: Final = 32.0  # requests in flight; three times as many a round trip later
+_REOPEN: Final = 8.0  # requests in flight after an outage; then three times as many a round trip later
 _LEAST: Final = 4.0  # requests in flight, however slow the service is
 _FAST_STEP: Final = 2.0  # for each answer
 _SLOW_STEP: Final = 0.2
@@ -118,6 +119,12 @@ class Load:
     def refused(self) -> None:
         """Note a refusal of a shared limit whose rate is unknown."""
         self.limit = max(2.0, _AFTER_REFUSAL * self.limit)
+
+    def reopen(self, now: float) -> None:
+        """Begin anew after an outage: it may have been a limit, and a flood would meet it again."""
+        self.ignore_until(now)
+        self.limit = min(self.limit, _REOPEN)
+        self._step = _FAST_STEP
 
     def ignore_until(self, now: float) -> None:
         """Ignore timeouts of requests that were sent before *now*."""

@@ -208,7 +208,7 @@ class Pacer:
                 self._announced(lane, now, turn, quota)
         if of_service:
             is_paced = self.service.paces_retries or (in_job and self.service.is_limited)
-            return Released(is_paced, is_shared_limit=verdict in REFUSALS)
+            return Released(is_paced, is_shared_limit=verdict in REFUSALS and not lane.was_alone)
         return Released(verdict == "throttled" and lane.paces_retries, is_shared_limit=False)
 
     def _announced(self, lane: Lane, now: float, turn: Turn, quota: Quota | None) -> None:

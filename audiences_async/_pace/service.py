@@ -294,7 +294,7 @@ class ServiceLane(PacedQueue):
         self.outage.resumed(now)
         if self.is_out:
             self._state = "open" if self._learned.rate is None else "limited"
-            self.load.ignore_until(now)
+            self.load.reopen(now)
             if self.outage.hangs:
                 self.outage.hangs = False
                 self.abandon()  # the probes in flight, which no reply will end
