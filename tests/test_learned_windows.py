@@ -90,6 +90,22 @@ def test_more_than_the_limit_is_noticed() -> None:
     assert window.limit is None
 
 
+def test_a_late_reply_does_not_open_a_window_of_unknown_period() -> None:
+    """Keep the limit if a request from before the search is granted during it; drop it after a period of more."""
+    window = recognized()
+    for at in (2.11, 2.12, 2.13, 2.14):
+        window.granted(at, at, fresh=True, is_paced=False)
+    window.refused(2.2)
+    assert window.refused(4.3) is not None
+    window.granted(4.4, 4.2, fresh=False, is_paced=False)
+    assert window.limit == 5
+    assert window.delay(4.4, 5) == math.inf, "as many in flight as the window takes"
+    for number in range(300):
+        at = 4.41 + number / 100
+        window.granted(at, at, fresh=True, is_paced=False)
+    assert window.limit is None, "granted without end"
+
+
 def test_a_closure_far_longer_than_the_window_is_none_of_its_kind() -> None:
     """Forget a window that is refused for many of its periods: an outage, or another limit."""
     window = recognized()

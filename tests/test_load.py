@@ -16,18 +16,15 @@ class Requests:
     def __init__(self, connections: int = 100) -> None:
         self.load = Load(connections, 8.0)
         self.now = 0.0
-        self.in_flight = 0
 
     def send(self, count: int = 1) -> list[Turn]:
         """Send requests now."""
-        self.in_flight += count
         return [Turn(self.now, False, self.load.quick_answers, self.load.sent()) for _ in range(count)]
 
     def end(self, turns: list[Turn], verdict: Verdict = "answered") -> float:
         """Let requests come back now, all with one verdict; return the limit."""
         for turn in turns:
-            self.in_flight -= 1
-            self.load.follow(self.now, turn, verdict, self.in_flight)
+            self.load.follow(self.now, turn, verdict)
         return self.load.limit
 
     def round(self, count: int, took: float, verdict: Verdict = "answered") -> float:

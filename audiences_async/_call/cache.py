@@ -120,7 +120,7 @@ class Cache:
         return self._or_stale(result, digest) if isinstance(result, AudiencesError) else result
 
     def in_place_of(self, error: AudiencesError, account: Account) -> Result:
-        """Return the cached answer that replaces *error*, or the error if there is none."""
+        """Return the cached answer that replaces *error*, or the error if nothing is cached."""
         return self._or_stale(error, self._digests.get(account))
 
     def invalidate(self, account: Account) -> None:

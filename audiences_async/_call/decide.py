@@ -83,7 +83,7 @@ def may_help(error: AudiencesError, policy: RetryPolicy, *, can_refresh_key: boo
 
 
 def decide(error: AudiencesError, facts: Facts, policy: RetryPolicy) -> Again | Stop:
-    """Return the next attempt after *error*, or why there is none."""
+    """Return the next attempt after *error*, or why the call ends."""
     if not may_help(error, policy, can_refresh_key=facts.can_refresh_key):
         return Stop("patience" if error.stop_reason == "patience" else "final")
     if facts.number >= policy.max_attempts:

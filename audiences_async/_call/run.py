@@ -208,10 +208,10 @@ class Call:
             if not isinstance(reply, Reply):
                 result = reply
             else:
-                result = read_plain(reply)
+                result, now = read_plain(reply), self._settings.clock.wall()
                 if result is None:
-                    result = await _in_turns(read(reply, witness or key, now=self._settings.clock.wall()))
-                quota = announced(reply.headers, now=self._settings.clock.wall())
+                    result = await _in_turns(read(reply, witness or key, now=now))
+                quota = announced(reply.headers, now=now)
                 pause = quota.reset if quota is not None and quota.remaining == 0 else None
             verdict = verdict_of(result, self._settings.policy) if isinstance(result, AudiencesError) else "answered"
             if isinstance(result, AudiencesError) and verdict in REFUSALS:
@@ -237,17 +237,13 @@ class Call:
             if witness is None and self._place is not None and self._pacer.service.witness is None:
                 self._place.leave()  # no account was answered yet: let the next one be the probe
             return True, result
-        if released.is_shared_limit and self._waits_for_limit():
+        if released.waits and self._refusals < _MOST_REFUSALS * self._settings.policy.max_attempts:
+            self._refusals += 1
             self._record(self._attempt_record(result, 0.0, "pace"))
             return True, result
         if verdict == "answered":
             self._pacer.service.witness = key
         return False, result
-
-    def _waits_for_limit(self) -> bool:
-        """Return whether a job's call goes on waiting for a limit that all accounts share."""
-        self._refusals += 1
-        return self._place is not None and self._refusals <= _MOST_REFUSALS * self._settings.policy.max_attempts
 
     @property
     def _can_refresh_key(self) -> bool:

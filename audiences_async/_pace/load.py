@@ -59,7 +59,7 @@ class Load:
         self._in_flight[self._sent] = others
         return self._sent
 
-    def follow(self, now: float, turn: Turn, verdict: Verdict, in_flight: int) -> bool:
+    def follow(self, now: float, turn: Turn, verdict: Verdict) -> bool:
         """Adapt the limit to the reply to the request of *turn*.
 
         Returns:
@@ -69,9 +69,9 @@ class Load:
         others = self._in_flight.pop(turn.number)
         took = now - turn.sent_at
         if verdict == "answered":
-            self._answered(now, turn, took, others, in_flight)
+            self._answered(now, turn, took, others)
         elif verdict == "timed out":
-            self._shrink(now, turn, _AFTER_TIMEOUT, in_flight)
+            self._shrink(now, turn, _AFTER_TIMEOUT)
         elif verdict in {"failed", "unavailable"} and self.limit < self.connections:
             self._grow(took)
         if verdict in REFUSALS:
@@ -80,23 +80,23 @@ class Load:
             self.limit = min(self.limit, self._concurrency.limit)
         return self._concurrency.limit < before
 
-    def _answered(self, now: float, turn: Turn, took: float, others: int, in_flight: int) -> None:
+    def _answered(self, now: float, turn: Turn, took: float, others: int) -> None:
         if self._concurrency.is_suspected:
             self._concurrency.granted(now, turn.sent_at, others)
             self.limit = min(self.limit, self._concurrency.limit)
         if took > _SLOW * self._attempt_timeout:
-            self._shrink(now, turn, _AFTER_SLOW, in_flight)
+            self._shrink(now, turn, _AFTER_SLOW)
         elif self.limit < self.connections:
             self._grow(took)
         self.slowest *= _FADING
         self.slowest = max(self.slowest, took)
         self.quick_answers += took <= _QUICK * self._attempt_timeout
 
-    def _shrink(self, now: float, turn: Turn, share: float, in_flight: int) -> None:
+    def _shrink(self, now: float, turn: Turn, share: float) -> None:
         others_were_quick = self.quick_answers - turn.quick_answers >= self.limit
         if turn.sent_at >= self._cut_at and not others_were_quick:
             self.ignore_until(now)
-            limit = share * min(self.limit, in_flight + 1)
+            limit = share * min(self.limit, len(self._in_flight) + 1)
             self.cut(max(limit, min(_LEAST, self.connections)))  # one request that hangs must not block the others
 
     def _grow(self, took: float) -> None:

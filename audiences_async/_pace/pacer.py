@@ -32,15 +32,15 @@ _LOOKED_AT: Final = 2  # lanes that are looked at for each new one
 
 
 class Released(NamedTuple):
-    """What a refusal means for a retry.
+    """The meaning of a refusal for a retry.
 
     Attributes:
         is_paced: Whether it may leave all waiting to the lanes.
-        is_shared_limit: Whether all accounts share the limit that refused it.
+        waits: Whether it is of a job, and goes on waiting for a limit that all accounts share.
     """
 
     is_paced: bool
-    is_shared_limit: bool
+    waits: bool
 
 
 class Pacer:
@@ -208,8 +208,8 @@ class Pacer:
                 self._announced(lane, now, turn, quota)
         if of_service:
             is_paced = self.service.paces_retries or (in_job and self.service.is_limited)
-            return Released(is_paced, is_shared_limit=verdict in REFUSALS and not lane.was_alone)
-        return Released(verdict == "throttled" and lane.paces_retries, is_shared_limit=False)
+            return Released(is_paced, waits=in_job and verdict in REFUSALS and not lane.was_alone)
+        return Released(verdict == "throttled" and lane.paces_retries, waits=False)
 
     def _announced(self, lane: Lane, now: float, turn: Turn, quota: Quota | None) -> None:
         self._scope = self._scope or QuotaScope()

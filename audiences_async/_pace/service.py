@@ -183,7 +183,7 @@ class ServiceLane(PacedQueue):
         self._probe_out = probing_before and not turn.probe
         self.evidence.returned(verdict, lane)
         try:
-            if self.load.follow(now, turn, verdict, self.in_flight):
+            if self.load.follow(now, turn, verdict):
                 self._limit_in_flight()
             if verdict == "answered":
                 self._heard(now, turn.sent_at, fresh=fresh)

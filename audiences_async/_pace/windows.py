@@ -172,10 +172,10 @@ class LearnedWindow:
             self._forget()  # the service grants any number
             return
         if len(self._grants) == self.limit and since < self._longest and not self._is_open:
-            if since < self._shortest:
-                self._is_open = True
-            else:
+            if since >= self._shortest:
                 self._longest = since
+            else:
+                self._is_open = self._longest < math.inf  # else no later grant would tell that the limit is gone
         self._settled = max(0, self._settled - 1)
         self._grants.append(sent_at)
         if not self._is_open:

@@ -1,4 +1,4 @@
-"""What the sandbox can be told to answer, and what it saw."""
+"""The answers of the sandbox, and its record of requests."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
@@ -42,7 +42,7 @@ class SeenRequest:
         path: The path and query as sent.
         headers: The headers without ``Authorization``.
         at: The time at which it came, in seconds of the sandbox's *time*.
-        answer: The status that went out; ``None`` where the connection died instead.
+        answer: The status that went out; ``None`` if the connection died instead.
     """
 
     account: str | None

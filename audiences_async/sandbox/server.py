@@ -1,4 +1,4 @@
-"""A real server on the loopback address that answers as the service does, and misbehaves when told to."""
+"""A real server on the loopback address that answers as the service does, and misbehaves on request."""
 
 import asyncio
 import json
@@ -206,7 +206,7 @@ class Sandbox:
         return [request for request in self.requests if request.account == name]
 
     def wait_for_requests(self, count: int, *, timeout: float = 10.0) -> None:
-        """Block until so many requests have reached the server; in async code, by ``asyncio.to_thread``.
+        """Block until *count* requests have reached the server; in async code, by ``asyncio.to_thread``.
 
         Raises:
             TimeoutError: They have not within *timeout* seconds.

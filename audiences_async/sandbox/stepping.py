@@ -9,7 +9,7 @@ from audiences_async.clock import Clock
 
 @define
 class SteppedTime:
-    """Time that moves only when somebody sleeps, or a test moves it; for ``AudiencesClient(clock=time.clock)``.
+    """Time that moves only if a task sleeps or a test moves it; for ``AudiencesClient(clock=time.clock)``.
 
     What the client waits between attempts, for a pause or for a turn then takes no time at all. What it bounds by
     ``timeout`` and ``attempt_timeout`` while a peer is silent is real time still.
