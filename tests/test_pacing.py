@@ -30,7 +30,7 @@ from audiences_async import (
 )
 from audiences_async._base.deadlines import CallTime, Deadlines
 from audiences_async._pace.pacer import Pacer
-from audiences_async._pace.pacing import Turn, Verdict
+from audiences_async._pace.pacing import Report, Turn, Verdict
 from audiences_async.clock import Clock
 from audiences_async.events import AccountPaused, AccountResumed, AttemptFinished, RateLearned
 from audiences_async.snapshots import AccountPace
@@ -84,7 +84,7 @@ class Way:
 
     def release(self, taken: Turn, verdict: Verdict, *, pause: float | None = None) -> None:
         """Give a turn back with what came of it."""
-        self.paces.release(self.lane, taken, verdict, pause=pause)
+        self.paces.release(self.lane, taken, Report(verdict, pause))
 
 
 async def turn(way: Way, turns: list[tuple[float, int]], number: int) -> None:

@@ -47,7 +47,7 @@ from audiences_async import (
     UnauthorizedError,
     errors,
 )
-from audiences_async._call import run as call
+from audiences_async._call import attempts
 from audiences_async._http.wire import Reply, read
 from audiences_async._jobs.results import line
 from audiences_async.accounts import AccountFile
@@ -511,7 +511,7 @@ async def test_a_call_cancelled_while_it_decodes_shows_no_key(
         decoding.set()
         yield from itertools.repeat(None)
 
-    monkeypatch.setattr(call, "read", slowly)
+    monkeypatch.setattr(attempts, "read", slowly)
     account = sandbox.add_account("north", api_key=KEY)
     sandbox.script("north", Answer(200, f"<html>{KEYS['plain']}" + " " * 300_000, headers={"X-Echo": KEYS["plain"]}))
     async with AudiencesClient(base_url=sandbox.base_url) as client:

@@ -1,5 +1,7 @@
 """The calls of one client: each runs within its deadline, alone or by way of the cache."""
 
+from collections.abc import Coroutine
+from typing import Any
 from weakref import WeakValueDictionary
 
 from audiences_async._base.deadlines import CallTime, Deadlines
@@ -54,8 +56,8 @@ class Calls:
         self._key_sources: WeakValueDictionary[tuple[str, int], KeySource] = WeakValueDictionary()
         self._closing = False
 
-    async def answer(self, account: Account, timeout: float, place: Place | None) -> Result:
-        """Return the account's answer, or the error of its call.
+    def answer(self, account: Account, timeout: float, place: Place | None) -> Coroutine[Any, Any, Result]:
+        """Return the account's answer, or the error of its call, to be awaited.
 
         Args:
             account: The account.
@@ -63,8 +65,8 @@ class Calls:
             place: Its place in a job; ``None`` outside a job.
         """
         if self._cache is None:
-            return await self._run(self._begin(account, timeout, place))
-        return await self._cached(self._cache, account, timeout, place)
+            return self._run(self._begin(account, timeout, place))
+        return self._cached(self._cache, account, timeout, place)
 
     def invalidate(self, account: Account) -> None:
         """Discard the account's cached answer."""
@@ -102,7 +104,7 @@ class Calls:
         except TimeoutError:
             return call.cut_off(*self._out_of_time(call.time.timeout))
         except BaseException as error:
-            call.abandoned(error)
+            call.record.abandoned(error)
             raise
 
     async def _cached(self, cache: Cache, account: Account, timeout: float, place: Place | None) -> Result:
@@ -122,7 +124,7 @@ class Calls:
         except TimeoutError:
             error, reason = self._out_of_time(timeout)
             error.account, error.elapsed, error.stop_reason = account.name, timeout, reason
-            error.attempts = calls[-1].attempts_until_now(reason) if calls else ()
+            error.attempts = calls[-1].record.until_now(reason) if calls else ()
             return cache.in_place_of(error, account)
 
     def _out_of_time(self, timeout: float) -> tuple[AudiencesError, StopReason]:

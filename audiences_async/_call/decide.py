@@ -5,7 +5,9 @@ from typing import Final, Literal, TypeAlias
 
 from attrs import frozen
 
-from audiences_async._pace.pacing import Verdict
+from audiences_async._http.quota import Quota
+from audiences_async._http.wire import Result
+from audiences_async._pace.pacing import ANSWERED, REFUSALS, Report, Verdict
 from audiences_async.errors import (
     AttemptTimeoutError,
     AudiencesError,
@@ -82,10 +84,15 @@ def may_help(error: AudiencesError, policy: RetryPolicy, *, can_refresh_key: boo
     return (can_refresh_key and isinstance(error, UnauthorizedError)) or policy.retries(error)
 
 
+def final(error: AudiencesError) -> Stop:
+    """Return the end of a call that no other attempt may help."""
+    return Stop("patience" if error.stop_reason == "patience" else "final")
+
+
 def decide(error: AudiencesError, facts: Facts, policy: RetryPolicy) -> Again | Stop:
     """Return the next attempt after *error*, or why the call ends."""
     if not may_help(error, policy, can_refresh_key=facts.can_refresh_key):
-        return Stop("patience" if error.stop_reason == "patience" else "final")
+        return final(error)
     if facts.number >= policy.max_attempts:
         return Stop("attempts")
     reason = _reason(error, facts)
@@ -109,6 +116,21 @@ def _reason(error: AudiencesError, facts: Facts) -> Reason:
         case StatusError(status=status) if status in _LIMITED and facts.is_paced:
             reason = "pace"
     return reason
+
+
+def report_of(result: Result, quota: Quota | None, policy: RetryPolicy) -> Report:
+    """Return what the result of a request shows about the pace.
+
+    Args:
+        result: The result.
+        quota: The quota that the reply announced, if it did.
+        policy: Which failures are retried.
+    """
+    pause = quota.reset if quota is not None and quota.remaining == 0 else None
+    if not isinstance(result, AudiencesError):
+        return ANSWERED if quota is None else Report("answered", pause, quota)
+    verdict = verdict_of(result, policy)
+    return Report(verdict, result.retry_after if verdict in REFUSALS else pause, quota)
 
 
 def verdict_of(error: AudiencesError, policy: RetryPolicy) -> Verdict:

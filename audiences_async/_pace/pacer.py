@@ -13,7 +13,7 @@ from audiences_async._base.deadlines import CallTime, Deadlines
 from audiences_async._http.quota import Quota
 from audiences_async._pace.allowance import QuotaScope
 from audiences_async._pace.lanes import Lane
-from audiences_async._pace.pacing import REFUSALS, PauseSettings, Turn, Verdict, never
+from audiences_async._pace.pacing import REFUSALS, PauseSettings, Report, Turn, Verdict, never
 from audiences_async._pace.places import Place
 from audiences_async._pace.queue import NO_TIME
 from audiences_async._pace.service import ServiceLane
@@ -176,10 +176,8 @@ class Pacer:
         self,
         lane: Lane,
         turn: Turn,
-        verdict: Verdict,
+        report: Report,
         *,
-        pause: float | None = None,
-        quota: Quota | None = None,
         is_own: bool = True,
         in_job: bool = False,
     ) -> Released:
@@ -188,9 +186,7 @@ class Pacer:
         Args:
             lane: The account's.
             turn: What `acquire` returned.
-            verdict: The meaning of the reply for the pace.
-            pause: Seconds for which the service asked to send nothing, if it did.
-            quota: The quota that the reply announced, if it did.
+            report: The meaning of the reply for the pace.
             is_own: Whether the request was the account's own, and no probe for another one.
             in_job: Whether the call is of a job, which waits as long as the service limits it.
 
@@ -198,6 +194,7 @@ class Pacer:
             Whose the refusal is, and who waits before a retry.
         """
         now = self.clock.monotonic()
+        verdict, pause, quota = report
         is_shared = is_own and verdict not in _NO_CAUSE and self._concerns_all(lane, turn, verdict)
         of_service = self.service.returned(now, turn, verdict, pause, lane, is_shared=is_shared)
         if of_service or not is_own:

@@ -24,6 +24,24 @@ reply; none in time; or nothing that shows anything about the service."""
 REFUSALS: Final = frozenset({"throttled", "unavailable"})
 """Verdicts on replies that a limit may send."""
 
+
+class Report(NamedTuple):
+    """The meaning of a reply for the pace.
+
+    Attributes:
+        verdict: The kind of reply.
+        pause: Seconds for which the service asked to send nothing; ``None`` if it did not.
+        quota: The quota that the reply announced; ``None`` if it had none.
+    """
+
+    verdict: Verdict
+    pause: float | None = None
+    quota: Quota | None = None
+
+
+ANSWERED: Final = Report("answered")
+NOTHING: Final = Report("nothing")
+
 _IDLE: Final = 1.0  # s without a request, after which an account counts as idle
 _LONGEST_PAUSE: Final = 86_400.0  # s; a longer one is in a mistaken unit
 _DOUBLINGS: Final = 5  # pauses, each twice as long as the one before

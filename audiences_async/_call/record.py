@@ -1,0 +1,119 @@
+"""The record of one call: its attempts and its time, as errors and events report them."""
+
+from audiences_async._http.wire import Result
+from audiences_async.clock import Clock
+from audiences_async.errors import AudiencesError, StatusError
+from audiences_async.events import (
+    Attempt,
+    AttemptFinished,
+    AttemptStarted,
+    CallFinished,
+    CallStarted,
+    Event,
+    EventHook,
+    StopReason,
+    emit,
+    is_watched,
+)
+from audiences_async.models import AudiencesResponse
+
+
+class CallRecord:
+    """The attempts of one call so far, and when it and its latest attempt began.
+
+    Args:
+        account: Name of the account.
+        started: When the call began, on the client's clock.
+        clock: The client's clock.
+        on_event: Called with what happens.
+    """
+
+    __slots__ = ("_account", "_clock", "_elapsed", "_on_event", "_started", "attempts", "is_watched", "sent_at")
+
+    def __init__(self, account: str, started: float, clock: Clock, on_event: EventHook | None) -> None:
+        self.attempts: tuple[Attempt, ...] = ()
+        self.sent_at: float | None = None
+        """When the attempt under way was sent; ``None`` if none is."""
+        self.is_watched: bool = is_watched(on_event)
+        """Whether anybody receives the events; otherwise a call that succeeds needs no records."""
+        self._account = account
+        self._started = started
+        self._clock = clock
+        self._on_event = on_event
+        self._elapsed = 0.0  # s; of the latest attempt
+
+    def call_started(self) -> None:
+        """Emit `CallStarted`."""
+        if self.is_watched:
+            self._emit(CallStarted(self._account))
+
+    def attempt_started(self, queued_at: float) -> None:
+        """Note that a request goes now, which has waited for its turn since *queued_at*."""
+        self.sent_at = sent_at = self._clock.monotonic()
+        if self.is_watched:
+            self._emit(AttemptStarted(self._account, self._next_number, sent_at - queued_at))
+
+    def attempt_returned(self) -> None:
+        """Note that the request under way has a result, which the next `add` records."""
+        assert self.sent_at is not None
+        self._elapsed = self._clock.monotonic() - self.sent_at
+        self.sent_at = None
+
+    def nothing_sent(self) -> None:
+        """Note that the next attempt has not been sent: its result, if any, took no time on the wire."""
+        self._elapsed = 0.0
+
+    def add(self, result: Result, wait: float, reason: str) -> None:
+        """Record an attempt that is followed by another one after *wait* seconds, or by none, for *reason*."""
+        error = None if isinstance(result, AudiencesResponse) else result.message
+        status = result.status if isinstance(result, AudiencesResponse | StatusError) else None
+        self._append(Attempt(self._next_number, status, error, self._elapsed, wait, reason))
+
+    def until_now(self, reason: StopReason) -> tuple[Attempt, ...]:
+        """Return the attempts for a caller that leaves now, for *reason*: one under way may be on the wire."""
+        if self.sent_at is None:
+            return self.attempts
+        elapsed = self._clock.monotonic() - self.sent_at
+        return (*self.attempts, Attempt(self._next_number, None, "cut off", elapsed, 0.0, reason))
+
+    def cut_off(self, reason: StopReason) -> None:
+        """Record the attempt under way, if any, as cut off for *reason*."""
+        if self.sent_at is not None:
+            self._append(self.until_now(reason)[-1])
+            self.sent_at = None
+
+    def answered(self, result: AudiencesResponse) -> None:
+        """Record the last attempt of a call that is answered, and emit `CallFinished`."""
+        if self.is_watched:
+            self.add(result, 0.0, "success")
+            self._finished(None)
+
+    def failed(self, error: AudiencesError, reason: StopReason) -> AudiencesError:
+        """Return the call's *error* with all that is known about the call, and emit `CallFinished`."""
+        error.account = self._account
+        error.attempts = self.attempts
+        error.elapsed = self._clock.monotonic() - self._started
+        error.stop_reason = reason
+        self._finished(type(error).__name__)
+        return error.with_traceback(None)  # whose frames would hold the call for as long as the error is kept
+
+    def abandoned(self, error: BaseException) -> None:
+        """Emit `CallFinished` for a cancelled call."""
+        self._finished(type(error).__name__)
+
+    def _finished(self, error: str | None) -> None:
+        elapsed = self._clock.monotonic() - self._started
+        count = len(self.attempts) + (self.sent_at is not None)
+        self._emit(CallFinished(self._account, count, elapsed, error))
+
+    def _append(self, attempt: Attempt) -> None:
+        self.attempts += (attempt,)
+        self._emit(AttemptFinished(self._account, attempt))
+
+    @property
+    def _next_number(self) -> int:
+        return len(self.attempts) + 1
+
+    def _emit(self, event: Event) -> None:
+        if self.is_watched:
+            emit(self._on_event, event)
