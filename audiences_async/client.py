@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 from audiences_async._base import checks
 from audiences_async._base.deadlines import Deadlines
 from audiences_async._call.calls import Calls
+from audiences_async._call.context import CallContext
 from audiences_async._call.retrying import RetryTokens
-from audiences_async._call.run import CallSettings
 from audiences_async._http.transport import (
     DEFAULT_MAX_CONNECTIONS,
     Transport,
@@ -124,7 +124,9 @@ class AudiencesClient:
         self._rate_limit = rate_limit
         self._service_rate_limit = service_rate_limit
         self._tokens = RetryTokens(budget)
-        self._call_settings = CallSettings(retry, self._tokens, clock, on_event)
+        self._retry = retry
+        self._clock = clock
+        self._on_event = on_event
         _check_pool(session, max_connections, ssl, via)
         if session is not None:
             check_session(session)
@@ -278,7 +280,7 @@ class AudiencesClient:
         """Return why calls wait right now: the pace of each account in use, and what is left of the retry budget."""
         if self._calls is None:
             return ClientSnapshot((), self._tokens.left, None)
-        pacer = self._calls.pacer
+        pacer = self._calls.context.pacer
         service = pacer.service.snapshot(pacer.clock.monotonic())
         return ClientSnapshot(tuple(pacer.snapshot()), self._tokens.left, service)
 
@@ -300,25 +302,23 @@ class AudiencesClient:
         self._check_loop()
         if self._calls is None:
             deadlines = Deadlines()
-            transport = Transport(self._transport_settings, deadlines)
+            transport = Transport(self._transport_settings)
             pacer = self._new_pacer(transport, deadlines)
-            self._calls = Calls(
-                self._call_settings, transport, pacer, deadlines, cache=self._cache, timeout=self._timeout
-            )
+            context = CallContext(self._retry, self._tokens, self._clock, self._on_event, pacer, transport)
+            self._calls = Calls(context, deadlines, cache=self._cache, timeout=self._timeout)
         return self._calls
 
     def _new_pacer(self, transport: Transport, deadlines: Deadlines) -> Pacer:
-        settings = self._call_settings
         pacer = Pacer(
             self._rate_limit,
             self._service_rate_limit,
             connections=transport.connections,
             attempt_timeout=self._transport_settings.attempt_timeout,
-            throttle_base_delay=settings.policy.throttle_base_delay,
-            max_delay=settings.policy.max_delay,
-            clock=settings.clock,
+            throttle_base_delay=self._retry.throttle_base_delay,
+            max_delay=self._retry.max_delay,
+            clock=self._clock,
             deadlines=deadlines,
-            on_event=settings.on_event,
+            on_event=self._on_event,
         )
         pacer.service.abandon = transport.abandon
         return pacer
@@ -336,7 +336,7 @@ class AudiencesClient:
 
     @asynccontextmanager
     async def _watched(self, job: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
-        with self._open().pacer.watching():
+        with self._open().context.pacer.watching():
             async with job as outcomes:
                 yield outcomes
 
@@ -348,7 +348,7 @@ class AudiencesClient:
         checks.instance("accounts", accounts, Iterable, AsyncIterable)
         checks.count("concurrency", concurrency)
         limit = self._timeout if timeout is None else checks.seconds("timeout", timeout)
-        now = self._call_settings.clock.monotonic
+        now = self._clock.monotonic
 
         async def fetch(account: Account, place: jobs.Place) -> Outcome:
             started = now()

@@ -18,8 +18,8 @@ from audiences_async import (
 )
 from audiences_async._base.deadlines import Deadlines
 from audiences_async._call.calls import Calls
+from audiences_async._call.context import CallContext
 from audiences_async._call.retrying import RetryTokens
-from audiences_async._call.run import CallSettings
 from audiences_async._pace.pacer import Pacer
 
 pytestmark = pytest.mark.once
@@ -35,8 +35,8 @@ def calls_of(service: Any, *, cache: CachePolicy | None = None) -> Calls:
         None, None, connections=100, attempt_timeout=15.0, throttle_base_delay=1.0, max_delay=20.0,
         clock=clock, deadlines=deadlines, on_event=None,
     )  # fmt: skip
-    settings = CallSettings(RetryPolicy(), RetryTokens(None), clock, None)
-    return Calls(settings, service, pacer, deadlines, cache=cache, timeout=60.0)
+    context = CallContext(RetryPolicy(), RetryTokens(None), clock, None, pacer, service)
+    return Calls(context, deadlines, cache=cache, timeout=60.0)
 
 
 @CACHES

@@ -50,6 +50,45 @@ async def north() -> Account:
     return Account()
 
 
+def delays(lane: Lane, in_flight: int) -> float:
+    """Return the delay of one more request while so many are in flight, of a lane without any."""
+    for _ in range(in_flight):
+        lane.sent(0.0)
+    delay = lane.delay(0.0)
+    for _ in range(in_flight):
+        lane.returned(0.0, 0.0, "nothing", None)
+    return delay
+
+
+async def test_an_account_begins_with_two_requests_in_flight(north: Account) -> None:
+    """Let two requests go at once, and one more for every four quick answers."""
+    assert [delays(north.lane, count) for count in (0, 1, 2)] == [0.0, 0.0, math.inf]
+    for _ in range(4):
+        north.meets("answered", 0.0)
+    assert [delays(north.lane, count) for count in (2, 3)] == [0.0, math.inf]
+
+
+async def test_slow_answers_speed_up_the_start(north: Account) -> None:
+    """Let one more request go for every two answers if a round trip is long."""
+    for _ in range(4):
+        north.lane.sent(0.0)
+        north.lane.returned(0.1, 0.0, "answered", None)
+    assert [delays(north.lane, count) for count in (3, 4)] == [0.0, math.inf]
+
+
+async def test_refusals_leave_room_for_one_request(north: Account) -> None:
+    """Halve the number of requests in flight with each refusal, and always let one go."""
+    for second in range(10):
+        north.meets("throttled", second - 100.0)
+    north.meets("answered", -50.0)
+    assert [delays(north.lane, count) for count in (0, 1)] == [0.0, math.inf]
+
+
+async def test_a_known_rate_starts_at_once() -> None:
+    """Bound the requests in flight by nothing but the rate if it is known."""
+    assert delays(Account(RateLimit(1000.0, burst=100)).lane, 50) <= 0.0
+
+
 async def test_a_refusal_pauses_and_the_probe_resumes(north: Account) -> None:
     """Close after a 429 for as long as it asks; open again when the one request after the pause is answered."""
     assert north.meets("throttled", 10.0, pause=5.0) == 5.0

@@ -1,6 +1,5 @@
 """A rate learned from refusals, as pure objects in stepped time."""
 
-import math
 import random
 from collections.abc import Callable
 
@@ -26,13 +25,13 @@ class Caller:
     def send(self, count: int) -> "Caller":
         """Send *count* requests one after the other, each as early as it may go."""
         for _ in range(count):
-            self.now += max(0.0, self.rate.delay(self.now, 0))
+            self.now += max(0.0, self.rate.delay(self.now))
             self.rate.sent(self.now)
             is_granted = self._limit("", self.now) == 200
             self.now += 0.001
             if is_granted:
                 self.granted += 1
-                self.rate.answered(0.001, fresh=True)
+                self.rate.answered(fresh=True)
             else:
                 self.refused += 1
                 self._wait()
@@ -44,40 +43,6 @@ class Caller:
             self.rate.excuse(self._pause)
         self.now += self._pause
         self.rate.paused_until(self.now)
-
-
-# --- until the first refusals
-
-
-def test_a_window_of_requests_in_flight_opens_with_answers() -> None:
-    """Begin with two requests in flight, and add one for every four quick answers."""
-    rate = LearnedRate()
-    assert [rate.delay(0.0, in_flight) for in_flight in (0, 1, 2)] == [0.0, 0.0, math.inf]
-    for _ in range(4):
-        rate.answered(0.01, fresh=True)
-    assert [rate.delay(0.0, in_flight) for in_flight in (2, 3)] == [0.0, math.inf]
-
-
-def test_slow_answers_open_the_window_faster() -> None:
-    """Spend requests rather than time if a round trip is long."""
-    quick, slow = LearnedRate(), LearnedRate()
-    for _ in range(4):
-        quick.answered(0.01, fresh=True)
-        slow.answered(0.1, fresh=True)
-    assert (quick.delay(0.0, 3), slow.delay(0.0, 3)) == (math.inf, 0.0)
-
-
-def test_refusals_close_the_window_but_never_for_good() -> None:
-    """Halve the window with each refusal, and always leave room for one request."""
-    rate = LearnedRate()
-    for _ in range(10):
-        rate.throttled(1.0)
-    assert (rate.delay(2.0, 0), rate.delay(2.0, 1)) == (0.0, math.inf)
-
-
-def test_without_a_window_requests_are_bounded_elsewhere() -> None:
-    """Hold nothing back before the first measurement if the rate has no window of its own."""
-    assert LearnedRate(window=None).delay(0.0, 10_000) == 0.0
 
 
 # --- the measurement
@@ -96,8 +61,8 @@ def test_a_measurement_is_the_grants_between_two_refusals() -> None:
     rate = LearnedRate()
     assert not rate.throttled(10.0), "the first refusal begins the measurement"
     for _ in range(9):
-        rate.answered(0.01, fresh=True)
-    rate.answered(0.01, fresh=False)  # granted before the measurement began
+        rate.answered(fresh=True)
+    rate.answered(fresh=False)  # granted before the measurement began
     assert rate.throttled(13.0)
     assert rate.rate == pytest.approx(3.0 * (1 - 0.5 / 10))
 
@@ -115,7 +80,7 @@ def test_idle_time_is_no_measurement() -> None:
     rate = LearnedRate()
     rate.throttled(1.0)
     rate.idle()
-    rate.answered(0.01, fresh=True)
+    rate.answered(fresh=True)
     assert not rate.throttled(1000.0)
     assert rate.rate is None
 
@@ -149,7 +114,7 @@ def test_a_named_pause_is_left_out_of_the_measurement() -> None:
     rate.throttled(1.0)
     rate.excuse(30.0)
     for _ in range(10):
-        rate.answered(0.01, fresh=True)
+        rate.answered(fresh=True)
     rate.throttled(33.0)
     assert rate.rate == pytest.approx(10 / 2.0, rel=0.05)
 

@@ -15,7 +15,7 @@ def test_silence_begins_with_the_first_failure() -> None:
     outage.began(10.0)
     outage.began(12.0)
     assert outage.silent_for(15.0) == 5.0
-    outage.answered()
+    outage.silent_since = None  # an answer
     assert outage.silent_for(20.0) == 0.0
     outage.began(30.0)
     assert outage.silent_for(31.0) == 1.0

@@ -37,7 +37,6 @@ from audiences_async import (
     StatusError,
     UnauthorizedError,
 )
-from audiences_async._base.deadlines import Deadlines
 from audiences_async._http import direct
 from audiences_async._http.connections import Connector, Trust
 from audiences_async._http.transport import Transport, TransportSettings
@@ -843,7 +842,7 @@ async def test_requests_that_are_abandoned_time_out(raw: StartRaw) -> None:
         proxy=None,
         session=None,
     )
-    transport = Transport(settings, Deadlines())
+    transport = Transport(settings)
     attempt = asyncio.create_task(transport.attempt(ApiKey("key")))
     await asyncio.wait_for(asked.wait(), 5)
     transport.abandon()

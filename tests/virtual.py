@@ -9,7 +9,6 @@ from attrs import define, field
 from conftest import EMPTY_ANSWER
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from audiences_async._base.deadlines import Deadlines
 from audiences_async._http.transport import TransportSettings
 from audiences_async._http.wire import Reply
 from audiences_async.clock import Clock
@@ -77,7 +76,7 @@ class Service:
     connections: int = 100
     seen: list[tuple[float, str, int]] = field(factory=list)
 
-    def __call__(self, settings: TransportSettings, deadlines: Deadlines) -> "Service":
+    def __call__(self, settings: TransportSettings) -> "Service":
         """Return itself in place of a `Transport`."""
         return self
 

@@ -24,7 +24,7 @@ class Deadlines:
 
     def __init__(self) -> None:
         """Create it inside the event loop that will use it."""
-        self._loop = asyncio.get_running_loop()
+        self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self._scopes: set[Scope] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._next_look = math.inf
@@ -35,15 +35,20 @@ class Deadlines:
 
         *on_expire* is called at that moment, before the task is cancelled.
         """
-        return Scope(self, self._loop.time() + seconds, on_expire)
+        return Scope(self, self.loop.time() + seconds, on_expire)
 
     def at(self, seconds: float) -> float:
         """Return the event loop's time *seconds* from now."""
-        return self._loop.time() + seconds
+        return self.loop.time() + seconds
 
     def left(self, when: float) -> float:
         """Return the seconds from now until *when*."""
-        return when - self._loop.time()
+        return when - self.loop.time()
+
+    def expire_all(self) -> None:
+        """Expire every scope now."""
+        for scope in tuple(self._scopes):
+            scope.expire()
 
     async def end(self) -> None:
         """Expire every scope now, and return when all have been left.
@@ -55,7 +60,7 @@ class Deadlines:
             scope.expire()
         for scope in current:  # the current task must not cancel itself here: its scope expires at the next check
             scope.ends_at = -math.inf
-        self._look_at(self._loop.time())
+        self._look_at(self.loop.time())
         if self._scopes and not current:
             self._idle = self._idle or asyncio.Event()
             await self._idle.wait()
@@ -75,11 +80,11 @@ class Deadlines:
     def _look_at(self, when: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_at(when, self._look)
+        self._timer = self.loop.call_at(when, self._look)
         self._next_look = when
 
     def _look(self) -> None:
-        now = self._loop.time()
+        now = self.loop.time()
         self._timer, self._next_look = None, math.inf
         for scope in self._scopes:
             if scope.ends_at <= now:
@@ -101,7 +106,7 @@ class Scope:
         self.expired: bool = False
 
     def __enter__(self) -> Self:
-        task = asyncio.current_task()
+        task = asyncio.current_task(self._deadlines.loop)
         assert task is not None
         self.task: asyncio.Task[Any] = task
         self._cancelling = task.cancelling()

@@ -5,20 +5,18 @@ from collections.abc import Generator
 from typing import Final
 
 from audiences_async._base.deadlines import CallTime
+from audiences_async._call.context import CallContext
 from audiences_async._call.decide import report_of
 from audiences_async._call.key import CallKey
 from audiences_async._call.record import CallRecord
 from audiences_async._http.quota import announced
-from audiences_async._http.transport import Transport
 from audiences_async._http.wire import Reply, Result, read, read_plain
-from audiences_async._pace.pacer import Pacer, Released
+from audiences_async._pace.pacer import Released
 from audiences_async._pace.pacing import NOTHING, Report, Turn
 from audiences_async._pace.places import Place
-from audiences_async.clock import Clock
-from audiences_async.credentials import ApiKey
+from audiences_async.credentials import ApiKey, KeySource
 from audiences_async.errors import ConnectionFailedError, TransportError
 from audiences_async.models import Account
-from audiences_async.policies import RetryPolicy
 
 _MOST_REFUSALS: Final = 4  # by a limit that all accounts share, for each attempt that a call of a job may make
 
@@ -28,50 +26,38 @@ class Attempts:
 
     Args:
         account: The account.
-        key: The key, or where fresh ones come from.
+        credential: The key, or where fresh ones come from.
         time: The time that the call has.
         record: Where attempts are recorded.
-        pacer: Where the account's turns come from.
-        transport: Where requests are sent.
-        policy: Which failures are retried.
-        clock: The client's clock.
+        context: What all calls of the client share.
         place: The call's place in a job; ``None`` if it is of no job.
     """
 
-    __slots__ = (
-        "_account", "_clock", "_lane", "_pacer", "_place", "_policy", "_record", "_refusals", "_time", "_transport",
-        "is_paced", "key",
-    )  # fmt: skip
+    __slots__ = ("_account", "_context", "_lane", "_place", "_record", "_refusals", "_time", "is_paced", "key")
 
     def __init__(
         self,
         account: Account,
-        key: CallKey,
+        credential: ApiKey | KeySource,
         time: CallTime,
         record: CallRecord,
+        context: CallContext,
         *,
-        pacer: Pacer,
-        transport: Transport,
-        policy: RetryPolicy,
-        clock: Clock,
         place: Place | None,
     ) -> None:
-        self.key: CallKey = key
+        self.key: CallKey = CallKey(credential)
         self.is_paced: bool = False
         """Whether the lanes do all the waiting for the next attempt."""
         self._account = account
         self._time = time
         self._record = record
-        self._pacer = pacer
-        self._transport = transport
-        self._policy = policy
-        self._clock = clock
+        self._context = context
         self._place = place
         self._refusals = 0  # by a limit that all accounts share
 
     def begin(self) -> None:
         """Take the account's lane: an unused lane is forgotten."""
-        self._lane = self._pacer.lane(self._account)
+        self._lane = self._context.pacer.lane(self._account)
         self._lane.users += 1
 
     def end(self) -> None:
@@ -81,7 +67,7 @@ class Attempts:
 
     def expected(self) -> float:
         """Estimate the seconds until the next turn, as far as they count for the call's time."""
-        return self._pacer.expected(self._lane, self._time)
+        return self._context.pacer.expected(self._lane, self._time)
 
     async def next(self) -> Result:
         """Return the result of the next attempt."""
@@ -101,46 +87,46 @@ class Attempts:
 
     async def _exchange(self, key: ApiKey) -> tuple[Result, bool]:
         """Return the result of one request, and whether it counts as an attempt."""
-        queued_at = self._clock.monotonic() if self._record.is_watched else 0.0
-        turn = await self._pacer.acquire(self._lane, self._time, self._place)
-        witness = self._pacer.witness(turn, key) if turn.probe and self._place is not None else None
+        queued_at = self._context.clock.monotonic() if self._record.is_watched else 0.0
+        turn = await self._context.pacer.acquire(self._lane, self._time, self._place)
+        witness = self._context.pacer.witness(turn, key) if turn.probe and self._place is not None else None
         report = NOTHING
         try:
             self._record.attempt_started(queued_at)
             result, report = await self._send(witness or key)
         finally:
-            released = self._pacer.release(
+            released = self._context.pacer.release(
                 self._lane, turn, report, is_own=witness is None, in_job=self._place is not None
             )
         self._record.attempt_returned()
         self.is_paced = released.is_paced
         if report.verdict == "answered" and witness is None:
-            self._pacer.service.witness = key
+            self._context.pacer.service.witness = key
             return result, True
         return result, self._counts(result, turn, released, is_own=witness is None)
 
     async def _send(self, key: ApiKey) -> tuple[Result, Report]:
-        reply = await self._transport.attempt(key, self._time.scope)
+        reply = await self._context.transport.attempt(key, self._time.scope)
         if not isinstance(reply, Reply):
-            return reply, report_of(reply, None, self._policy)
-        now = self._clock.wall()
+            return reply, report_of(reply, None, self._context.policy)
+        now = self._context.clock.wall()
         result: Result | None = read_plain(reply)
         if result is None:
             result = await _in_turns(read(reply, key, now=now))
-        return result, report_of(result, announced(reply.headers, now=now), self._policy)
+        return result, report_of(result, announced(reply.headers, now=now), self._context.policy)
 
     def _counts(self, result: Result, turn: Turn, released: Released, *, is_own: bool) -> bool:
         """Return whether a request without an answer counts as an attempt; if it does not, another one follows."""
         if isinstance(result, ConnectionFailedError) and result.unsent:
-            return not self._pacer.service.shrink()  # another request will return a socket
+            return not self._context.pacer.service.shrink()  # another request will return a socket
         if self._place is None:
             return True
         if turn.probe:
             self._record.add(result, 0.0, "probe")
-            if is_own and self._pacer.service.witness is None:
+            if is_own and self._context.pacer.service.witness is None:
                 self._place.leave()  # no account was answered yet: let the next one be the probe
             return False
-        if released.waits and self._refusals < _MOST_REFUSALS * self._policy.max_attempts:
+        if released.waits and self._refusals < _MOST_REFUSALS * self._context.policy.max_attempts:
             self._refusals += 1
             self._record.add(result, 0.0, "pace")
             return False

@@ -6,10 +6,9 @@ from weakref import WeakValueDictionary
 
 from audiences_async._base.deadlines import CallTime, Deadlines
 from audiences_async._call.cache import Cache
-from audiences_async._call.run import Call, CallSettings, out_of_time
-from audiences_async._http.transport import Transport
+from audiences_async._call.context import CallContext
+from audiences_async._call.run import Call, out_of_time
 from audiences_async._http.wire import Result
-from audiences_async._pace.pacer import Pacer
 from audiences_async._pace.places import Place
 from audiences_async.credentials import ApiKey, KeySource
 from audiences_async.errors import (
@@ -28,9 +27,7 @@ class Calls:
     """The calls of one client, on one event loop.
 
     Args:
-        settings: What all calls share.
-        transport: Makes the attempts.
-        pacer: Grants the turns.
+        context: What all calls share.
         deadlines: The deadlines of the calls.
         cache: How long answers are reused; ``None`` means that every call sends a request.
         timeout: Seconds for a refresh of the cache.
@@ -38,21 +35,17 @@ class Calls:
 
     def __init__(
         self,
-        settings: CallSettings,
-        transport: Transport,
-        pacer: Pacer,
+        context: CallContext,
         deadlines: Deadlines,
         *,
         cache: CachePolicy | None,
         timeout: float,
     ) -> None:
-        self.transport: Transport = transport
-        self.pacer: Pacer = pacer
-        self._settings = settings
+        self.context: CallContext = context
         self._deadlines = deadlines
         self._cache: Cache | None = None
         if cache is not None:
-            self._cache = Cache(cache, settings.clock, begin=self._begin, run=self._run, timeout=timeout)
+            self._cache = Cache(cache, context.clock, begin=self._begin, run=self._run, timeout=timeout)
         self._key_sources: WeakValueDictionary[tuple[str, int], KeySource] = WeakValueDictionary()
         self._closing = False
 
@@ -81,19 +74,12 @@ class Calls:
             if self._cache is not None:
                 await self._cache.close()
         finally:
-            await self.transport.close()
+            await self.context.transport.close()
 
     def _begin(self, account: Account, timeout: float, place: Place | None = None) -> Call:
-        now = self._settings.clock.monotonic
-        return Call(
-            account,
-            self._credential(account),
-            CallTime(now, self._deadlines.within(timeout), timeout, stands_still=place is not None),
-            pacer=self.pacer,
-            transport=self.transport,
-            settings=self._settings,
-            place=place,
-        )
+        now = self.context.clock.monotonic
+        time = CallTime(now, self._deadlines.within(timeout), timeout, stands_still=place is not None)
+        return Call(account, self._credential(account), time, self.context, place=place)
 
     async def _run(self, call: Call, first: AudiencesError | None = None) -> Result:
         try:

@@ -2,37 +2,22 @@
 
 from typing import Final
 
-from attrs import frozen
 from tenacity import AsyncRetrying, RetryCallState
 
 from audiences_async._base.deadlines import CallTime
 from audiences_async._call.attempts import Attempts
+from audiences_async._call.context import CallContext
 from audiences_async._call.decide import Again, Facts, Stop, decide, final, may_help
-from audiences_async._call.key import CallKey
 from audiences_async._call.record import CallRecord
-from audiences_async._call.retrying import RetryTokens, wait_full_jitter
-from audiences_async._http.transport import Transport
+from audiences_async._call.retrying import wait_full_jitter
 from audiences_async._http.wire import Result
-from audiences_async._pace.pacer import Pacer
 from audiences_async._pace.places import Place
-from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, KeySource
 from audiences_async.errors import AudiencesError, DeadlineExceededError
-from audiences_async.events import EventHook, StopReason
+from audiences_async.events import StopReason
 from audiences_async.models import Account, AudiencesResponse
-from audiences_async.policies import RetryPolicy
 
 _OUT_OF_TIME: Final = Stop("deadline")
-
-
-@frozen(eq=False)
-class CallSettings:
-    """What all calls of one client share; see `AudiencesClient` for each."""
-
-    policy: RetryPolicy
-    tokens: RetryTokens
-    clock: Clock
-    on_event: EventHook | None
 
 
 class Call:
@@ -42,39 +27,25 @@ class Call:
         account: The account.
         credential: The key, or where fresh ones come from.
         time: The time that the call has. Only waits are held against it here; its scope cuts off the rest.
-        pacer: Where the account's turns come from.
-        transport: Where attempts are made.
-        settings: What all calls of the client share.
+        context: What all calls of the client share.
         place: The call's place in a job; ``None`` if it is of no job.
     """
 
-    __slots__ = ("_attempts", "_borrows", "_next", "_place", "_settings", "_was_stale", "record", "time")
+    __slots__ = ("_attempts", "_borrows", "_context", "_next", "_place", "_was_stale", "record", "time")
 
     def __init__(
         self,
         account: Account,
         credential: ApiKey | KeySource,
         time: CallTime,
+        context: CallContext,
         *,
-        pacer: Pacer,
-        transport: Transport,
-        settings: CallSettings,
-        place: Place | None = None,
+        place: Place | None,
     ) -> None:
         self.time: CallTime = time
-        self.record: CallRecord = CallRecord(account.name, time.started, settings.clock, settings.on_event)
-        self._attempts = Attempts(
-            account,
-            CallKey(credential),
-            time,
-            self.record,
-            pacer=pacer,
-            transport=transport,
-            policy=settings.policy,
-            clock=settings.clock,
-            place=place,
-        )
-        self._settings = settings
+        self.record: CallRecord = CallRecord(account.name, time.started, context.clock, context.on_event)
+        self._attempts = Attempts(account, credential, time, self.record, context, place=place)
+        self._context = context
         self._place = place
         self._next: Again | Stop | None = None  # after the latest attempt, if it failed
         self._borrows = False  # whether the next attempt waits for a place of those without tokens
@@ -103,7 +74,7 @@ class Call:
 
     async def _after(self, first: AudiencesError) -> Result:
         """Return the result of the call after its first attempt has failed."""
-        if not may_help(first, self._settings.policy, can_refresh_key=self._attempts.key.can_be_refreshed):
+        if not may_help(first, self._context.policy, can_refresh_key=self._attempts.key.can_be_refreshed):
             self._next = final(first)
             return first
         pending: list[Result] = [first]
@@ -139,18 +110,18 @@ class Call:
     def _decide(self, error: AudiencesError, state: RetryCallState) -> Again | Stop:
         facts = Facts(
             number=state.attempt_number,
-            time_left=self.time.deadline - self._settings.clock.monotonic(),
+            time_left=self.time.deadline - self._context.clock.monotonic(),
             next_turn=self._attempts.expected(),
             can_refresh_key=self._attempts.key.can_be_refreshed,
             was_stale=self._was_stale,
             is_paced=self._attempts.is_paced,
-            backoff=lambda: wait_full_jitter(self._settings.policy, self._settings.clock)(state),
+            backoff=lambda: wait_full_jitter(self._context.policy, self._context.clock)(state),
         )
-        decided = decide(error, facts, self._settings.policy)
+        decided = decide(error, facts, self._context.policy)
         if isinstance(decided, Stop):
             if error.retry_after is None:
                 error.retry_after = decided.needed
-        elif not decided.is_free and not self._settings.tokens.take():
+        elif not decided.is_free and not self._context.tokens.take():
             self._borrows = self._place is not None
             return decided if self._borrows else Stop("budget")
         return decided
@@ -170,7 +141,7 @@ class Call:
         """Wait between two attempts, in a job without a place."""
         if self._place is not None:
             self._place.leave()
-        await self._settings.clock.sleep(seconds)
+        await self._context.clock.sleep(seconds)
         if self._place is not None and self._borrows:
             self._borrows = False
             with self.time.held():
@@ -178,11 +149,11 @@ class Call:
 
     def _finish(self, result: Result) -> Result:
         # Decoding may have taken longer than the call had.
-        if isinstance(result, AudiencesResponse) and self._settings.clock.monotonic() >= self.time.deadline:
+        if isinstance(result, AudiencesResponse) and self._context.clock.monotonic() >= self.time.deadline:
             self._next = _OUT_OF_TIME
             result = out_of_time(self.time.timeout)
         if isinstance(result, AudiencesResponse):
-            self._settings.tokens.give_back()
+            self._context.tokens.give_back()
             self.record.answered(result)
             return result
         assert isinstance(self._next, Stop)

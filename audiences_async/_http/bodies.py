@@ -4,7 +4,7 @@ import asyncio
 import zlib
 from collections.abc import Awaitable, Iterator
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import aiohttp
 from aiohttp import hdrs
@@ -23,8 +23,9 @@ class ReplyReader:
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.response: aiohttp.ClientResponse = response
-        self._headers = _headers(response)
-        self._data = bytearray()
+        headers: Any = response.headers
+        self._headers: CIMultiDictProxy[str] = headers if isinstance(headers, CIMultiDictProxy) else _split(response)
+        self._data: bytes | bytearray = b""
 
     def reply(self, *, exceeded: int | None = None) -> Reply:
         """Return the response, with what has been read of its body."""
@@ -57,39 +58,36 @@ class ReplyReader:
         return ", ".join(self._headers.getall(name)).strip().lower()
 
     async def _read_plain(self, cap: int) -> bool:
-        if (self.response.content_length or 0) > cap:
-            cap = min(cap, MAX_ERROR_BODY)  # only the start is kept
         content = self.response.content
-        while not content.at_eof():
-            self._data += await content.readany()
-            if self._exceeds(cap):
-                return False
-        return True
+        self._data = await content.readany()
+        if not content.at_eof():
+            if (self.response.content_length or 0) > cap:
+                cap = min(cap, MAX_ERROR_BODY)  # only the start is kept
+            self._data = bytearray(self._data)
+            while len(self._data) <= cap and not content.at_eof():
+                self._data += await content.readany()
+        return len(self._data) <= cap or self._truncated(cap)
 
     async def _read_compressed(self, cap: int, inflater: "_Inflater") -> bool:
+        self._data = bytearray()
         while chunk := await self.response.content.readany():
             for piece in inflater.pieces(chunk):
                 self._data += piece
-                if self._exceeds(cap):
-                    return False
+                if len(self._data) > cap:
+                    return self._truncated(cap)
                 if len(piece) in {0, _PIECE_SIZE} or inflater.members > 1:
                     await asyncio.sleep(0)  # a bomb, or many tiny members, block the event loop for one piece only
         inflater.finish()
         return True
 
-    def _exceeds(self, cap: int) -> bool:
-        """Return whether the body exceeds *cap*; if so, truncate it to the size that an error may show."""
-        if len(self._data) <= cap:
-            return False
-        del self._data[min(cap, MAX_ERROR_BODY) :]
-        return True
+    def _truncated(self, cap: int) -> Literal[False]:
+        """Keep no more of a body that exceeds *cap* than an error may show."""
+        self._data = self._data[: min(cap, MAX_ERROR_BODY)]
+        return False
 
 
-def _headers(response: aiohttp.ClientResponse) -> CIMultiDictProxy[str]:
+def _split(response: aiohttp.ClientResponse) -> CIMultiDictProxy[str]:
     """Return the headers one by one: aiohttp 4 joins equal names, and splits lists."""
-    headers: Any = response.headers
-    if isinstance(headers, CIMultiDictProxy):
-        return headers
     text = partial(str, encoding="utf-8", errors="surrogateescape")
     return CIMultiDictProxy(CIMultiDict((text(name), text(value)) for name, value in response.raw_headers))
 

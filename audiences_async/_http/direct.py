@@ -10,14 +10,11 @@ import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from types import FunctionType, SimpleNamespace
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import aiohttp
 from aiohttp import hdrs
 from yarl import URL
-
-if TYPE_CHECKING:
-    from aiohttp.connector import Connection
 
 NO_TIMEOUT: Final = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None)
 """Our own deadlines apply: aiohttp's round up to whole seconds above 5 s, and include the wait for a connection."""
@@ -143,26 +140,21 @@ class DirectRequests:
             aiohttp.ClientError: As from a session.
         """
         connection = await self._connector.connect(self._request, [], NO_TIMEOUT)
+        response = None
         try:
-            return await self._exchange(connection, f"{self._head}{authorization}\r\n\r\n".encode())
-        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
-            connection.close()
-            raise ResendError(DISCONNECTED) from None
-        except BaseException:
-            connection.close()
-            raise
-
-    async def _exchange(self, connection: "Connection", head: bytes) -> aiohttp.ClientResponse:
-        protocol = connection.protocol
-        assert protocol is not None
-        assert protocol.transport is not None
-        protocol.set_response_params(read_until_eof=True, auto_decompress=False)
-        protocol.transport.write(head)
-        response = self._response()
-        try:
+            protocol = connection.protocol
+            assert protocol is not None
+            assert protocol.transport is not None
+            protocol.set_response_params(read_until_eof=True, auto_decompress=False)
+            protocol.transport.write(f"{self._head}{authorization}\r\n\r\n".encode())
+            response = self._response()
             return await response.start(connection)
-        except BaseException:
-            response.close()
+        except BaseException as error:
+            if response is not None:
+                response.close()
+            connection.close()
+            if isinstance(error, aiohttp.ClientOSError | aiohttp.ServerDisconnectedError):
+                raise ResendError(DISCONNECTED) from None
             raise
 
     def _response(self) -> aiohttp.ClientResponse:

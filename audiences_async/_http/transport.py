@@ -87,11 +87,10 @@ def check_cookies(session: aiohttp.ClientSession, account: Account) -> None:
 class Transport:
     """One session on one event loop, and the size of its pool."""
 
-    def __init__(self, settings: TransportSettings, deadlines: Deadlines) -> None:
+    def __init__(self, settings: TransportSettings) -> None:
         """Create it inside the event loop that will use it."""
         self._settings = settings
-        self._deadlines = deadlines
-        self._under_way: set[Scope] = set()
+        self._deadlines = Deadlines()  # of the attempts alone
         self._trust = Trust(None if settings.session is None else settings.session.connector)
         self._middlewares: tuple[aiohttp.ClientMiddlewareType, ...] = ()
         self._direct: DirectRequests | None = None
@@ -136,7 +135,6 @@ class Transport:
         limit = self._settings.attempt_timeout
         exchange = Exchange(self._trust)
         scope = self._deadlines.within(limit, exchange.lease.out_of_time)
-        self._under_way.add(scope)
         try:
             with scope:
                 return await exchange.run(self._send(authorization(key)), self._settings.max_body_bytes)
@@ -150,13 +148,11 @@ class Transport:
         except Exception as error:  # noqa: BLE001 - aiohttp raises far more than ClientError, including its own bugs
             return exchange.outcome(error, key, out_of_time=limit if scope.expired else None)
         finally:
-            self._under_way.discard(scope)
             exchange.close()
 
     def abandon(self) -> None:
         """Time out every attempt in flight now."""
-        for scope in tuple(self._under_way):
-            scope.expire()
+        self._deadlines.expire_all()
 
     def _send(self, authorization: str) -> Awaitable[aiohttp.ClientResponse]:
         if self._direct is not None and self._direct.usable:

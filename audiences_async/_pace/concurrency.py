@@ -26,11 +26,6 @@ class LearnedConcurrency:
         self._grants = 0  # since one more was tried
         self._patience = 0.0  # grants until the next try
 
-    @property
-    def is_suspected(self) -> bool:
-        """Whether grants matter: there is such a limit, or refusals that it may explain."""
-        return self._refusals > 0 or self.limit < math.inf
-
     def _forget(self) -> None:
         self.limit = self._lowest = math.inf  # the lowest: of others in flight when a request was refused
         self._refusals = 0  # with at least as many, less the grants

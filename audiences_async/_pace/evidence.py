@@ -15,9 +15,11 @@ _HALF: Final = 0.5
 class Evidence:
     """Accounts that are refused or fail, without an answer to any account in between."""
 
-    __slots__ = ("_accounts", "_recovered", "_refused")
+    __slots__ = ("_accounts", "_recovered", "_refused", "is_needed")
 
     def __init__(self) -> None:
+        self.is_needed: bool = False
+        """Whether an answer matters: there was a refusal or a failure before."""
         self._accounts: set[Lane] = set()
         self._refused = 0.0  # share of the latest requests
         self._recovered = 0.0  # share of the latest answers, of accounts that had been refused or had failed
@@ -30,8 +32,9 @@ class Evidence:
     def returned(self, verdict: Verdict, lane: Lane) -> None:
         """Note the reply to a request of an account."""
         if verdict != "answered":
+            self.is_needed = True
             self._refused += _WEIGHT * ((verdict in REFUSALS) - self._refused)
-        elif self._refused or self._accounts:  # else no refusal or failure came before
+        elif self.is_needed:
             self._refused -= _WEIGHT * self._refused
             self._recovered += _WEIGHT * (lane.recovers - self._recovered)
             self._accounts.clear()
@@ -41,6 +44,7 @@ class Evidence:
 
         More must do so if many requests, up to *peak*, were in flight at the same time.
         """
+        self.is_needed = True
         self._accounts.add(lane)
         # Accounts have limits of their own, and few have outages of their own.
         few = _MANY if verdict == "throttled" else _FEW

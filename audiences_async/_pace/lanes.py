@@ -5,13 +5,16 @@ from collections.abc import Callable
 from typing import Final
 
 from audiences_async._base.deadlines import Deadlines
-from audiences_async._pace.learning import LearnedRate
 from audiences_async._pace.pacing import PacedQueue, PauseSettings, Verdict
 from audiences_async.clock import Clock
 from audiences_async.events import AccountPaused, AccountResumed, Event, RateLearned
 from audiences_async.policies import Limiter, RateLimit
 from audiences_async.snapshots import AccountPace
 
+_SLOW_START: Final = 2.0  # requests in flight, until a pace is known
+_STEP: Final = 0.25  # for each answer, so a quarter more in a round trip
+_LONG_TRIP: Final = 0.08  # s; a slow start costs more time than requests then
+_LONG_STEP: Final = 0.5
 _RECENT: Final = 1.0  # s; requests that an account sent in it may explain a refusal
 _LONGEST_ANNOUNCED: Final = 30.0  # s; a pause that no refusal asked for may be misread, and a request will show it
 
@@ -19,7 +22,9 @@ _LONGEST_ANNOUNCED: Final = 30.0  # s; a pause that no refusal asked for may be 
 class Lane(PacedQueue):
     """One account's way to the wire, at the account's pace, and closed after a 429."""
 
-    __slots__ = ("_alone", "_emit", "_granted_at", "_suspected_at", "account", "users")
+    __slots__ = ("_alone", "_emit", "_granted_at", "_suspected_at", "_window", "account", "users")
+
+    is_shared = False
 
     def __init__(
         self,
@@ -31,12 +36,12 @@ class Lane(PacedQueue):
         settings: PauseSettings,
         emit: Callable[[Event], None],
     ) -> None:
-        learned = LearnedRate() if limit is None else LearnedRate(window=None)
-        super().__init__(limit, learned, clock, deadlines, settings)
+        super().__init__(limit, clock, deadlines, settings)
         self.account: str = account
         self.users: int = 0
         """Calls that hold on to the lane, also while they neither wait nor send."""
         self._emit = emit
+        self._window = _SLOW_START if limit is None else math.inf
         self._granted_at = -math.inf
         self._suspected_at: int | None = None  # answers of the service when this account began to fail
         self._alone = False  # whether others were answered since then
@@ -55,10 +60,15 @@ class Lane(PacedQueue):
             not self.users
             and not self._failures
             and self._closed_until <= now
-            and self._learned.is_idle(now)
+            and (self._learned is None or self._learned.is_forgettable)
             and (self._known is None or self._known.is_idle(now))
-            and self._window.limit is None
         )
+
+    def delay(self, now: float) -> float:
+        """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
+        if self.in_flight + 1 > self._window and (self._learned is None or not self._learned.spaces):
+            return math.inf
+        return super().delay(now)
 
     def explains(self, sent_at: float) -> bool:
         """Return whether a refusal of what was sent then can be the account's own doing: it has sent others lately."""
@@ -98,18 +108,26 @@ class Lane(PacedQueue):
             pause: Seconds for which the service asked to send nothing, if it did.
         """
         fresh = self._returned(now, sent_at)
+        if fresh:
+            self._probe_out = False
         try:
             if verdict == "throttled":
                 self._throttled(now, sent_at, pause, fresh=fresh)
             elif verdict in {"answered", "failed", "unavailable"}:
                 if verdict == "answered":
                     self._granted_at, self._suspected_at, self._alone = now, None, False
+                if self._learned is None or not self._learned.spaces:
+                    self._window += _STEP if now - sent_at < _LONG_TRIP else _LONG_STEP
                 self._answered(now, sent_at, fresh=fresh)  # the account's limit let it through
                 if pause is not None and verdict != "unavailable":
                     self._close(now, min(pause, _LONGEST_ANNOUNCED), asked=True)
         finally:  # a hook may raise what ends the program, and be mistaken
             if self._waiters:
                 self.changed()
+
+    def _learn(self, now: float, sent_at: float, *, asked: bool) -> float:
+        self._window = max(1.0, self._window / 2)
+        return super()._learn(now, sent_at, asked=asked)
 
     def _on_paused(self, seconds: float, *, asked: bool) -> None:
         self._emit(AccountPaused(self.account, seconds, asked))

@@ -1,18 +1,12 @@
 """The rate of a limit that the service does not publish, learned from its refusals.
 
 The service throttles with 429 and publishes neither its rate nor ``Retry-After``: https://api.commbox.io/
-(GET /audiences). A slow start grows until the first refusals. The rate is then measured as the grants from one refusal
-to a later one, divided by the time between them.
+(GET /audiences). The rate is measured as the grants from one refusal to a later one, divided by the time between them.
 """
 
 import math
 from collections import deque
 from typing import Final
-
-_FIRST_WINDOW: Final = 2.0  # requests in flight
-_WINDOW_STEP: Final = 0.25  # for each answer, so a quarter more in a round trip
-_LONG_TRIP: Final = 0.08  # s; a slow start costs more time than requests then
-_LONG_STEP: Final = 0.5
 
 _ENOUGH: Final = 50  # answers for a measurement, or for faster growth
 _MIN_GROWTH: Final = 0.001  # of the rate, for each answer
@@ -40,23 +34,24 @@ _IN_A_ROW: Final = 5
 
 
 class LearnedRate:
-    """A rate that is learned: a window of requests in flight until the first refusals, then a rate.
+    """A rate that is learned from refusals.
 
     A refusal finds the limit's store of requests empty. The grants from one refusal to a later one are therefore what
     the store was filled with in between. The rate begins a little below that and grows until the next refusal, faster
     if fewer answers were measured.
+
+    Args:
+        is_shared: Whether the limit may be shared with other processes, which are to get their share of it.
     """
 
     __slots__ = (
-        "_burst", "_excused", "_granted", "_growth", "_held", "_is_asked", "_is_shared", "_learned_by", "_next_at",
-        "_since", "_since_cut", "_strays", "_window", "rate",
+        "_burst", "_growth", "_held", "_is_asked", "_is_shared", "_measurement", "_next_at", "_since_cut", "_strays",
+        "rate",
     )  # fmt: skip
 
-    def __init__(self, window: float | None = _FIRST_WINDOW) -> None:
-        """Begin with *window* requests in flight; ``None`` if they are bounded elsewhere."""
+    def __init__(self, *, is_shared: bool = False) -> None:
         self.rate: float | None = None
-        self._window = math.inf if window is None else window
-        self._is_shared = window is None
+        self._is_shared = is_shared
         self._next_at = -math.inf
         self._held = True  # whether requests go as fast as the pace lets them
         self._growth = _MAX_GROWTH
@@ -64,22 +59,21 @@ class LearnedRate:
         self._is_asked = False  # whether refusals name a pause
         self._burst = math.inf  # the fewest answers from the end of a pause to the next refusal
         self._strays: Strays | None = None  # once there is a rate
-        # The measurement:
-        self._since: float | None = None  # a refusal
-        self._granted = 0  # answers since then
-        self._learned_by = 0  # of them, at the latest refusal
-        self._excused = 0.0  # s of pauses that were asked for
+        self._measurement = Measurement()
 
     @property
     def explains_refusals(self) -> bool:
         """Whether a refusal now may be due to the rate."""
         return self._strays is None or self._strays.are_few
 
-    def delay(self, now: float, in_flight: int) -> float:
-        """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
-        if self.rate is None:
-            return 0.0 if in_flight + 1 <= self._window else math.inf
-        return self._next_at - now
+    @property
+    def is_measured(self) -> bool:
+        """Whether a measurement is under way."""
+        return self._measurement.since is not None
+
+    def delay(self, now: float) -> float:
+        """Return the seconds until the next request may go."""
+        return 0.0 if self.rate is None else self._next_at - now
 
     def backlog(self, now: float, ahead: int) -> float:
         """Estimate the seconds until the turn of a request behind *ahead* others, if the rate grows with each."""
@@ -99,14 +93,13 @@ class LearnedRate:
         # A turn that came late does not make the next one late.
         self._next_at = max(self._next_at, now - interval) + interval
 
-    def answered(self, took: float, *, fresh: bool) -> None:
-        """Note that a request was granted, after *took* seconds; *fresh* if it was sent after the latest refusal."""
+    def answered(self, *, fresh: bool) -> None:
+        """Note that a request was granted; *fresh* if it was sent after the latest refusal."""
         if self.rate is None:
-            self._granted += fresh  # the others were granted before the measurement began
-            self._window += _WINDOW_STEP if took < _LONG_TRIP else _LONG_STEP
+            self._measurement.granted += fresh  # the others were granted before it began
             return
         assert self._strays is not None
-        self._granted += 1
+        self._measurement.granted += 1
         self._strays.granted()
         if self._held:  # else the callers are slower than the pace, and that it is kept shows nothing
             self._grow(self.rate)
@@ -130,54 +123,55 @@ class LearnedRate:
             now: The time.
             asked: Whether the refusal names a pause.
         """
-        self._window = max(1.0, self._window / 2)
         if self._strays is not None:
             self._strays.refused()
             if not self._strays.are_few:
                 return False
-        if self._since is None:
+        since = self._measurement.since
+        if since is None:
             if self.rate is not None:
                 self._cut(self.rate, 0.8 * self.rate)
                 self._growth = _MIN_GROWTH
             self.restart(now)
             return False
-        if self._granted == self._learned_by or now <= self._since:
-            return False  # nothing was granted since the latest refusal
-        self._learned_by = self._granted
+        if not self._measurement.has_news(now):
+            return False
         if asked and self._held:
-            self._measure_carefully(now - self._since)
+            self._measure_carefully(now - since)
             self.restart(now)
         else:
-            self._measure(now - self._since)
-            if self._granted >= _ENOUGH:
+            self._measure(now - since)
+            if self._measurement.granted >= _ENOUGH:
                 self.restart(now)
         return True
 
     def _measure(self, seconds: float) -> None:
         # What the limit would have granted while nothing was sent may be lost: the measurement is a lower bound. The
         # rate that was refused is an upper one.
-        measured = self._granted / seconds
-        lower_bound = measured * (1 - 0.5 / (self._granted + 1))
+        granted = self._measurement.granted
+        measured = granted / seconds
+        lower_bound = measured * (1 - 0.5 / (granted + 1))
         if self.rate is None:
             self._begin_at(lower_bound)
         else:
             self._cut(self.rate, max(0.25 * self.rate, min(0.9 * self.rate, 1.2 * measured), lower_bound))
-        is_slow = self._is_shared and self.rate is not None and self.rate < _SLOW and self._granted > _FEW
-        self._growth = min(_SLOW_GROWTH if is_slow else _MAX_GROWTH, max(_MIN_GROWTH, 2 / self._granted**2))
+        is_slow = self._is_shared and self.rate is not None and self.rate < _SLOW and granted > _FEW
+        self._growth = min(_SLOW_GROWTH if is_slow else _MAX_GROWTH, max(_MIN_GROWTH, 2 / granted**2))
 
     def _measure_carefully(self, active: float) -> None:
-        if self._excused:
-            self._burst = min(self._burst, self._granted)
-        if self._granted > max(_SOME, 2 * self._burst):
-            measured = (self._granted - self._burst) / active
+        granted, excused = self._measurement.granted, self._measurement.excused
+        if excused:
+            self._burst = min(self._burst, granted)
+        if granted > max(_SOME, 2 * self._burst):
+            measured = (granted - self._burst) / active
         else:
             # Most of it was the burst after a pause. With the pause this is too low, without it too high.
-            measured = self._granted / math.sqrt(active * (active + self._excused))
+            measured = granted / math.sqrt(active * (active + excused))
         if self.rate is None:
             self._begin_at(measured)
         else:
             self._cut(self.rate, min(0.95 * self.rate, max(0.5 * self.rate, measured)))
-        self._growth = _CAREFUL_GROWTH if self._granted >= _SOME else _FIRST_CAREFUL_GROWTH
+        self._growth = _CAREFUL_GROWTH if granted >= _SOME else _FIRST_CAREFUL_GROWTH
         self._is_asked = True
 
     def _begin_at(self, rate: float) -> None:
@@ -192,29 +186,50 @@ class LearnedRate:
 
     def forget(self) -> None:
         """Forget the rate: the limit is of another kind."""
-        self.rate = self._since = None
+        self.rate = None
+        self.idle()
 
     def idle(self) -> None:
         """End the measurement: for a while nothing was held back."""
-        self._since = None
+        self._measurement.since = None
 
     def restart(self, now: float) -> None:
         """Begin a measurement."""
-        self._since, self._granted, self._learned_by, self._excused = now, 0, 0, 0.0
+        self._measurement = Measurement(now)
 
     def excuse(self, seconds: float) -> None:
         """Leave a pause of *seconds* that the service asked for out of the measurement."""
-        if self._since is not None:
-            self._since += seconds
-            self._excused += seconds
+        self._measurement.excuse(seconds)
 
     def paused_until(self, when: float) -> None:
         """Pace from *when* on, the end of a pause."""
         self._next_at = max(self._next_at, when)
 
-    def is_idle(self, now: float) -> bool:
-        """Return whether forgetting it would make little difference."""
-        return self.rate is None and self._since is None
+
+class Measurement:
+    """The requests that were granted since a refusal; none is under way if *since* is ``None``."""
+
+    __slots__ = ("_counted", "excused", "granted", "since")
+
+    def __init__(self, since: float | None = None) -> None:
+        self.since: float | None = since
+        self.granted: int = 0
+        self.excused: float = 0.0
+        """Seconds of pauses that were asked for, by which *since* was moved."""
+        self._counted = 0  # of them, at the latest refusal
+
+    def has_news(self, now: float) -> bool:
+        """Note a refusal; return whether anything was granted since the latest one."""
+        if self.since is None or self.granted == self._counted or now <= self.since:
+            return False
+        self._counted = self.granted
+        return True
+
+    def excuse(self, seconds: float) -> None:
+        """Leave *seconds* out of the time, if a measurement is under way."""
+        if self.since is not None:
+            self.since += seconds
+            self.excused += seconds
 
 
 class Strays:

@@ -1,5 +1,6 @@
 """How many requests of all accounts may be in flight: as many as the service finishes in time."""
 
+import math
 from typing import Final
 
 from audiences_async._pace.concurrency import LearnedConcurrency
@@ -28,7 +29,7 @@ class Load:
     """
 
     __slots__ = (
-        "_attempt_timeout", "_concurrency", "_cut_at", "_in_flight", "_sent", "_since_cut", "_step", "connections",
+        "_attempt_timeout", "_cut_at", "_in_flight", "_learned", "_sent", "_since_cut", "_step", "connections",
         "limit", "peak", "quick_answers", "slowest",
     )  # fmt: skip
 
@@ -43,11 +44,11 @@ class Load:
         self.slowest: float = 0.0
         """Seconds of the slowest answer, fading with later ones."""
         self._attempt_timeout = attempt_timeout
-        self._concurrency = LearnedConcurrency()
+        self._learned: LearnedConcurrency | None = None  # from the first refusal on
         self._in_flight: dict[int, int] = {}  # by the number of each request: how many others were in flight
         self._sent = 0
         self._step = _FAST_STEP
-        self._cut_at = float("-inf")
+        self._cut_at = -math.inf
         self._since_cut = 0  # answers
 
     def sent(self) -> int:
@@ -65,31 +66,31 @@ class Load:
         Returns:
             Whether it shows that the service limits the requests in flight, to fewer than was known.
         """
-        before = self._concurrency.limit
+        before = self.concurrency
         others = self._in_flight.pop(turn.number)
         took = now - turn.sent_at
         if verdict == "answered":
-            self._answered(now, turn, took, others)
+            if self._learned is not None:
+                self._learned.granted(now, turn.sent_at, others)
+            self._answered(now, turn, took)
         elif verdict == "timed out":
             self._shrink(now, turn, _AFTER_TIMEOUT)
         elif verdict in {"failed", "unavailable"} and self.limit < self.connections:
             self._grow(took)
         if verdict in REFUSALS:
-            earlier = sum(number < turn.number for number in self._in_flight)
-            self._concurrency.refused(now, turn.sent_at, earlier)
-            self.limit = min(self.limit, self._concurrency.limit)
-        return self._concurrency.limit < before
+            self._learned = self._learned or LearnedConcurrency()
+            self._learned.refused(now, turn.sent_at, sum(number < turn.number for number in self._in_flight))
+        if self._learned is None:
+            return False
+        self.limit = min(self.limit, self._learned.limit)
+        return self._learned.limit < before
 
-    def _answered(self, now: float, turn: Turn, took: float, others: int) -> None:
-        if self._concurrency.is_suspected:
-            self._concurrency.granted(now, turn.sent_at, others)
-            self.limit = min(self.limit, self._concurrency.limit)
+    def _answered(self, now: float, turn: Turn, took: float) -> None:
         if took > _SLOW * self._attempt_timeout:
             self._shrink(now, turn, _AFTER_SLOW)
         elif self.limit < self.connections:
             self._grow(took)
-        self.slowest *= _FADING
-        self.slowest = max(self.slowest, took)
+        self.slowest = max(_FADING * self.slowest, took)
         self.quick_answers += took <= _QUICK * self._attempt_timeout
 
     def _shrink(self, now: float, turn: Turn, share: float) -> None:
@@ -104,12 +105,12 @@ class Load:
         if self._since_cut % _ENOUGH == 0:
             self._step = min(_FAST_STEP, 2 * self._step)
         step = self._step if took <= _QUICK * self._attempt_timeout else min(self._step, _SLOW_STEP)
-        self.limit = min(float(self.connections), self._concurrency.limit, self.limit + step)
+        self.limit = min(float(self.connections), self.concurrency, self.limit + step)
 
     @property
     def concurrency(self) -> float:
         """The service's own limit of requests in flight; ``inf`` if none is known."""
-        return self._concurrency.limit
+        return math.inf if self._learned is None else self._learned.limit
 
     def cut(self, limit: float) -> None:
         """Set a lower limit, from which growth is slow."""

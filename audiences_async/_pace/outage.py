@@ -15,29 +15,26 @@ _FEW: Final = 3  # intervals of a learned rate, after which no limit explains a 
 class Outage:
     """The time without an answer, and the probes in it."""
 
-    __slots__ = ("_probed_at", "_resumed_at", "_silent_since", "_stall", "hangs", "probes")
+    __slots__ = ("_probed_at", "_resumed_at", "_stall", "hangs", "probes", "silent_since")
 
     def __init__(self) -> None:
         self.probes: int = 0
         """Number of probes sent so far."""
         self.hangs: bool = False
         """Whether requests are accepted and not answered."""
-        self._silent_since: float | None = None
+        self.silent_since: float | None = None
+        """When the first of the latest failures came, without an answer since; ``None`` after an answer."""
         self._resumed_at = self._probed_at = -math.inf
         self._stall = _STALL
 
     def silent_for(self, now: float) -> float:
         """Return the seconds for which no account has been answered, from the first failure on."""
-        return 0.0 if self._silent_since is None else now - self._silent_since
+        return 0.0 if self.silent_since is None else now - self.silent_since
 
     def began(self, now: float) -> None:
         """Note a failure: unless others came before, the time without an answer begins."""
-        if self._silent_since is None:
-            self._silent_since = now
-
-    def answered(self) -> None:
-        """Note an answer."""
-        self._silent_since = None
+        if self.silent_since is None:
+            self.silent_since = now
 
     def resumed(self, now: float) -> None:
         """Note that the service is open again."""

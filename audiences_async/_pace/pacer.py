@@ -43,6 +43,9 @@ class Released(NamedTuple):
     waits: bool
 
 
+_ANSWERED: Final = Released(is_paced=False, waits=False)
+
+
 class Pacer:
     """The lanes of one client: the service's, and one for each account.
 
@@ -161,7 +164,10 @@ class Pacer:
     def _send(self, lane: Lane, now: float) -> Turn:
         lane.sent(now)
         service = self.service
-        return Turn(now, service.sent(now), service.load.quick_answers, service.load.sent())
+        is_probe = service.sent(now)
+        if is_probe:
+            service.outage.probed(now)
+        return Turn(now, is_probe, service.load.quick_answers, service.load.sent())
 
     def witness(self, turn: Turn, key: ApiKey) -> ApiKey | None:
         """Return the key that a job's probe is sent with, in place of the call's own; ``None`` if with its own.
@@ -196,13 +202,15 @@ class Pacer:
         now = self.clock.monotonic()
         verdict, pause, quota = report
         is_shared = is_own and verdict not in _NO_CAUSE and self._concerns_all(lane, turn, verdict)
-        of_service = self.service.returned(now, turn, verdict, pause, lane, is_shared=is_shared)
+        of_service = self.service.returned(now, turn, report, lane, is_shared=is_shared)
         if of_service or not is_own:
             lane.returned(now, turn.sent_at, "nothing", None)
         else:
             lane.returned(now, turn.sent_at, verdict, pause)
             if quota is not None or self._scope is not None:
                 self._announced(lane, now, turn, quota)
+        if verdict == "answered":
+            return _ANSWERED
         if of_service:
             is_paced = self.service.paces_retries or (in_job and self.service.is_limited)
             return Released(is_paced, waits=in_job and verdict in REFUSALS and not lane.was_alone)

@@ -2,17 +2,16 @@
 
 import math
 from abc import abstractmethod
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import ClassVar, Final, Literal, NamedTuple, TypeAlias
 
 from attrs import frozen
 
 from audiences_async._base.deadlines import Deadlines
 from audiences_async._http.quota import Quota
 from audiences_async._pace.allowance import Allowance
-from audiences_async._pace.learning import LearnedRate
+from audiences_async._pace.learned import LearnedPace
 from audiences_async._pace.queue import Queue
 from audiences_async._pace.rates import KnownRate
-from audiences_async._pace.windows import LearnedWindow
 from audiences_async.clock import Clock
 from audiences_async.errors import DeadlineExceededError
 from audiences_async.policies import Limiter, RateLimit
@@ -85,30 +84,27 @@ class PauseSettings:
 
 
 class PacedQueue(Queue):
-    """A queue at a known or a learned rate, closed for a while after a refusal; one probe then goes ahead."""
+    """A queue at a known or a learned pace, closed for a while after a refusal; one probe then goes ahead."""
 
     __slots__ = (
-        "_allowance", "_closed_until", "_cut_at", "_failures", "_known", "_last_at", "_learned", "_probe_out",
-        "_probing", "_settings", "_window",
+        "_allowance", "_began", "_closed_until", "_cut_at", "_failures", "_grants", "_known", "_last_at", "_learned",
+        "_probe_out", "_probing", "_settings",
     )  # fmt: skip
 
-    in_flight: int
+    is_shared: ClassVar[bool]
+    """Whether its limit may be shared with other processes."""
 
     def __init__(
-        self,
-        limit: RateLimit | Limiter | None,
-        learned: LearnedRate,
-        clock: Clock,
-        deadlines: Deadlines,
-        settings: PauseSettings,
+        self, limit: RateLimit | Limiter | None, clock: Clock, deadlines: Deadlines, settings: PauseSettings
     ) -> None:
         # Not by `isinstance(limit, Limiter)`: checking a protocol takes longer than making a lane.
         super().__init__(clock, deadlines, None if isinstance(limit, RateLimit) else limit)
         self._known = KnownRate(limit) if isinstance(limit, RateLimit) else None
-        self._learned = learned  # also below a known rate, which may be too high
-        self._window = LearnedWindow()
+        self._learned: LearnedPace | None = None  # from the first refusal on, also below a known rate
         self._allowance: Allowance | None = None  # if the service announces its quota
         self._settings = settings
+        self._grants = 0  # requests, until a pace is learned
+        self._began = -math.inf  # when the first of them was sent
         self._last_at = -math.inf  # when a request last came back
         self._closed_until = -math.inf
         self._cut_at = -math.inf
@@ -117,9 +113,14 @@ class PacedQueue(Queue):
         self._probe_out = False
 
     @property
+    def learned_rate(self) -> float | None:
+        """Requests per second, as learned; ``None`` if no rate is."""
+        return None if self._learned is None else self._learned.rate
+
+    @property
     def rate(self) -> float | None:
         """Requests per second, known or learned; ``None`` if none is known."""
-        return self._window.rate or self._learned.rate or (None if self._known is None else self._known.rate)
+        return self.learned_rate or (None if self._known is None else self._known.rate)
 
     @property
     def paces_retries(self) -> bool:
@@ -132,10 +133,8 @@ class PacedQueue(Queue):
 
     def expected(self, now: float) -> float:
         """Estimate the seconds until a call that comes now gets its turn."""
-        backlog = max(self._learned.backlog(now, self.waiting), self._window.backlog(now, self.waiting))
-        if self._known is not None:
-            backlog = max(backlog, self._known.backlog(now, self.waiting))
-        return max(0.0, self._closed_until - now, backlog)
+        paces = (pace for pace in (self._known, self._learned) if pace is not None)
+        return max(0.0, self._closed_until - now, *(pace.backlog(now, self.waiting) for pace in paces))
 
     def delay(self, now: float) -> float:
         """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
@@ -143,25 +142,22 @@ class PacedQueue(Queue):
             return self._closed_until - now
         if self._probing and self._probe_out:
             return math.inf
-        delay = self._learned.delay(now, self.in_flight)
-        if self._known is not None:
-            delay = max(delay, self._known.delay(now))
-        if self._window.limit is not None:
-            delay = max(delay, self._window.delay(now, self.in_flight))
+        delay = 0.0 if self._known is None else self._known.delay(now)
+        if self._learned is not None:
+            delay = max(delay, self._learned.delay(now, self.in_flight))
         return delay if self._allowance is None else max(delay, self._allowance.delay(now, self.in_flight))
 
     def sent(self, now: float) -> bool:
         """Note that a request goes now; ``True`` if it is a probe."""
-        # A pause is not idleness: calls wait for its end.
-        if not self.in_flight and now - self._last_at > _IDLE and now - self._closed_until > _IDLE:
-            self._learned.idle()
-            if self._window.is_old(now - self._last_at):
-                self._window = LearnedWindow()
-        self.in_flight += 1
-        self._probe_out = self._probing
-        self._learned.sent(now)
         if self._known is not None:
             self._known.sent(now)
+        if self._learned is not None:
+            # A pause is not idleness: calls wait for its end.
+            if not self.in_flight and now - self._last_at > _IDLE and now - self._closed_until > _IDLE:
+                self._learned.idle(now - self._last_at)
+            self._learned.sent(now)
+        self.in_flight += 1
+        self._probe_out = self._probing
         return self._probing
 
     def announced(self, now: float, sent_at: float, quota: Quota | None) -> None:
@@ -176,21 +172,24 @@ class PacedQueue(Queue):
         """Note that a request has come to its end; ``False`` if it was sent before the last cut, and is old news."""
         self._last_at = now
         self.in_flight -= 1
-        fresh = sent_at >= self._cut_at
-        if fresh:
-            self._probe_out = False
-        return fresh
+        return sent_at >= self._cut_at
 
     def _answered(self, now: float, sent_at: float, *, fresh: bool) -> None:
-        self._learned.answered(now - sent_at, fresh=fresh)
-        self._window.granted(now, sent_at, fresh=fresh, is_paced=self._learned.rate is not None)
-        if not fresh:
-            return
-        self._failures = 0
-        if self._probing and now >= self._closed_until:
-            self._probing = False
-            self._paused_until(now)
-            self._on_resumed()
+        if self._learned is not None:
+            self._learned.granted(now, sent_at, fresh=fresh)
+        else:
+            self._began = self._began if self._grants else sent_at
+            self._grants += 1
+        if fresh:
+            self._failures = 0
+            if self._probing and now >= self._closed_until:
+                self._resume(now)
+
+    def _resume(self, now: float) -> None:
+        self._probing = False
+        if self._learned is not None:
+            self._learned.resumed(now)
+        self._on_resumed()
 
     def _throttled(self, now: float, sent_at: float, pause: float | None, *, fresh: bool) -> None:
         if not fresh:
@@ -205,16 +204,17 @@ class PacedQueue(Queue):
 
     def _learn(self, now: float, sent_at: float, *, asked: bool) -> float:
         """Learn from a refusal; return the seconds to pause, if it names none."""
-        until_open = self._window.refused(sent_at)
-        if until_open is not None:
-            self._learned.forget()
-            assert self._window.rate is not None
-            self._on_rate(self._window.rate, self._window.period)
-            return until_open
-        if self._learned.throttled(now, asked=asked):
-            assert self._learned.rate is not None
-            self._on_rate(self._learned.rate, None)
-        return self._draw_pause()
+        learned = self._learner(sent_at)
+        if learned.refused(now, sent_at, asked=asked):
+            assert learned.rate is not None
+            self._on_rate(learned.rate, learned.per)
+        return self._draw_pause() if learned.until_open is None else learned.until_open
+
+    def _learner(self, now: float) -> LearnedPace:
+        """Return the learned pace, which begins *now* if there is none."""
+        if self._learned is None:
+            self._learned = LearnedPace(self._grants, self._began, now, is_shared=self.is_shared)
+        return self._learned
 
     def _draw_pause(self) -> float:
         """Draw the seconds to pause after a refusal that names no time."""
@@ -225,17 +225,13 @@ class PacedQueue(Queue):
         until = now + seconds
         if until <= self._closed_until:
             return
-        if asked:
-            self._learned.excuse(until - max(now, self._closed_until))
+        if self._learned is not None:
+            self._learned.paused(now, until, self._closed_until, asked=asked)
         self._closed_until = until
-        self._paused_until(until)
         for waiter in self.waiters():
             if waiter.deadline <= until:
                 waiter.refuse(never(seconds))
         self._on_paused(seconds, asked=asked)
-
-    def _paused_until(self, when: float) -> None:
-        self._learned.paused_until(when)
 
     @abstractmethod
     def _on_paused(self, seconds: float, *, asked: bool) -> None:

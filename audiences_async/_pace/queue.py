@@ -50,9 +50,10 @@ class Queue(ABC):
         self.limiter: Limiter | None = limiter
         self.in_flight: int = 0
         self._deadlines = deadlines
-        self._lock = asyncio.Lock()
         self._waiters: set[Waiter] = set()
-        self._changed = asyncio.Event()
+        # Made when a call has to wait: a job makes a queue for each account, and most calls never wait.
+        self._lock: asyncio.Lock | None = None
+        self._changed: asyncio.Event | None = None
 
     @property
     def waiting(self) -> int:
@@ -75,6 +76,7 @@ class Queue(ABC):
             DeadlineExceededError: The turn cannot come before the *deadline*, as a pause that begins now shows.
             TransportError: The service has answered no account for *patience* seconds.
         """
+        self._lock = self._lock or asyncio.Lock()
         waiter = Waiter(deadline, patience, self._deadlines.within(math.inf))
         self._waiters.add(waiter)
         try:
@@ -95,10 +97,15 @@ class Queue(ABC):
 
     async def _wait(self, delay: float) -> None:
         if delay == math.inf:
-            self._changed.clear()
-            await self._changed.wait()
+            await self._change()
         else:
             await self.clock.sleep(delay)
+
+    async def _change(self) -> None:
+        """Return when something has changed that may let a request go."""
+        self._changed = self._changed or asyncio.Event()
+        self._changed.clear()
+        await self._changed.wait()
 
     async def ask_limiter(self, setting: str, account: str) -> None:
         """Return when the caller's own limiter agrees, if there is one. For the head of the queue."""
@@ -113,7 +120,8 @@ class Queue(ABC):
 
     def changed(self) -> None:
         """Have the head of the queue look again."""
-        self._changed.set()
+        if self._changed is not None:
+            self._changed.set()
 
     def waiters(self) -> tuple[Waiter, ...]:
         """Return the calls that wait."""

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Final
 from audiences_async._base.deadlines import Deadlines
 from audiences_async._pace.evidence import Evidence
 from audiences_async._pace.lanes import Lane
-from audiences_async._pace.learning import LearnedRate
 from audiences_async._pace.load import Load
 from audiences_async._pace.outage import Outage
-from audiences_async._pace.pacing import REFUSALS, PacedQueue, PauseSettings, Turn, Verdict
+from audiences_async._pace.pacing import REFUSALS, PacedQueue, PauseSettings, Report, Turn, Verdict
 from audiences_async._pace.queue import NO_TIME
 from audiences_async.clock import Clock
 from audiences_async.errors import TransportError
@@ -48,6 +47,8 @@ class ServiceLane(PacedQueue):
         emit: Called with pauses and learned limits.
     """
 
+    is_shared = True
+
     __slots__ = ("_emit", "_state", "_unrefused", "abandon", "answers", "evidence", "load", "outage", "witness")
 
     def __init__(
@@ -61,7 +62,7 @@ class ServiceLane(PacedQueue):
         settings: PauseSettings,
         emit: Callable[[Event], None],
     ) -> None:
-        super().__init__(limit, LearnedRate(window=None), clock, deadlines, settings)
+        super().__init__(limit, clock, deadlines, settings)
         self.load: Load = Load(connections, attempt_timeout)
         self.evidence: Evidence = Evidence()
         self.outage: Outage = Outage()
@@ -111,13 +112,6 @@ class ServiceLane(PacedQueue):
             return math.inf
         return super().delay(now)
 
-    def sent(self, now: float) -> bool:
-        """Note that a request goes now; ``True`` if it is a probe."""
-        is_probe = super().sent(now)
-        if is_probe:
-            self.outage.probed(now)
-        return is_probe
-
     async def opened_or_out(self) -> None:
         """Return when a request may go; if the service is out, as soon as a connection is free.
 
@@ -133,9 +127,8 @@ class ServiceLane(PacedQueue):
             await super()._wait(delay)
             return
         # An answer may end the outage before the next probe is due.
-        self._changed.clear()
         sleeping = asyncio.ensure_future(self.clock.sleep(delay))
-        changing = asyncio.ensure_future(self._changed.wait())
+        changing = asyncio.ensure_future(self._change())
         try:
             await asyncio.wait({sleeping, changing}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -165,35 +158,34 @@ class ServiceLane(PacedQueue):
         if silent > 0 and silent >= patience and self.delay(now) > 0:
             raise self._impatient(now, patience)
 
-    def returned(
-        self, now: float, turn: Turn, verdict: Verdict, pause: float | None, lane: Lane, *, is_shared: bool
-    ) -> bool:
+    def returned(self, now: float, turn: Turn, report: Report, lane: Lane, *, is_shared: bool) -> bool:
         """Learn from the end of a request; return whether a refusal is the service's, and not the account's.
 
         Args:
             now: The time.
             turn: The turn of the request.
-            verdict: The kind of reply.
-            pause: Seconds for which the service asked to send nothing, if it did.
+            report: The meaning of the reply for the pace.
             lane: The account's.
             is_shared: Whether the service may be the cause, and not the account alone.
         """
-        probing_before = self._probe_out
         fresh = self._returned(now, turn.sent_at)
-        self._probe_out = probing_before and not turn.probe
-        self.evidence.returned(verdict, lane)
+        if turn.probe:
+            self._probe_out = False
+        verdict = report.verdict
         try:
+            if verdict != "answered" or self.evidence.is_needed:
+                self.evidence.returned(verdict, lane)
             if self.load.follow(now, turn, verdict):
                 self._limit_in_flight()
             if verdict == "answered":
                 self._heard(now, turn.sent_at, fresh=fresh)
                 return False
             if turn.probe and verdict != "nothing":
-                self._trip(now, turn.sent_at, verdict, pause)
+                self._trip(now, turn.sent_at, verdict, report.pause)
                 return True
             if self.outage.outlived(turn.sent_at):
                 return False
-            return is_shared and self._is_service(now, turn, verdict, pause, lane)
+            return is_shared and self._is_service(now, turn, verdict, report.pause, lane)
         finally:
             self.changed()
 
@@ -209,19 +201,19 @@ class ServiceLane(PacedQueue):
 
     def _limit_in_flight(self) -> None:
         """Keep to a limit of requests in flight that was just recognized, or lowered, and to no rate."""
-        self._learned.forget()
+        self._learned, self._grants = None, 0
         self._emit(ServiceConcurrencyLearned("", int(self.load.concurrency)))
 
     def _heard(self, now: float, sent_at: float, *, fresh: bool) -> None:
         self.answers += 1
         self._unrefused += 1
         if self._state == "out":  # any answer ends an outage, even to an old request
-            if now < self._closed_until:
+            if now < self._closed_until and self._learned is not None:
                 self._learned.restart(now)  # a measurement leaves the whole pause out
             self._closed_until, fresh = now, True
-        self.outage.answered()
+        self.outage.silent_since = None
         self._answered(now, sent_at, fresh=fresh)
-        if self.is_limited and self.rate is None and self._unrefused >= _SAMPLE:
+        if self._state == "limited" and self.rate is None and self._unrefused >= _SAMPLE:
             self._state = "open"
 
     def _is_service(self, now: float, turn: Turn, verdict: Verdict, pause: float | None, lane: Lane) -> bool:
@@ -242,8 +234,8 @@ class ServiceLane(PacedQueue):
     def _is_rate(self, now: float, turn: Turn, pause: float | None) -> bool:
         """Return whether a refusal may be due to the shared rate, which then is lowered."""
         self._unrefused = 0
-        if not self._learned.explains_refusals:
-            self._learned.throttled(now)
+        if self._learned is not None and not self._learned.explains_refusals:
+            self._learned.refused_by_others(now)
             return False
         self._trip(now, turn.sent_at, "throttled", pause)
         return True
@@ -269,7 +261,7 @@ class ServiceLane(PacedQueue):
         self._failures += 1
         self._cut_at = now
         if verdict == "unavailable":
-            self._learned.restart(now)  # in case it is a limit after all
+            self._learner(now).restart(now)  # in case it is a limit after all
         seconds = self.outage.pause(self._failures, self.clock)
         is_asked = pause is not None and seconds < pause
         self._close(now, pause if is_asked and pause is not None else seconds, asked=is_asked)
@@ -289,11 +281,11 @@ class ServiceLane(PacedQueue):
 
     def _on_resumed(self) -> None:
         now = self.clock.monotonic()
-        if now - self._cut_at > _SOON:
+        if now - self._cut_at > _SOON and self._learned is not None:
             self._learned.idle()
         self.outage.resumed(now)
         if self.is_out:
-            self._state = "open" if self._learned.rate is None else "limited"
+            self._state = "open" if self.learned_rate is None else "limited"
             self.load.reopen(now)
             if self.outage.hangs:
                 self.outage.hangs = False

@@ -24,6 +24,11 @@ class LearnedWindow:
     It suits a fixed window as well as a sliding one. Probes bound the period: it is longer than the wait of a probe
     that was refused, and no longer than the wait of one that was granted. A single request that goes ahead of time
     narrows it, and a single one beyond the limit shows whether more is granted.
+
+    Args:
+        grants: Requests that were granted until now.
+        began: When the first of them was sent.
+        ended: When the last of them was answered, or later.
     """
 
     __slots__ = (
@@ -31,7 +36,7 @@ class LearnedWindow:
         "_settled", "_shortest", "limit",
     )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, grants: int = 0, began: float = -math.inf, ended: float = -math.inf) -> None:
         self.limit: int | None = None
         """Requests in a period; ``None`` if no such limit is recognized."""
         self._shortest = 0.0  # s
@@ -41,8 +46,9 @@ class LearnedWindow:
         self._settled = 0  # grants until the next look whether more is granted
         self._is_open = False  # whether it was granted
         # Until a limit is recognized, of the requests that were granted since the last opening:
-        self._count = 0
-        self._began = self._ended = -math.inf
+        self._count = grants
+        self._began = began
+        self._ended = ended
         self._refusals = 0  # in a row
         self._refused_at = -math.inf
 

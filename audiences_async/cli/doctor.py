@@ -10,7 +10,6 @@ from attrs import frozen
 from yarl import URL
 
 from audiences_async._base.dates import http_date
-from audiences_async._base.deadlines import Deadlines
 from audiences_async._http.transport import Transport, TransportSettings
 from audiences_async._http.wire import Reply, Result, read
 from audiences_async.cli.exits import AUTHENTICATION, DONE, FAILED, UNAVAILABLE, exit_code
@@ -119,7 +118,7 @@ async def _request(key: ApiKey, endpoint: URL, timeout: float) -> list[Finding]:
         proxy=None,
         session=None,
     )
-    transport = Transport(settings, Deadlines())
+    transport = Transport(settings)
     started = time.time()
     try:
         reply = await transport.attempt(key)

@@ -1,0 +1,31 @@
+"""What all calls of one client share."""
+
+from attrs import frozen
+
+from audiences_async._call.retrying import RetryTokens
+from audiences_async._http.transport import Transport
+from audiences_async._pace.pacer import Pacer
+from audiences_async.clock import Clock
+from audiences_async.events import EventHook
+from audiences_async.policies import RetryPolicy
+
+
+@frozen(eq=False)
+class CallContext:
+    """What all calls of one client share.
+
+    Attributes:
+        policy: Which failures are retried, how often and when.
+        tokens: The client's retry budget.
+        clock: The client's clock.
+        on_event: Called with each event.
+        pacer: Grants the turns.
+        transport: Sends the requests.
+    """
+
+    policy: RetryPolicy
+    tokens: RetryTokens
+    clock: Clock
+    on_event: EventHook | None
+    pacer: Pacer
+    transport: Transport
