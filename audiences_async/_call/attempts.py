@@ -90,10 +90,17 @@ class Attempts:
         queued_at = self._context.clock.monotonic() if self._record.is_watched else 0.0
         turn = await self._context.pacer.acquire(self._lane, self._time, self._place)
         witness = self._context.pacer.witness(turn, key) if turn.probe and self._place is not None else None
+        result: Result
         report = NOTHING
         try:
             self._record.attempt_started(queued_at)
-            result, report = await self._send(witness or key)
+            reply = await self._context.transport.attempt(witness or key, self._time.scope)
+            if isinstance(reply, Reply):
+                plain = read_plain(reply)
+                result = await self._read(reply, witness or key) if plain is None else plain
+            else:
+                result = reply
+            report = self._report(result, reply)
         finally:
             released = self._context.pacer.release(
                 self._lane, turn, report, is_own=witness is None, in_job=self._place is not None
@@ -105,15 +112,12 @@ class Attempts:
             return result, True
         return result, self._counts(result, turn, released, is_own=witness is None)
 
-    async def _send(self, key: ApiKey) -> tuple[Result, Report]:
-        reply = await self._context.transport.attempt(key, self._time.scope)
-        if not isinstance(reply, Reply):
-            return reply, report_of(reply, None, self._context.policy)
-        now = self._context.clock.wall()
-        result: Result | None = read_plain(reply)
-        if result is None:
-            result = await _in_turns(read(reply, key, now=now))
-        return result, report_of(result, announced(reply.headers, now=now), self._context.policy)
+    async def _read(self, reply: Reply, key: ApiKey) -> Result:
+        return await _in_turns(read(reply, key, now=self._context.clock.wall()))
+
+    def _report(self, result: Result, reply: Reply | TransportError) -> Report:
+        quota = announced(reply.headers, now=self._context.clock.wall()) if isinstance(reply, Reply) else None
+        return report_of(result, quota, self._context.policy)
 
     def _counts(self, result: Result, turn: Turn, released: Released, *, is_own: bool) -> bool:
         """Return whether a request without an answer counts as an attempt; if it does not, another one follows."""

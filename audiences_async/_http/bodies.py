@@ -31,6 +31,14 @@ class ReplyReader:
         """Return the response, with what has been read of its body."""
         return Reply(self.response.status, self._headers, bytes(self._data), exceeded)
 
+    def whole(self, cap: int) -> Reply | None:
+        """Return the response if its plain body has arrived already and is not above *cap* bytes; else ``None``."""
+        content, headers = self.response.content, self._headers
+        is_plain = hdrs.TRANSFER_ENCODING not in headers and hdrs.CONTENT_ENCODING not in headers
+        if is_plain and hdrs.CONTENT_LENGTH in headers and content.is_eof() and content.total_bytes <= cap:
+            return Reply(self.response.status, headers, content.read_nowait())
+        return None
+
     @property
     def has_end(self) -> bool:
         """Whether the head announces the end of the body; otherwise the body ends with the connection."""

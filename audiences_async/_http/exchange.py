@@ -5,7 +5,6 @@ import errno
 import re
 import ssl as tls
 import zlib
-from collections.abc import Awaitable
 from typing import Final
 
 import aiohttp
@@ -33,14 +32,19 @@ class Exchange:
         self._started = trust.now()
         self._reader: ReplyReader | None = None
 
-    async def run(self, sent: Awaitable[aiohttp.ClientResponse], cap: int) -> Reply:
-        """Return the whole response; of a 200 at most *cap* bytes."""
-        response = await sent
+    def begin(self, response: aiohttp.ClientResponse, cap: int) -> Reply | None:
+        """Take over a response whose head has come; return it if it has arrived whole, and is a 200."""
         self._reader = reader = ReplyReader(response)
         self.lease.phase, self.lease.content = "reading the body", response.content
         if response.version is not None and response.version.major != 1:
             raise aiohttp.ClientError("not HTTP/1")
-        if response.status != 200:
+        return reader.whole(cap) if response.status == 200 else None
+
+    async def read(self, cap: int) -> Reply:
+        """Return the whole response; of a 200 at most *cap* bytes."""
+        reader = self._reader
+        assert reader is not None
+        if reader.response.status != 200:
             async with asyncio.timeout(_ERROR_BODY_TIMEOUT):
                 await reader.read(MAX_ERROR_BODY)
             return reader.reply()

@@ -132,12 +132,13 @@ class Transport:
         """
         if self._session.closed:
             raise ClientClosedError("the session given to the client was closed")
-        limit = self._settings.attempt_timeout
+        limit, cap = self._settings.attempt_timeout, self._settings.max_body_bytes
         exchange = Exchange(self._trust)
         scope = self._deadlines.within(limit, exchange.lease.out_of_time)
         try:
             with scope:
-                return await exchange.run(self._send(authorization(key)), self._settings.max_body_bytes)
+                response = await self._send(authorization(key))
+                return exchange.begin(response, cap) or await exchange.read(cap)
         except asyncio.CancelledError as cancelled:
             if not is_cancelled():
                 return ConnectionFailedError("the exchange was cancelled, but not by its caller")

@@ -29,14 +29,16 @@ class Load:
     """
 
     __slots__ = (
-        "_attempt_timeout", "_cut_at", "_in_flight", "_learned", "_sent", "_since_cut", "_step", "connections",
-        "limit", "peak", "quick_answers", "slowest",
+        "_attempt_timeout", "_cut_at", "_in_flight", "_learned", "_sent", "_since_cut", "_step", "concurrency",
+        "connections", "limit", "peak", "quick_answers", "slowest",
     )  # fmt: skip
 
     def __init__(self, connections: int, attempt_timeout: float) -> None:
         self.connections: int = connections
         self.limit: float = min(_FIRST_LIMIT, float(connections))
         """Requests that may be in flight now."""
+        self.concurrency: float = math.inf
+        """The service's own limit of requests in flight; ``inf`` if none is known."""
         self.peak: int = 0
         """The most requests that were in flight at the same time."""
         self.quick_answers: int = 0
@@ -82,8 +84,9 @@ class Load:
             self._learned.refused(now, turn.sent_at, sum(number < turn.number for number in self._in_flight))
         if self._learned is None:
             return False
-        self.limit = min(self.limit, self._learned.limit)
-        return self._learned.limit < before
+        self.concurrency = self._learned.limit
+        self.limit = min(self.limit, self.concurrency)
+        return self.concurrency < before
 
     def _answered(self, now: float, turn: Turn, took: float) -> None:
         if took > _SLOW * self._attempt_timeout:
@@ -106,11 +109,6 @@ class Load:
             self._step = min(_FAST_STEP, 2 * self._step)
         step = self._step if took <= _QUICK * self._attempt_timeout else min(self._step, _SLOW_STEP)
         self.limit = min(float(self.connections), self.concurrency, self.limit + step)
-
-    @property
-    def concurrency(self) -> float:
-        """The service's own limit of requests in flight; ``inf`` if none is known."""
-        return math.inf if self._learned is None else self._learned.limit
 
     def cut(self, limit: float) -> None:
         """Set a lower limit, from which growth is slow."""
