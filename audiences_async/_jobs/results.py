@@ -5,6 +5,8 @@ import re
 import stat
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, BinaryIO, Final, Self
@@ -12,29 +14,48 @@ from typing import Any, BinaryIO, Final, Self
 import msgspec
 from attrs import frozen
 
+from audiences_async._jobs import compression
 from audiences_async.errors import AudiencesError, ConfigurationError, StatusError, printable
 from audiences_async.models import Fetched, Outcome
 from audiences_async.structuring import record
 
 _LONGEST_NAME: Final = 200  # bytes, of the 255 that a file name may have
 _encode: Final = msgspec.json.Encoder().encode
+_NULL: Final = msgspec.Raw(b"null")
+_EMPTY: Final = msgspec.Raw(b"[]")
 # Beginning of each line after the account's name; anything may follow.
 _STARTS: Final = (b'","ok":true,"elapsed":', b'","ok":false,"elapsed":')
 _NAME: Final = re.compile(rb'\{"account":"(?:[^"\\]|\\.)*\\?')
 
 
-def line(outcome: Outcome) -> bytes:
-    """Return the outcome as a line of NDJSON: the account with its audiences or its error."""
-    fields: dict[str, Any] = {
+def line(outcome: Outcome, *, fetched_at: datetime | None = None) -> bytes:
+    """Return the outcome as a line of NDJSON: the account with its audiences or its error, always with the same keys.
+
+    Args:
+        outcome: The outcome.
+        fetched_at: When it came; ``None`` means now.
+    """
+    fields = {
         "account": outcome.account.name,
         "ok": outcome.ok,
         "elapsed": round(outcome.elapsed, 6),
+        "fetched_at": _utc(fetched_at or datetime.now(UTC)),
+        "response_time": _utc(_response_time(outcome)),
+        "audiences": [record(audience) for audience in outcome.response] if isinstance(outcome, Fetched) else [],
+        "error": None if isinstance(outcome, Fetched) else _error_record(outcome.error),
     }
-    if isinstance(outcome, Fetched):
-        fields["audiences"] = [record(audience) for audience in outcome.response]
-    else:
-        fields["error"] = _error_record(outcome.error)
     return _encode(fields) + b"\n"
+
+
+def _utc(time: datetime | None) -> str | None:
+    return None if time is None else time.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def _response_time(outcome: Outcome) -> datetime | None:
+    """Return the service's clock when it answered, also if it refused; ``None`` if it is not known."""
+    if isinstance(outcome, Fetched):
+        return outcome.response.response_time
+    return outcome.error.response_time if isinstance(outcome.error, StatusError) else None
 
 
 def _error_record(error: AudiencesError) -> dict[str, Any]:
@@ -48,13 +69,15 @@ def _error_record(error: AudiencesError) -> dict[str, Any]:
 
 
 class _Head(msgspec.Struct, forbid_unknown_fields=True):
-    """The fields of a line that are decoded; audiences and errors stay as they are."""
+    """A line whose values stay as they are. A line of version 0.2 lacks some keys: it gets them here."""
 
     account: str
     ok: bool
     elapsed: float = 0.0
-    audiences: msgspec.Raw = msgspec.Raw()
-    error: msgspec.Raw = msgspec.Raw()
+    fetched_at: msgspec.Raw = _NULL
+    response_time: msgspec.Raw = _NULL
+    audiences: msgspec.Raw = _EMPTY
+    error: msgspec.Raw = _NULL
 
 
 @frozen
@@ -64,7 +87,7 @@ class Line:
     Attributes:
         account: The account's name.
         ok: Whether the account was fetched.
-        text: The line as stored, with its line break.
+        text: The line with its line break; it has every key.
     """
 
     account: str
@@ -79,18 +102,22 @@ def lines(path: Path) -> Iterator[Line]:
         ConfigurationError: A line was not written by `line`.
         OSError: The file cannot be read.
     """
-    with path.open("rb") as file:
-        for number, text in enumerate(file, 1):
+    try:
+        for number, text in enumerate(compression.lines(path), 1):
             if not text.endswith(b"\n") and _is_torn(text):
                 return
-            try:
-                head = _decode(text)
-            except msgspec.MsgspecError:
-                problem = (
-                    f"{printable(str(path))}, line {number}, is not the outcome of an account; choose another file"
-                )
-                raise ConfigurationError(problem) from None
-            yield Line(head.account, head.ok, text)
+            head = _head(path, number, text)
+            yield Line(head.account, head.ok, _encode(head) + b"\n")
+    except compression.UnreadableError as error:
+        problem = f"{printable(str(path))} is not compressed as its name says, or is corrupt: {error}"
+        raise ConfigurationError(f"{problem}; choose another file") from None
+
+
+def _head(path: Path, number: int, text: bytes) -> _Head:
+    with suppress(msgspec.MsgspecError):
+        return _decode(text)
+    where = f"{printable(str(path))}, line {number},"
+    raise ConfigurationError(f"{where} is not the outcome of an account; choose another file")
 
 
 _decode: Final = msgspec.json.Decoder(_Head).decode
@@ -126,26 +153,29 @@ class OutcomeFile:
 
     def __init__(self, path: Path, *, resume: bool = False, accounts: Collection[str] | None = None) -> None:
         self._is_regular = not path.exists() or path.is_file()  # not a pipe or terminal
-        self._path = path.resolve() if self._is_regular else path  # a symbolic link stays in place
+        self._path = path  # its name selects the compression
+        self._target = path.resolve() if self._is_regular else path  # a symbolic link stays in place
         self._accounts = accounts
         self.fetched: set[str] = set()
+        compression.check_available(path)
         with ExitStack() as stack:
             if self._is_regular:
-                stack.enter_context(_locked(self._path))
+                stack.enter_context(_locked(self._target))
             if resume:
                 self._resume()
             else:
                 check_new(path)
-            self._file = stack.enter_context(self._path.open("ab"))
+            file = stack.enter_context(self._target.open("ab"))
+            if self._is_regular:
+                stack.callback(lambda: os.fsync(file.fileno()))
+            self._file = stack.enter_context(_flushed(file, path))
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._stack:
-            if self._is_regular:
-                os.fsync(self._file.fileno())
+        self._stack.close()
 
     def write(self, outcome: Outcome) -> None:
         """Append an outcome. It survives a kill of the process once this returns."""
@@ -159,12 +189,17 @@ class OutcomeFile:
     def _resume(self) -> None:
         if not self._is_regular:
             raise ConfigurationError(f"{printable(str(self._path))} is not a regular file and cannot be resumed")
-        if not self._path.exists():
+        if not self._path.exists() or self._is_as_kept():
             return
-        kept = sum(len(each.text) for each in self._fetched_lines())
-        if kept < self._path.stat().st_size:
-            with successor(self._path) as mended:
-                mended.writelines(each.text for each in self._fetched_lines())
+        with successor(self._target) as file, compression.compressing(file, self._path) as mended:
+            mended.writelines(each.text for each in self._fetched_lines())
+
+    def _is_as_kept(self) -> bool:
+        """Return whether the file has nothing but the lines to keep, so that it can be appended to."""
+        kept = (each.text for each in self._fetched_lines())
+        same = all(new == old for new, old in zip_longest(kept, compression.lines(self._path)))
+        # A compressed file may lack the end of its last member: it is always written anew.
+        return same and not compression.is_compressed(self._path)
 
     def _fetched_lines(self) -> Iterator[Line]:
         """Yield the first line of each account that was fetched."""
@@ -177,6 +212,14 @@ class OutcomeFile:
             if each.ok and each.account not in self.fetched:
                 self.fetched.add(each.account)
                 yield each
+
+
+@contextmanager
+def _flushed(file: BinaryIO, path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that compresses into *file*, all of which has reached the system at the end of the block."""
+    with compression.compressing(file, path) as compressed:
+        yield compressed
+    file.flush()
 
 
 @contextmanager
@@ -212,8 +255,8 @@ def write_whole(path: Path, chunks: Iterable[bytes], *, like: Path | None = None
         chunks: The new content.
         like: File whose mode and owner a new file gets.
     """
-    with successor(path.resolve(), like=like) as file:
-        file.writelines(chunks)
+    with successor(path.resolve(), like=like) as file, compression.compressing(file, path) as end:
+        end.writelines(chunks)
 
 
 @contextmanager
