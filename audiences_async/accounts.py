@@ -1,32 +1,65 @@
 """Read accounts from TOML, CSV or NDJSON files, which are checked as a whole first."""
 
-import csv
-import json
 import os
-import re
-import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple
+from typing import Final, Literal
 
-from attrs import field, frozen
+from attrs import frozen
 
+from audiences_async._jobs.account_rows import FIELDS, KEY_FIELDS, Problem, Row, layout, read, suffixes
 from audiences_async.errors import ConfigurationError, printable
 from audiences_async.models import Account
 
-_FIELDS: Final = ("name", "api_key", "api_key_env")
-_TOML_TABLE: Final = re.compile(r"\s*\[\[\s*accounts\s*\]\]")
-_TOML_FIELD: Final = re.compile(rf"\s*({'|'.join(_FIELDS)})\s*=")
-_TOML_PLACE: Final = re.compile(r" \(at (line \d+, column \d+|end of document)\)$")
+MAX_PROBLEMS: Final = 20
+"""Maximum number of problems that `check` describes."""
+
+
+@frozen
+class AccountFileReport:
+    """What `check` found in an account file.
+
+    Attributes:
+        layout: The format, and of a CSV file the separator and the header; empty if the file cannot be read.
+        accounts: Number of accounts without a problem.
+        problems: Number of problems.
+        described: The first 20 problems, each with its line and column, and never with a key.
+    """
+
+    layout: str
+    accounts: int
+    problems: int
+    described: tuple[str, ...]
+
+
+def check(path: str | os.PathLike[str], *, with_keys: bool = True) -> AccountFileReport:
+    """Return everything that is wrong with an account file, at once.
+
+    Args:
+        path: The file, as for `AccountFile`.
+        with_keys: Whether the keys are checked, and the environment variables that hold them.
+
+    Raises:
+        ConfigurationError: The file's name has none of the supported extensions.
+    """
+    return _Reader(Path(path), with_keys=with_keys).check()
 
 
 class AccountFile:
     """The accounts of a file. Iterable any number of times; ``len()`` is the number of accounts.
 
-    Each account has a ``name`` and either ``api_key`` or ``api_key_env``, the name of an environment variable that
-    holds the key; other fields are ignored. The file name's extension selects the format:
+    Each account has a ``name`` and one of these; other fields are ignored:
 
-    - ``.csv``: a header line with the column names, then one line per account;
+    - ``api_key``: the key;
+    - ``api_key_env``: the name of an environment variable that holds the key;
+    - ``api_key_from``: the path of another account file, in which the account of that name has its key. A relative path
+      is relative to this file. The accounts of the other file are kept in memory.
+
+    The file name's extension selects the format:
+
+    - ``.csv``: a header line with the column names, then one line per account. Commas, semicolons or tabs separate the
+      columns; upper case, spaces and hyphens in the header make no difference, and rows of empty cells are skipped;
     - ``.ndjson`` or ``.jsonl``: one JSON object per line;
     - ``.toml``: one ``[[accounts]]`` table per account.
 
@@ -39,130 +72,181 @@ class AccountFile:
 
     Raises:
         ConfigurationError: The file cannot be read or has no accounts; an account is invalid; or two accounts have the
-            same name. The message has the line and the column, and never a key.
+            same name. The message has the first problem with its line and column, and never a key; `check` returns all.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, with_keys: bool = True) -> None:
-        self._path = Path(path)
-        self._with_keys = with_keys
-        if self._path.suffix.lower() not in _FORMATS:
-            raise self._error("", f"unsupported file type; the name must end in one of {', '.join(_FORMATS)}")
-        self._count = self._checked()
+        self._reader = _Reader(Path(path), with_keys=with_keys)
+        report = self._reader.check()
+        if report.problems:
+            more = report.problems - 1
+            rest = f"; {more:,} more: see audiences fetch --accounts FILE --check" if more else ""
+            raise ConfigurationError(f"{report.described[0]}{rest}")
+        self._count = report.accounts
 
     @property
     def path(self) -> Path:
         """Path of the file."""
-        return self._path
+        return self._reader.path
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[Account]:
-        for _, account in self._accounts():
-            yield account
+        for account in self._reader.accounts():
+            if isinstance(account, Problem):
+                raise ConfigurationError(self._reader.described(account))
+            yield account[1]
 
-    def _checked(self) -> int:
-        """Check every account and return their number; names must be unique."""
-        seen: dict[str, str] = {}
-        for row, account in self._accounts():
-            if account.name in seen:
-                problem = f"duplicate name '{printable(account.name)}', first defined in {seen[account.name]}"
-                raise self._error(row.at("name"), problem)
-            seen[account.name] = row.place
-        if not seen:
-            raise self._error("", "contains no accounts")
-        return len(seen)
+    def key_sources(self, names: Collection[str]) -> dict[str, tuple[Literal["api_key_env", "api_key_from"], str]]:
+        """Return where the keys of some accounts are found, without a key: a field for another account file.
 
-    def _accounts(self) -> Iterator[tuple["_Row", Account]]:
-        rows = self._rows()
-        # Errors are raised here, where no frame holds a key in plain text: tracebacks may print locals.
-        while (row := _advance(rows)) is not None:
-            if isinstance(row, _Problem):
-                raise self._error(row.place, row.text)
-            account = _account(row, with_key=self._with_keys)
-            if isinstance(account, _Problem):
-                raise self._error(account.place, account.text)
-            yield row, account
+        Args:
+            names: Names of accounts of this file.
 
-    def _rows(self) -> Iterator["_Row"]:
-        with self._path.open("rb") as file:
-            yield from _FORMATS[self._path.suffix.lower()](file)
-
-    def _error(self, place: str, problem: str) -> ConfigurationError:
-        where = f", {place}" if place else ""
-        return ConfigurationError(f"{printable(str(self._path))}{where}: {problem}")
+        Returns:
+            By name, ``api_key_env`` with the variable, or ``api_key_from`` with the absolute path of the account file.
+        """
+        rows = ((str(row.fields["name"]), row) for row in self._reader.rows() if isinstance(row, Row))
+        return {name: self._reader.key_source(row) for name, row in rows if name in names}
 
 
-class _Problem(NamedTuple):
-    """A problem and its place in the file; the place is empty if it concerns the whole file."""
+class _Reader:
+    """Reads a file's accounts and problems.
 
-    place: str
-    text: str
-
-
-class _MalformedError(Exception):
-    """The file's syntax is invalid; the arguments are those of `_Problem`."""
-
-
-@frozen
-class _Row:
-    """One account's fields and their place in the file.
-
-    Attributes:
-        number: Index of the account, from 0.
-        line: Line of the file, from 1; 0 if unknown.
-        columns: Line and column of each field, from 1. The column counts characters, or fields in a CSV file.
-        fields: Field values; never printed.
+    Args:
+        path: The file.
+        with_keys: Whether to read the keys.
+        may_refer: Whether an account may take its key from another file.
     """
 
-    number: int
-    line: int
-    columns: Mapping[str, tuple[int, int]]
-    fields: Mapping[str, Any] = field(repr=False)
-
-    def at(self, name: str) -> str:
-        if name in self.columns:
-            line, column = self.columns[name]
-            return f"line {line}, column {column} ({name})"
-        return f"{self.place} ({name})"
+    def __init__(self, path: Path, *, with_keys: bool, may_refer: bool = True) -> None:
+        self.path = path
+        self._with_keys = with_keys
+        self._may_refer = may_refer
+        self._referred: dict[Path, dict[str, Account] | str] = {}  # the accounts of a file, or its problem
+        if self._suffix not in suffixes():
+            problem = f"unsupported file type; the name must end in one of {', '.join(suffixes())}"
+            raise ConfigurationError(self.described(Problem("", problem)))
 
     @property
-    def place(self) -> str:
-        return f"line {self.line}" if self.line else f"accounts[{self.number}]"
+    def _suffix(self) -> str:
+        return self.path.suffix.lower()
+
+    def described(self, problem: Problem) -> str:
+        """Return a problem with the file and the place."""
+        where = f", {problem.place}" if problem.place else ""
+        return f"{printable(str(self.path))}{where}: {problem.text}"
+
+    def check(self) -> AccountFileReport:
+        """Check every account; names must be unique."""
+        seen: dict[str, str] = {}
+        problems: list[Problem] = []
+        count = 0
+        for account in self.accounts():
+            problem = account if isinstance(account, Problem) else _duplicate(*account, seen)
+            if problem is not None:
+                count += 1
+                problems += [problem] if count <= MAX_PROBLEMS else []
+        if not seen and not count:
+            count, problems = 1, [Problem("", "contains no accounts")]
+        return AccountFileReport(self._layout(), len(seen), count, tuple(map(self.described, problems)))
+
+    def accounts(self) -> Iterator[tuple[Row, Account] | Problem]:
+        """Yield each account with its row, or its problem."""
+        for row in self.rows():
+            if isinstance(row, Problem):
+                yield row
+            else:
+                account = self._account(row)
+                yield account if isinstance(account, Problem) else (row, account)
+
+    def rows(self) -> Iterator[Row | Problem]:
+        """Yield the rows, whatever their fields are."""
+        try:
+            with self.path.open("rb") as file:
+                yield from read(file, self._suffix)
+        except OSError as error:
+            yield Problem("", f"cannot be read: {error.strerror or error}")
+        except ValueError as error:  # a NUL in the path
+            yield Problem("", f"cannot be read: {error}")
+
+    def key_source(self, row: Row) -> tuple[Literal["api_key_env", "api_key_from"], str]:
+        """Return the field, without a key, by which another account file finds the key of this row."""
+        if row.fields.get("api_key_env"):
+            return "api_key_env", row.fields["api_key_env"]
+        other = row.fields.get("api_key_from")
+        return "api_key_from", str(self.path.resolve() if other is None else self._other(other))
+
+    def _layout(self) -> str:
+        with suppress(OSError, ValueError), self.path.open("rb") as file:
+            return layout(file, self._suffix)
+        return ""
+
+    def _other(self, path: str) -> Path:
+        return (self.path.parent / path).resolve()
+
+    def _account(self, row: Row) -> Account | Problem:
+        """Return the account of a row, or its problem. Values are never repeated: a misplaced one may be a key."""
+        fields = {name: row.fields[name] for name in FIELDS if row.fields.get(name) is not None}
+        for name, value in fields.items():
+            if not isinstance(value, str):
+                return Problem(row.at(name), f"expected text, got {type(value).__name__}")
+        problem = _name_problem(fields.get("name", ""))
+        if problem:
+            return Problem(row.at("name"), problem)
+        if not self._with_keys:
+            return Account(fields["name"], no_key)
+        sources = [name for name in KEY_FIELDS if name in fields]
+        if len(sources) != 1:
+            return Problem(row.at(KEY_FIELDS[0]), "an account needs one of api_key and api_key_env")
+        account = self._with_key(sources[0], fields["name"], fields[sources[0]])
+        return Problem(row.at(sources[0]), account) if isinstance(account, str) else account
+
+    def _with_key(self, source: str, name: str, value: str) -> Account | str:
+        """Return the account with the key that *value* is, or where it is; or else the problem."""
+        if source == "api_key_from":
+            return self._from(value, name)
+        key = value if source == "api_key" else _variable(value)
+        try:
+            return Account(name, key or "")
+        except ConfigurationError as error:
+            return "names an environment variable that is not set" if key is None else error.message
+
+    def _from(self, path: str, name: str) -> Account | str:
+        """Return the account of that name in another account file, or the problem."""
+        if not self._may_refer:
+            return "a file that keys are taken from cannot take them from another"
+        other = self._other(path)
+        if other not in self._referred:
+            self._referred[other] = _all_accounts(other)
+        accounts = self._referred[other]
+        if isinstance(accounts, str):
+            return accounts
+        return accounts.get(name) or f"{printable(str(other))} has no account of this name"
 
 
-def _advance(rows: Iterator[_Row]) -> _Row | _Problem | None:
-    """Return the next row, or a problem; ``None`` at the end."""
+def _all_accounts(path: Path) -> dict[str, Account] | str:
+    """Return the accounts of a file by name, or its first problem."""
     try:
-        return next(rows, None)
-    except _MalformedError as error:
-        return _Problem(*error.args)
-    except OSError as error:
-        return _Problem("", f"cannot be read: {error.strerror or error}")
-    except ValueError as error:  # a NUL in the path
-        return _Problem("", f"cannot be read: {error}")
-
-
-def _account(row: _Row, *, with_key: bool) -> Account | _Problem:
-    """Return the account of a row, or its problem. Values are never repeated: a misplaced one may be a key."""
-    fields = {name: row.fields[name] for name in _FIELDS if row.fields.get(name) is not None}
-    for name, value in fields.items():
-        if not isinstance(value, str):
-            return _Problem(row.at(name), f"expected text, got {type(value).__name__}")
-    problem = _name_problem(fields.get("name", ""))
-    if problem:
-        return _Problem(row.at("name"), problem)
-    if not with_key:
-        return Account(fields["name"], no_key)
-    if ("api_key" in fields) == ("api_key_env" in fields):
-        return _Problem(row.at("api_key"), "an account needs one of api_key and api_key_env")
-    source = "api_key" if "api_key" in fields else "api_key_env"
-    key = fields["api_key"] if source == "api_key" else _variable(fields["api_key_env"])
-    try:
-        return Account(fields["name"], key or "")
+        reader = _Reader(path, with_keys=True, may_refer=False)
     except ConfigurationError as error:
-        unset = key is None
-        return _Problem(row.at(source), "names an environment variable that is not set" if unset else error.message)
+        return error.message
+    accounts: dict[str, Account] = {}
+    for account in reader.accounts():
+        if isinstance(account, Problem):
+            return reader.described(account)
+        accounts[account[1].name] = account[1]
+    return accounts
+
+
+def _duplicate(row: Row, account: Account, seen: dict[str, str]) -> Problem | None:
+    """Add the account to those *seen*; return a problem if its name is among them."""
+    if account.name in seen:
+        text = f"duplicate name '{printable(account.name)}', first defined in {seen[account.name]}"
+        return Problem(row.at("name"), text)
+    seen[account.name] = row.place
+    return None
 
 
 def _variable(name: str) -> str | None:
@@ -188,105 +272,3 @@ def _name_problem(name: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in name):
         return "has a character that UTF-8 cannot encode"
     return ""
-
-
-def _lines(file: BinaryIO) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise _MalformedError(f"line {number}, column {error.start + 1}", "is not UTF-8 text") from None
-
-
-def _csv(file: BinaryIO) -> Iterator[_Row]:
-    rows = csv.reader(_lines(file), strict=True)
-    columns: dict[str, int] = {}
-    number = line = 0
-    while True:
-        try:
-            cells = next(rows, None)
-        except csv.Error as error:
-            raise _MalformedError(f"line {line + 1}", str(error)) from None
-        if cells is None:
-            return
-        start, line = line + 1, rows.line_num
-        if not cells:
-            continue
-        if not columns:
-            columns = {name.strip(): number for number, name in enumerate(cells, 1)}
-            _check_header(columns, cells, start)
-            continue
-        if len(cells) != len(columns):
-            place = f"line {start}, column {min(len(cells), len(columns)) + 1}"
-            raise _MalformedError(place, f"expected {len(columns)} fields as in the header, got {len(cells)}")
-        # CSV leaves a field out by an empty cell.
-        fields = {name: cells[column - 1] or None for name, column in columns.items()}
-        yield _Row(number, start, {name: (start, column) for name, column in columns.items()}, fields)
-        number += 1
-
-
-def _check_header(columns: Mapping[str, int], cells: list[str], line: int) -> None:
-    # Without the names: if the header is missing, the first line may contain a key.
-    if len(columns) != len(cells):
-        raise _MalformedError(f"line {line}", "duplicate column name in the header")
-    if "name" not in columns or not columns.keys() & {"api_key", "api_key_env"}:
-        raise _MalformedError(f"line {line}", "the header must name the columns name and api_key or api_key_env")
-
-
-def _ndjson(file: BinaryIO) -> Iterator[_Row]:
-    number = 0
-    for line_number, line in enumerate(_lines(file), 1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise _MalformedError(f"line {line_number}, column {error.colno}", error.msg) from None
-        except RecursionError:
-            raise _MalformedError(f"line {line_number}", "is nested too deeply") from None
-        except ValueError:  # `int` limits the number of digits
-            raise _MalformedError(f"line {line_number}", "has a number of too many digits") from None
-        if not isinstance(fields, dict):
-            raise _MalformedError(f"line {line_number}, column 1", f"expected an object, got {type(fields).__name__}")
-        columns = {name: (line_number, line.find(f'"{name}"') + 1) for name in _FIELDS if name in fields}
-        yield _Row(number, line_number, columns, fields)
-        number += 1
-
-
-def _toml(file: BinaryIO) -> Iterator[_Row]:
-    text = "".join(_lines(file))
-    try:
-        accounts = tomllib.loads(text).get("accounts")
-    except tomllib.TOMLDecodeError as error:
-        place = _TOML_PLACE.search(str(error))
-        raise _MalformedError(place[1] if place else "", _TOML_PLACE.sub("", str(error))) from None
-    except RecursionError:
-        raise _MalformedError("", "is nested too deeply") from None
-    except ValueError:  # `int` limits the number of digits
-        raise _MalformedError("", "has a number of too many digits") from None
-    if not isinstance(accounts, list) or not all(isinstance(account, dict) for account in accounts):
-        raise _MalformedError("", "expected one [[accounts]] table for each account")
-    tables = _toml_tables(text)
-    for number, fields in enumerate(accounts):
-        # Inline tables have no header line to find.
-        line, columns = tables[number] if len(tables) == len(accounts) else (0, {})
-        yield _Row(number, line, columns, fields)
-
-
-def _toml_tables(text: str) -> list[tuple[int, dict[str, tuple[int, int]]]]:
-    """Return the line and columns of each table; `tomllib` does not report them."""
-    tables: list[tuple[int, dict[str, tuple[int, int]]]] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if _TOML_TABLE.match(line):
-            tables.append((number, {}))
-        elif tables and (found := _TOML_FIELD.match(line)):
-            tables[-1][1].setdefault(found[1], (number, found.start(1) + 1))
-    return tables
-
-
-_FORMATS: Final[Mapping[str, Callable[[BinaryIO], Iterator[_Row]]]] = {
-    ".csv": _csv,
-    ".ndjson": _ndjson,
-    ".jsonl": _ndjson,
-    ".toml": _toml,
-}

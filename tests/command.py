@@ -22,6 +22,11 @@ class Done:
     stderr: str
 
 
+def counted(stderr: str) -> str:
+    """Return the beginning of a fetch's last line: its accounts."""
+    return stderr.splitlines()[-1].partition(";")[0]
+
+
 def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """Return a function that runs the command line in this process, with changes to the environment."""
 

@@ -67,7 +67,7 @@ def test_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
         ("a.csv", b"name,api_key\nn, %k\n", "line 2, column 2 (api_key): the API key has leading or trailing"),
         ("a.csv", b'name,api_key\nn,k\nm,"%k\n\n', "line 3: unexpected end of data"),
         ("a.csv", b"name,api_key\n\xff,%k\n", "line 2, column 1: is not UTF-8 text"),
-        ("a.csv", "name,api_key\nn,k\n".encode("utf-16"), "line 1, column 1: is not UTF-8 text"),
+        ("a.csv", "name,api_key\nn,k\n".encode("utf-16"), "line 1: is not UTF-8 text"),
         ("a.csv", b"name,api_key\nn,\n", "line 2, column 2 (api_key): an account needs one of api_key and api_key_env"),
         ("a.csv", b"name,api_key,api_key_env\nn,%k,E\n", "column 2 (api_key): an account needs one of"),
         ("a.csv", b"name,api_key_env\nn,%k\n", "(api_key_env): names an environment variable that is not set"),

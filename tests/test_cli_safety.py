@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from attrs import define
-from command import COMMAND, KEY, Done, runner
+from command import COMMAND, KEY, Done, counted, runner
 
 from audiences_async.sandbox import Answer, Sandbox
 
@@ -413,7 +413,7 @@ def test_waiting_for_the_rate_takes_no_time(job: Job, concurrency: str, timeout:
     """Wait as long as needed for a turn with --rate, a retry's too, while the account's timeout does not run."""
     job.sandbox.script("a0", first)
     done = job.run("ndjson", "--rate", "2", "--timeout", timeout, "--concurrency", concurrency)
-    assert (done.returncode, done.stderr) == (0, "4 of 4 accounts fetched, 0 failed\n")
+    assert (done.returncode, counted(done.stderr)) == (0, "4 of 4 accounts fetched, 0 failed")
     requests = job.sandbox.requests
     assert requests[-1].at - requests[0].at >= (len(requests) - 1) / 2 * 0.9
 
@@ -427,7 +427,7 @@ def test_few_files_may_be_open(job: Job, limit: int) -> None:
     for name in names:
         job.sandbox.script(name, Answer(delay=0.05))
     done = job.end(*job.arguments("csv"), before=f"ulimit -n {limit}")
-    assert (done.returncode, done.stderr) == (0, "300 of 300 accounts fetched, 0 failed\n")
+    assert (done.returncode, counted(done.stderr)) == (0, "300 of 300 accounts fetched, 0 failed")
     assert fetched(job.out, "csv") == expected(names)
 
 

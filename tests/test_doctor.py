@@ -35,7 +35,7 @@ def test_all_is_well(run: Callable[..., Done], tmp_path: Path) -> None:
     """Report each check's finding, without the key."""
     done = run("doctor")
     assert (done.returncode, done.stderr) == (0, "")
-    assert states(done) == [(name, "ok") for name in ("key", "name", "connect", "request", "clock")]
+    assert states(done) == [(name, "ok") for name in ("key", "name", "connect", "request", "quota", "clock")]
     assert "from AUDIENCES_API_KEY, 10 characters" in done.stdout
     assert "HTTP 200, 2 audiences" in done.stdout
     assert KEY not in done.stdout
@@ -86,7 +86,7 @@ def test_the_clock(run: Callable[..., Done], sandbox: Sandbox, hours: int, told:
 def test_a_reply_without_a_date(run: Callable[..., Done], sandbox: Sandbox) -> None:
     """If the response has no readable Date, the clock is not reported."""
     sandbox.script("default", Answer(headers={"Date": "today"}))
-    assert states(run("doctor"))[-1] == ("request", "ok")
+    assert states(run("doctor"))[-1] == ("quota", "ok")
 
 
 @pytest.mark.parametrize(("key", "told"), [("", "no API key"), ("two\nlines", "has a line break")])

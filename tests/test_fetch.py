@@ -6,18 +6,21 @@ import json
 import os
 import pty
 import random
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from command import COMMAND, KEY, Done, runner
+from command import COMMAND, KEY, Done, counted, runner
 
 from audiences_async import events
 from audiences_async._jobs import results
-from audiences_async.cli import fetch as fetching
+from audiences_async.cli import summary
 from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox, many_audiences
+
+TIMES = r"([\d.e-]+)/([\d.e-]+)/([\d.e-]+) s"
 
 
 @pytest.fixture
@@ -45,7 +48,7 @@ def opened(sandbox: Sandbox, folder: Path, count: int, fault_rate: float = 0.0) 
 def fetched(out: Path) -> dict[str, list[str]]:
     """Return the ids of each account of an output, in which each occurs once."""
     told = [json.loads(line) for line in out.read_text().splitlines()]
-    ids = {one["account"]: [audience["id"] for audience in one.get("audiences", ())] for one in told}
+    ids = {one["account"]: [audience["id"] for audience in one["audiences"]] for one in told}
     assert len(ids) == len(told)
     return ids
 
@@ -59,7 +62,12 @@ def test_every_account_is_a_line(run: Callable[..., Done], sandbox: Sandbox, tmp
     """Fetch all accounts: exit 0, one line each, and a summary on stderr."""
     accounts, out = opened(sandbox, tmp_path, 30, fault_rate=0.2), tmp_path / "out.ndjson"
     done = run("fetch", "--accounts", str(accounts), "--out", str(out))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "30 of 30 accounts fetched, 0 failed\n")
+    assert (done.returncode, done.stdout) == (0, "")
+    (summary,) = done.stderr.splitlines()
+    counts, audiences, times, path = summary.split("; ")
+    assert (counts, path) == ("30 of 30 accounts fetched, 0 failed", f"written to {out}")
+    assert audiences.startswith("90 audiences in ")
+    assert re.fullmatch(rf"for each account \(p50/p95/p99\): turn {TIMES}, wire {TIMES}, backoff {TIMES}", times)
     assert fetched(out) == expected(30)
 
 
@@ -72,18 +80,18 @@ def test_failures_are_lines_too_and_are_summed_up(run: Callable[..., Done], sand
     command = ["fetch", "--accounts", str(accounts), "--out", str(out), "--concurrency", "1"]
     done = run(*command)
     assert (done.returncode, done.stdout) == (7, "")
-    assert done.stderr.splitlines() == [
-        "1 of 6 accounts fetched, 5 failed",
+    assert done.stderr.splitlines()[:-1] == [
         "  4 × ForbiddenError (HTTP 403): a0, a1, a2 and 1 more",
         "    hint: check what the account's API key may do in the management console",
         "  1 × InvalidResponseError: a4",
         "    hint: the service may have changed; see .problems and .body",
     ]
+    assert counted(done.stderr) == "1 of 6 accounts fetched, 5 failed"
     assert fetched(out).keys() == expected(6).keys()
     sandbox.script("a0", Answer(400))
     done = run(*command, "--resume", "--allow-partial")
-    told = "5 of 6 accounts fetched, 1 failed\n  1 × BadRequestError (HTTP 400): a0\n"
-    assert (done.returncode, done.stderr) == (0, told)
+    assert done.stderr.startswith("  1 × BadRequestError (HTTP 400): a0\n")
+    assert (done.returncode, counted(done.stderr)) == (0, "5 of 6 accounts fetched, 1 failed")
     assert len(sandbox.seen("a5")) == 1
     assert run(*command, "--resume").returncode == 0
     assert fetched(out) == expected(6)
@@ -175,9 +183,9 @@ def test_progress_on_a_terminal(sandbox: Sandbox, tmp_path: Path) -> None:
     shown = os.read(parent, 100_000).decode()
     os.close(parent)
     assert done.returncode == 7
-    assert "5/5" in shown
+    assert "5 of 5 accounts" in shown
     assert "1 failed" in shown
-    assert "/s" in shown
+    assert "accounts/s" in shown
 
 
 def environment(sandbox: Sandbox) -> Mapping[str, str]:
@@ -225,7 +233,7 @@ def test_kill_9_at_any_moment_loses_and_doubles_nothing(sandbox: Sandbox, tmp_pa
         assert 0 < len(list(results.lines(out))) < 5_000
     with started(sandbox, accounts, out, "--resume") as process:
         _, told = process.communicate(timeout=50)
-    assert (process.returncode, told) == (0, "5,000 of 5,000 accounts fetched, 0 failed\n")
+    assert (process.returncode, counted(told)) == (0, "5,000 of 5,000 accounts fetched, 0 failed")
     assert fetched(out) == expected(5_000)
     # At most the requests in flight at each kill were repeated.
     assert len(sandbox.requests) <= 5_000 + 3 * 200
@@ -246,7 +254,7 @@ def test_ten_thousand_accounts_with_faults(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=55, check=False)
         server.send_signal(signal.SIGINT)
         printed, _ = server.communicate(timeout=30)
-    assert (done.returncode, done.stderr) == (0, "10,000 of 10,000 accounts fetched, 0 failed\n")
+    assert (done.returncode, counted(done.stderr)) == (0, "10,000 of 10,000 accounts fetched, 0 failed")
     assert fetched(out) == expected(10_000)
     assert KEY not in printed
 
@@ -254,9 +262,9 @@ def test_ten_thousand_accounts_with_faults(tmp_path: Path) -> None:
 def test_what_a_job_meets_of_the_service_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Show an outage and a shared limit while they last, and sum them up at the end with a hint."""
     now = 1000.0
-    monkeypatch.setattr("audiences_async.cli.fetch.time.monotonic", lambda: now)
-    log = fetching.ServiceLog()
-    assert (log.now(), list(log.summary())) == ("", [])
+    monkeypatch.setattr("audiences_async.cli.summary.time.monotonic", lambda: now)
+    log = summary.ServiceLog()
+    assert (log.now(), list(log.advice())) == ("", [])
     log(events.ServicePaused("", 0.3, asked=False, state="out"))
     now += 5.0
     log(events.ServicePaused("", 2.0, asked=False, state="out"))
@@ -265,12 +273,12 @@ def test_what_a_job_meets_of_the_service_is_reported(monkeypatch: pytest.MonkeyP
     log(events.ServiceResumed(""))
     log(events.ServiceRateLearned("", 49.7, per=10.0))
     assert log.now() == "limited to 49.7/s"
-    assert "49.7 requests/s, in windows of 10 s" in "\n".join(log.summary())
+    assert "49.7 requests/s, in windows of 10 s" in "\n".join(log.advice())
     log(events.ServiceRateLearned("", 49.7))
-    told = "\n".join(log.summary())
+    told = "\n".join(log.advice())
     assert "no answer from the service for 5 s in total" in told
     assert "use --rate 50 to stay within it" in told
     log(events.CallStarted("north"))
     log(events.ServiceConcurrencyLearned("", 10))
-    assert "use --concurrency 10 to stay within it" in "\n".join(log.summary())
+    assert "use --concurrency 10 to stay within it" in "\n".join(log.advice())
     assert log.now() == ""

@@ -17,13 +17,16 @@ from audiences_async._base import checks
 from audiences_async._http.wire import PRODUCTION, endpoint
 from audiences_async._version import __version__
 from audiences_async.accounts import AccountFile
+from audiences_async.cli import check as checking
 from audiences_async.cli import demo as demonstration
+from audiences_async.cli import doctor as diagnosis
 from audiences_async.cli import fetch as fetching
-from audiences_async.cli import signals
+from audiences_async.cli import signals, summary
 from audiences_async.cli import worker as working
-from audiences_async.cli.doctor import examine
 from audiences_async.cli.exits import AUTHENTICATION, DONE, FAILED, PARTIAL, USAGE, exit_code
-from audiences_async.cli.output import FileFormat, Format, notices, notify, write
+from audiences_async.cli.log import Log, LogFormat, client_log
+from audiences_async.cli.output import Format, notices, notify, write
+from audiences_async.cli.target import FileFormat, Target
 from audiences_async.client import AudiencesClient
 from audiences_async.credentials import Secret
 from audiences_async.errors import AudiencesError, ConfigurationError, printable
@@ -39,6 +42,7 @@ app: Final = App(
     suppress_keyboard_interrupt=False,
     result_action="return_value",
 )
+app.register_install_completion_command(help="Install completion for the shell in use: bash, zsh, fish or powershell.")
 _Flag = Annotated[bool, Parameter(negative="")]
 
 
@@ -48,9 +52,12 @@ def run(arguments: list[str] | None = None) -> int:
     stdout: Any = sys.stdout
     stdout.reconfigure(errors="replace")
     try:
-        code = app(arguments)
+        with client_log():
+            code = app(arguments)
     except KeyboardInterrupt:
         return signals.exit_code()
+    except ConfigurationError as error:
+        return _report_error(error.summary, error.hint, USAGE)
     except OSError as error:
         # stdout is unwritable: a closed pipe (`head`) or a full disk. Keep the interpreter from writing again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -102,7 +109,7 @@ def list_audiences(
     if api_key_file is None and not os.environ.get("AUDIENCES_API_KEY"):
         return _report_error("no API key", "set AUDIENCES_API_KEY or use --api-key-file", AUTHENTICATION)
     try:
-        key = None if api_key_file is None else api_key_file.read_text(encoding="utf-8-sig").strip()
+        key = None if api_key_file is None else _key_in(api_key_file)
     except (OSError, UnicodeError) as error:
         return _report_error(
             f"cannot read {api_key_file}: {error}", "use a text file that contains only the key", USAGE
@@ -118,33 +125,44 @@ def list_audiences(
 
 
 @app.command
-def doctor(*, api_key_file: Path | None = None, base_url: str | None = None, timeout: float = 10.0) -> int:
+def doctor(
+    *,
+    api_key_file: Path | None = None,
+    accounts: Path | None = None,
+    base_url: str | None = None,
+    timeout: float = 10.0,
+) -> int:
     """Check the key, the host name, the connection, one request and the clock, and suggest a fix for each failure.
 
     Parameters
     ----------
     api_key_file
         File that contains only the key; by default the key is read from AUDIENCES_API_KEY.
+    accounts
+        File of accounts: its first account is checked in this way, and then one request is made for each account.
     base_url
         URL of the service; by default AUDIENCES_BASE_URL, else production.
     timeout
-        Seconds for each check.
+        Seconds for each check, and for each account.
     """
     source = "AUDIENCES_API_KEY" if api_key_file is None else str(api_key_file)
     try:
-        key = os.environ.get(source) if api_key_file is None else api_key_file.read_text(encoding="utf-8-sig").strip()
         where = endpoint(Secret(base_url or os.environ.get("AUDIENCES_BASE_URL") or PRODUCTION), allow_http=False)
-        findings = asyncio.run(examine(key, printable(source), where, checks.seconds("timeout", timeout)))
+        limit = checks.seconds("timeout", timeout)
+        if accounts is not None:
+            file = AccountFile(accounts)
+            findings = asyncio.run(diagnosis.examine_accounts(file, where, base_url, limit))
+        else:
+            key = os.environ.get(source) if api_key_file is None else _key_in(api_key_file)
+            findings = asyncio.run(diagnosis.examine(key, printable(source), where, limit))
     except (OSError, UnicodeError) as error:
         return _report_error(
             f"cannot read {api_key_file}: {error}", "use a text file that contains only the key", USAGE
         )
     except ConfigurationError as error:
-        return _report_error(error.summary, "check --base-url and AUDIENCES_BASE_URL, or --timeout", USAGE)
-    for finding in findings:
-        print(f"{'FAILED' if finding.code else 'ok':8}{finding.check:9}{printable(finding.message, limit=500)}")
-        if finding.code:
-            print(f"{'':8}{'':9}{finding.hint}")
+        hint = "check --base-url and AUDIENCES_BASE_URL, or --timeout" if accounts is None else ""
+        return _report_error(error.summary, hint, USAGE)
+    diagnosis.show(findings, Console())
     return next((finding.code for finding in findings if finding.code), DONE)
 
 
@@ -152,9 +170,12 @@ def doctor(*, api_key_file: Path | None = None, base_url: str | None = None, tim
 def fetch(
     *,
     accounts: Path,
-    out: Path,
+    out: Path | None = None,
     output: FileFormat = "ndjson",
+    rows: _Flag = False,
+    errors: Path | None = None,
     resume: _Flag = False,
+    check: _Flag = False,
     concurrency: int = 100,
     rate: float | None = None,
     timeout: float = 60.0,
@@ -162,6 +183,8 @@ def fetch(
     max_attempts: int = 5,
     base_url: str | None = None,
     allow_partial: _Flag = False,
+    log_format: LogFormat = "text",
+    metrics_file: Path | None = None,
     docket: str | None = None,
     parts: Path | None = None,
 ) -> int:
@@ -172,11 +195,21 @@ def fetch(
     accounts
         TOML, CSV or NDJSON file with the name and the api_key, or api_key_env, of each account.
     out
-        File to write. NDJSON is appended account by account, and is the checkpoint for --resume.
+        File to write; .gz and .zst at the end of its name compress it. NDJSON is appended account by account, and is
+        the checkpoint for --resume.
     output
-        Format of the file; json and csv are written at the end, from an NDJSON file beside it that is kept.
+        Format of the file; all but NDJSON are written at the end, from an NDJSON file beside it that is kept. In CSV, a
+        cell that a spreadsheet would execute, or that begins with an apostrophe, gets an apostrophe in front: a program
+        removes the first apostrophe of a cell, if it begins with one. Parquet has one row per audience.
+    rows
+        Write one row per audience, always with the same columns, as NDJSON or CSV at the end.
+    errors
+        CSV or NDJSON file for the failed accounts, which --accounts reads again. It has no key: an account has the
+        environment variable of its key, or the path of the file that has the key.
     resume
         Continue an existing output: keep fetched accounts, fetch failed and missing ones.
+    check
+        Only check the accounts file: print its format, its header, and all problems.
     concurrency
         Maximum number of accounts in flight.
     rate
@@ -192,12 +225,16 @@ def fetch(
         URL of the service; by default AUDIENCES_BASE_URL, else production.
     allow_partial
         Exit with 0 even if accounts failed.
+    log_format
+        Format of the messages on stderr. Without a terminal the progress is a line every 30 seconds.
+    metrics_file
+        File for metrics in the Prometheus text format, written every 30 seconds and at the end.
     docket
         URL of a Redis: `audiences worker` processes fetch the accounts, with their own settings.
     parts
         With --docket: directory that the workers write to; by default the output's name with .parts appended.
     """
-    tally = fetching.Tally()
+    tally, log = summary.Tally(), Log(log_format)
     try:
         if docket is not None:
             _require_docket()
@@ -205,27 +242,32 @@ def fetch(
                 options = "--concurrency, --rate, --timeout, --patience, --max-attempts or --base-url"
                 problem = f"--docket cannot be combined with {options}"
                 raise ConfigurationError(f"{problem}; set these limits on `audiences worker` instead")
+        if check:
+            return checking.show(accounts, with_keys=docket is None)
+        if out is None:
+            raise ConfigurationError("--out is missing; name the file to write, or use --check")
         file = AccountFile(accounts, with_keys=docket is None)
-        job = fetching.Job(file, out, output, resume, concurrency, rate, timeout, patience, max_attempts, base_url)
+        limits = fetching.Limits(concurrency, rate, timeout, patience, max_attempts)
+        job = fetching.Job(file, Target(out, output, rows), resume, limits, base_url, errors, metrics_file, log)
         if docket is None:
             fetching.run(job, tally)
         else:
             fetching.run_distributed(job, tally, docket, parts or out.with_name(f"{out.name}.parts"))
     except AudiencesError as error:
-        return _report_error(error.summary, error.hint, exit_code(error))
+        return _report_error(error.summary, error.hint, exit_code(error), log)
     except OSError as error:
         return _report_error(
-            f"cannot write {out}: {error.strerror or error}",
+            f"cannot write {error.filename or out}: {error.strerror or error}",
             "fetched accounts are kept; use --resume to continue",
             FAILED,
+            log,
         )
     except KeyboardInterrupt:
         kept = f"{tally.fetched:,} of {tally.total:,} accounts are fetched and kept"
         return _report_error(
-            f"interrupted; {kept}", "run the same command with --resume to continue", signals.exit_code()
+            f"interrupted; {kept}", "run the same command with --resume to continue", signals.exit_code(), log
         )
-    for line in tally.summary():
-        notify(line)
+    log.write("summary", "\n".join(summary.text(tally, out)), **summary.fields(tally, out))
     return DONE if allow_partial or not tally.failed else PARTIAL
 
 
@@ -357,8 +399,11 @@ def _require_docket() -> None:
         raise ConfigurationError("distributed jobs need the extra 'docket': pip install 'audiences_async[docket]'")
 
 
-def _report_error(problem: str, hint: str, code: int) -> int:
-    notify(f"error: {printable(problem, limit=2000)}")
-    if hint:
-        notify(f"hint: {hint}")
+def _key_in(file: Path) -> str:
+    return file.read_text(encoding="utf-8-sig").strip()
+
+
+def _report_error(problem: str, hint: str, code: int, log: Log = Log()) -> int:  # noqa: B008 - a frozen value
+    shown = f"error: {printable(problem, limit=2000)}"
+    log.write("error", f"{shown}\nhint: {hint}" if hint else shown, message=problem, hint=hint, exit_code=code)
     return code

@@ -1,24 +1,33 @@
 """``audiences doctor``: checks in order, with a suggested fix for each failure."""
 
 import asyncio
+import re
 import ssl as tls
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from typing import Final
 
 from attrs import frozen
+from rich.console import Console
+from rich.text import Text
 from yarl import URL
 
 from audiences_async._base.dates import http_date
 from audiences_async._http.transport import Transport, TransportSettings
 from audiences_async._http.wire import Reply, Result, read
-from audiences_async.cli.exits import AUTHENTICATION, DONE, FAILED, UNAVAILABLE, exit_code
+from audiences_async.accounts import AccountFile
+from audiences_async.cli import summary
+from audiences_async.cli.exits import AUTHENTICATION, DONE, FAILED, PARTIAL, UNAVAILABLE, exit_code
+from audiences_async.client import AudiencesClient
 from audiences_async.credentials import ApiKey
 from audiences_async.errors import AudiencesError, ConfigurationError, printable
 from audiences_async.structuring import run_to_completion
 
 _SKEW = 5.0  # s; Date has whole seconds, and a response takes time
 _MAX_BODY = 64 * 2**20
+_AT_ONCE = 10  # accounts that are checked at the same time
+_QUOTA_HEADERS: Final = re.compile(r"(?i)(x-)?rate-?limit.*|retry-after")
 
 
 @frozen
@@ -28,7 +37,7 @@ class Finding:
     Attributes:
         check: Name of the check.
         message: The finding.
-        hint: Suggested fix; empty if the check passed.
+        hint: Suggested fix, in one or several lines; empty if the check passed.
         code: Exit code for this finding.
     """
 
@@ -54,6 +63,47 @@ async def examine(key: str | None, source: str, endpoint: URL, timeout: float) -
     if not any(finding.code for finding in findings):
         findings += await _request(ApiKey(key or ""), endpoint, timeout)
     return findings
+
+
+async def examine_accounts(file: AccountFile, endpoint: URL, base_url: str | None, timeout: float) -> list[Finding]:
+    """Run the checks for the first account of a file; then make a request for each account.
+
+    Args:
+        file: The accounts.
+        endpoint: The URL to request.
+        base_url: What `AudiencesClient` needs to request it.
+        timeout: Seconds for each check, and for each account.
+    """
+    first = next(iter(file))
+    assert isinstance(first.api_key, str)
+    findings = [Finding("accounts", f"{len(file):,} in {printable(str(file.path))}")]
+    findings += await examine(first.api_key, f"account '{printable(first.name)}'", endpoint, timeout)
+    if all(finding.check == "request" or not finding.code for finding in findings):
+        findings.append(await _every(file, base_url, timeout))
+    return findings
+
+
+async def _every(file: AccountFile, base_url: str | None, timeout: float) -> Finding:
+    tally = summary.Tally()
+    async with (
+        AudiencesClient(base_url=base_url, timeout=timeout) as client,
+        client.stream(file, concurrency=_AT_ONCE, patience=timeout) as outcomes,
+    ):
+        async for outcome in outcomes:
+            tally.count(outcome)
+    found = f"{tally.fetched:,} of {len(file):,} accounts answered, {tally.audiences:,} audiences"
+    return Finding("all", found, "\n".join(summary.failures(tally)), PARTIAL if tally.failed else DONE)
+
+
+def show(findings: Iterable[Finding], console: Console) -> None:
+    """Print each finding, in colour on a terminal."""
+    for finding in findings:
+        state = Text("FAILED" if finding.code else "ok", style="bold red" if finding.code else "green")
+        state.pad_right(8 - len(state))
+        line = Text.assemble(state, f"{finding.check:9}{printable(finding.message, limit=500)}")
+        console.print(line, soft_wrap=True, highlight=False)
+        for hint in finding.hint.splitlines() if finding.code else ():
+            console.print(Text(f"{'':17}{hint}"), soft_wrap=True, highlight=False)
 
 
 def _key(key: str | None, source: str) -> Finding:
@@ -127,13 +177,18 @@ async def _request(key: ApiKey, endpoint: URL, timeout: float) -> list[Finding]:
     if not isinstance(reply, Reply):
         return [_refused(reply)]
     result = run_to_completion(read(reply, key, now=time.time()))
-    return [_answer(result), *_clock(reply, started, time.time())]
+    return [_answer(result), _quota(reply, key), *_clock(reply, started, time.time())]
 
 
 def _answer(result: Result) -> Finding:
     if isinstance(result, AudiencesError):
         return _refused(result)
     return Finding("request", f"HTTP 200, {len(result):,} audiences")
+
+
+def _quota(reply: Reply, key: ApiKey) -> Finding:
+    found = [key.redact(f"{name}: {value}") for name, value in reply.headers.items() if _QUOTA_HEADERS.fullmatch(name)]
+    return Finding("quota", ", ".join(found) or "no quota headers; a limit is learned from refusals")
 
 
 def _refused(error: AudiencesError) -> Finding:

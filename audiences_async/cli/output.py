@@ -1,13 +1,10 @@
-"""Write audiences to stdout: a table for terminals, NDJSON, JSON or CSV for programs."""
+"""Write audiences to stdout: a table for terminals, NDJSON, JSON or CSV for programs. Messages go to stderr."""
 
-import csv
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, Final, Literal, TextIO, TypeAlias, cast
 
 import msgspec
@@ -15,15 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from audiences_async._jobs.results import Line, lines, write_whole
-from audiences_async.errors import ConfigurationError, printable
+from audiences_async.cli import cells
+from audiences_async.errors import printable
 from audiences_async.models import Audience, AudiencesResponse
 from audiences_async.structuring import record
 
 Format: TypeAlias = Literal["table", "json", "ndjson", "csv"]
-FileFormat: TypeAlias = Literal["ndjson", "json", "csv"]
-
-_COLUMNS: Final = ("id", "name", "type", "created_time", "user_count")
 
 
 def write(response: AudiencesResponse, output: Format | None) -> None:
@@ -78,38 +72,6 @@ def notify(text: str) -> None:
     print(text, file=notices(), flush=True)
 
 
-def check_target(path: Path, output: FileFormat, checkpoint: Path) -> None:
-    """Refuse an output file that `convert` could not write or must not replace.
-
-    Raises:
-        ConfigurationError: *path* is not a regular file, or was not written by this command from *checkpoint*.
-        OSError: Its directory is not writable.
-    """
-    for each in (path, checkpoint):
-        if each.exists() and not each.is_file():
-            raise ConfigurationError(
-                f"{printable(str(each))} is not a regular file; use --output ndjson or another file"
-            )
-    if path.exists() and path.stat().st_size:
-        with path.open("rb") as file:
-            is_ours = file.read(len(_STARTS[output])) == _STARTS[output] and checkpoint.is_file()
-        if not is_ours:
-            problem = f"{printable(str(path))} was not written from {printable(checkpoint.name)} by this command"
-            raise ConfigurationError(f"{problem}; choose another file")
-    with TemporaryFile(dir=path.resolve().parent):
-        pass
-
-
-def convert(outcomes: Path, out: Path, output: FileFormat) -> None:
-    """Write the NDJSON *outcomes* in another format, atomically, with one account in memory at a time.
-
-    JSON is an array of the same objects. CSV has one row per audience. An account without audiences has one row with
-    only its name, and a failed account has its error in the last column.
-    """
-    chunks = _accounts_as_json if output == "json" else _accounts_as_csv
-    write_whole(out, chunks(lines(outcomes)), like=outcomes)
-
-
 def table(*replies: tuple[str, AudiencesResponse]) -> Table:
     """Return a table of the audiences of one account, or of several with their names."""
     named = any(name for name, _ in replies)
@@ -149,48 +111,9 @@ def _json(records: Iterable[Mapping[str, Any]]) -> bytes:
 
 def _csv(records: Iterable[Mapping[str, Any]]) -> bytes:
     """Return one column per documented field; all other fields are JSON in the last column."""
-    return _csv_rows([[*_COLUMNS, "extra"], *map(_csv_cells, records)])
+    return cells.encode([[*cells.AUDIENCE, "extra"], *map(cells.of_audience, records)])
 
 
-def _csv_cells(row: Mapping[str, Any]) -> list[str]:
-    extra = {name: value for name, value in row.items() if name not in _COLUMNS}
-    return [*(_cell(row.get(name)) for name in _COLUMNS), _cell(extra or None)]
-
-
-def _csv_rows(rows: Iterable[Sequence[str]]) -> bytes:
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(rows)
-    return text.getvalue().encode()
-
-
-def _accounts_as_json(outcomes: Iterable[Line]) -> Iterator[bytes]:
-    separator = b"[\n"
-    for outcome in outcomes:
-        yield separator + outcome.text.rstrip(b"\n")
-        separator = b",\n"
-    yield b"\n]\n"
-
-
-def _accounts_as_csv(outcomes: Iterable[Line]) -> Iterator[bytes]:
-    yield _STARTS["csv"]
-    for outcome in outcomes:
-        decoded = msgspec.json.decode(outcome.text)
-        error = "" if outcome.ok else decoded["error"]["message"]
-        audiences = decoded.get("audiences") or [{}]
-        yield _csv_rows([outcome.account, *_csv_cells(audience), error] for audience in audiences)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
-
-
-# First bytes of the files that `convert` writes.
-_STARTS: Final[Mapping[FileFormat, bytes]] = {
-    "json": b'[\n{"account":',
-    "csv": _csv_rows([["account", *_COLUMNS, "extra", "error"]]),
-}
 _FORMATS: Final[Mapping[Format, Callable[[Iterable[Mapping[str, Any]]], bytes]]] = {
     "json": _json,
     "ndjson": _ndjson,

@@ -1,0 +1,279 @@
+"""Rows of account files in CSV, NDJSON and TOML, each with its place. A row that cannot be read is a problem."""
+
+import csv
+import json
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO, Final, NamedTuple
+
+from attrs import field, frozen
+
+from audiences_async.errors import printable
+
+KEY_FIELDS: Final[tuple[str, ...]] = ("api_key", "api_key_env", "api_key_from")
+"""Fields of which an account needs one."""
+
+FIELDS: Final[tuple[str, ...]] = ("name", *KEY_FIELDS)
+"""Fields that are read; others are ignored."""
+
+_SEPARATORS: Final[Mapping[str, str]] = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_TOML_TABLE: Final = re.compile(r"\s*\[\[\s*accounts\s*\]\]")
+_TOML_FIELD: Final = re.compile(rf"\s*({'|'.join(FIELDS)})\s*=")
+_TOML_PLACE: Final = re.compile(r" \(at (line \d+, column \d+|end of document)\)$")
+_NOT_UTF_8: Final = "is not UTF-8 text; a spreadsheet writes it as 'CSV UTF-8'"
+# If the header is missing, the first line may contain a key: only words that headers are made of are repeated.
+_HEADER_WORDS: Final = frozenset({
+    "account", "accounts", "api", "apikey", "bearer", "client", "comment", "company", "customer", "email", "env",
+    "environment", "from", "id", "key", "keys", "label", "name", "names", "note", "notes", "number", "secret", "title",
+    "token", "user", "variable",
+})  # fmt: skip
+
+
+class Problem(NamedTuple):
+    """A problem and its place in the file; the place is empty if it concerns the whole file."""
+
+    place: str
+    text: str
+
+
+@frozen
+class Row:
+    """One account's fields and their place in the file.
+
+    Attributes:
+        number: Index of the account, from 0.
+        line: Line of the file, from 1; 0 if unknown.
+        columns: Line and column of each field, from 1. The column counts characters, or fields in a CSV file.
+        fields: Field values; never printed.
+    """
+
+    number: int
+    line: int
+    columns: Mapping[str, tuple[int, int]]
+    fields: Mapping[str, Any] = field(repr=False)
+
+    def at(self, name: str) -> str:
+        """Return the place of a field."""
+        if name in self.columns:
+            line, column = self.columns[name]
+            return f"line {line}, column {column} ({name})"
+        return f"{self.place} ({name})"
+
+    @property
+    def place(self) -> str:
+        """The place of the account."""
+        return f"line {self.line}" if self.line else f"accounts[{self.number}]"
+
+
+@frozen
+class Header:
+    """The first line of a CSV file.
+
+    Attributes:
+        separator: What separates its columns.
+        names: The columns, in lower case and with underscores.
+    """
+
+    separator: str
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        names = map(_shown if self.problem() else printable, self.names)
+        return f"CSV separated by {_SEPARATORS[self.separator]}, header: {', '.join(names)}"
+
+    def problem(self) -> str:
+        """Return what is wrong with it; empty if nothing is."""
+        named = [name for name in self.names if name]
+        if len(set(named)) < len(named):
+            return "duplicate column name in the header"
+        if "name" in named and set(KEY_FIELDS) & set(named):
+            return ""
+        expected = "the header must name the columns name and api_key or api_key_env"
+        separators = "commas, semicolons or tabs"
+        found = (
+            f"found {len(self.names)} separated by {_SEPARATORS[self.separator]}: {', '.join(map(_shown, self.names))}"
+        )
+        return f"{expected}, separated by {separators}; {found}"
+
+
+def read(file: BinaryIO, suffix: str) -> Iterator[Row | Problem]:
+    """Yield the rows of a file in the format of the suffix, and each problem in its place."""
+    return _READERS[suffix](file)
+
+
+def layout(file: BinaryIO, suffix: str) -> str:
+    """Return what the file is, for people: its format, and of CSV the separator and the header."""
+    if suffix != ".csv":
+        return "TOML" if suffix == ".toml" else "NDJSON"
+    return str(_header("".join(_start(_lines(file)))))
+
+
+def suffixes() -> tuple[str, ...]:
+    """Return the file name extensions that are supported."""
+    return tuple(_READERS)
+
+
+def _shown(name: str) -> str:
+    words = re.split(r"[\W_]+", name)
+    return f"'{name}'" if words and _HEADER_WORDS.issuperset(words) else f"a text of {len(name)} characters"
+
+
+def _lines(file: BinaryIO) -> Iterator[str]:
+    """Yield the lines; bytes that are not UTF-8 are surrogates."""
+    for number, line in enumerate(file):
+        yield line.decode("utf-8" if number else "utf-8-sig", "surrogateescape")
+
+
+def _is_text(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _start(lines: Iterator[str]) -> Iterator[str]:
+    """Yield the lines up to the first that is not empty."""
+    for line in lines:
+        yield line
+        if line.strip():
+            return
+
+
+def _header(text: str) -> Header:
+    """Return the header; its separator is the one that makes a column of ``name``, or else the most frequent one."""
+    headers = [Header(separator, _names(text.strip("\r\n"), separator)) for separator in _SEPARATORS]
+    return next((each for each in headers if "name" in each.names), max(headers, key=lambda each: len(each.names)))
+
+
+def _names(text: str, separator: str) -> tuple[str, ...]:
+    try:
+        cells = next(csv.reader([text], delimiter=separator, strict=True), [])
+    except csv.Error:
+        cells = [text]
+    return tuple(re.sub(r"[\s-]+", "_", cell.strip().casefold()) for cell in cells)
+
+
+def _csv(file: BinaryIO) -> Iterator[Row | Problem]:
+    lines = _lines(file)
+    start = list(_start(lines))
+    if not any(line.strip() for line in start):
+        return
+    header = _header(start[-1])
+    problem = header.problem() if _is_text(start[-1]) else _NOT_UTF_8
+    if problem:
+        yield Problem(f"line {len(start)}", problem)
+        return
+    columns = {name: number for number, name in enumerate(header.names, 1) if name}
+    records = _records(lines, header, len(start))
+    rows = (record for record in records if isinstance(record, Problem) or any(record[1]))
+    for number, record in enumerate(rows):
+        if isinstance(record, Problem):
+            yield record
+            continue
+        line, cells = record
+        # CSV leaves a field out by an empty cell.
+        fields = {name: cells[column - 1] or None for name, column in columns.items()}
+        yield Row(number, line, {name: (line, column) for name, column in columns.items()}, fields)
+
+
+def _records(lines: Iterator[str], header: Header, line: int) -> Iterator[tuple[int, list[str]] | Problem]:
+    """Yield the first line and the cells of each record after *line*, all of them as many as the header has."""
+    reader, above = csv.reader(lines, delimiter=header.separator, strict=True), line
+    expected = len(header.names)
+    while True:
+        start = line + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            line = above + reader.line_num
+            yield Problem(f"line {start}", str(error))
+            continue
+        if cells is None:
+            return
+        line = above + reader.line_num
+        not_text = next((column for column, cell in enumerate(cells, 1) if not _is_text(cell)), 0)
+        if not_text:
+            yield Problem(f"line {start}, column {not_text}", _NOT_UTF_8)
+        elif cells and len(cells) != expected:
+            place = f"line {start}, column {min(len(cells), expected) + 1}"
+            yield Problem(place, f"expected {expected} fields as in the header, got {len(cells)}")
+        else:
+            yield start, cells
+
+
+def _ndjson(file: BinaryIO) -> Iterator[Row | Problem]:
+    lines = ((number, line) for number, line in enumerate(_lines(file), 1) if line.strip())
+    for index, (number, line) in enumerate(lines):
+        fields = _object(number, line)
+        if isinstance(fields, Problem):
+            yield fields
+        else:
+            columns = {name: (number, line.find(f'"{name}"') + 1) for name in FIELDS if name in fields}
+            yield Row(index, number, columns, fields)
+
+
+def _object(number: int, line: str) -> dict[str, Any] | Problem:
+    """Return the JSON object in a line, or its problem."""
+    if not _is_text(line):
+        column = len(line.encode(errors="surrogateescape").decode(errors="replace").partition("\ufffd")[0]) + 1
+        return Problem(f"line {number}, column {column}", "is not UTF-8 text")
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        return Problem(f"line {number}, column {error.colno}", error.msg)
+    except RecursionError:
+        return Problem(f"line {number}", "is nested too deeply")
+    except ValueError:  # `int` limits the number of digits
+        return Problem(f"line {number}", "has a number of too many digits")
+    if not isinstance(fields, dict):
+        return Problem(f"line {number}, column 1", f"expected an object, got {type(fields).__name__}")
+    return fields
+
+
+def _toml(file: BinaryIO) -> Iterator[Row | Problem]:
+    text = "".join(_lines(file))
+    accounts = _tables(text)
+    if isinstance(accounts, Problem):
+        yield accounts
+        return
+    places = _toml_places(text)
+    for number, fields in enumerate(accounts):
+        # Inline tables have no header line to find.
+        line, columns = places[number] if len(places) == len(accounts) else (0, {})
+        yield Row(number, line, columns, fields)
+
+
+def _tables(text: str) -> list[dict[str, Any]] | Problem:
+    """Return the tables of a TOML document, or its problem."""
+    if not _is_text(text):
+        line = next(number for number, line in enumerate(text.splitlines(), 1) if not _is_text(line))
+        return Problem(f"line {line}", "is not UTF-8 text")
+    try:
+        accounts = tomllib.loads(text).get("accounts")
+    except tomllib.TOMLDecodeError as error:
+        place = _TOML_PLACE.search(str(error))
+        return Problem(place[1] if place else "", _TOML_PLACE.sub("", str(error)))
+    except RecursionError:
+        return Problem("", "is nested too deeply")
+    except ValueError:  # `int` limits the number of digits
+        return Problem("", "has a number of too many digits")
+    if not isinstance(accounts, list) or not all(isinstance(account, dict) for account in accounts):
+        return Problem("", "expected one [[accounts]] table for each account")
+    return accounts
+
+
+def _toml_places(text: str) -> list[tuple[int, dict[str, tuple[int, int]]]]:
+    """Return the line and columns of each table; `tomllib` does not report them."""
+    tables: list[tuple[int, dict[str, tuple[int, int]]]] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if _TOML_TABLE.match(line):
+            tables.append((number, {}))
+        elif tables and (found := _TOML_FIELD.match(line)):
+            tables[-1][1].setdefault(found[1], (number, found.start(1) + 1))
+    return tables
+
+
+_READERS: Final[Mapping[str, Callable[[BinaryIO], Iterator[Row | Problem]]]] = {
+    ".csv": _csv,
+    ".ndjson": _ndjson,
+    ".jsonl": _ndjson,
+    ".toml": _toml,
+}
