@@ -1,6 +1,7 @@
 """Real servers from installed binaries, on loopback and free ports, for tests and benchmarks."""
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import socket
@@ -57,6 +58,11 @@ def free_port() -> int:
 def missing(binary: str) -> bool:
     """Return whether a binary is not installed; never on CI (``CI`` is set), so that no test is skipped there."""
     return shutil.which(binary) is None and not os.environ.get("CI")
+
+
+def missing_module(name: str) -> bool:
+    """Return whether a module is not installed; never on CI (``CI`` is set), so that no test is skipped there."""
+    return importlib.util.find_spec(name) is None and not os.environ.get("CI")
 
 
 @contextlib.contextmanager

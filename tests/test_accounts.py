@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from audiences_async import Account, AudiencesClient, ConfigurationError
-from audiences_async.accounts import AccountFile
+from audiences_async.accounts import AccountFile, check
 
 KEY = "s3cr3t-k3y"
 
@@ -102,6 +102,124 @@ def test_errors_tell_the_place_and_no_key(
     shown = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=True).format())
     assert KEY not in shown
     assert caught.value.__cause__ is caught.value.__context__ is None
+
+
+MISTAKES = f"""name;note;api_key
+north;x;{KEY}
+
+;x;{KEY}
+north;x;{KEY}
+south;x; {KEY}
+east;x
+west;"x"y;{KEY}
+"""
+
+
+def test_every_mistake_is_found_at_once(tmp_path: Path) -> None:
+    """Return every problem of a file with its place, and the separator and the header that were found."""
+    file = tmp_path / "a.csv"
+    file.write_bytes(MISTAKES.encode() + b"\xfc;x;k\n;;\nlast;x;k\n")
+    report = check(file)
+    assert (report.layout, report.accounts, report.problems) == (
+        "CSV separated by semicolons, header: name, note, api_key",
+        2,
+        6,
+    )
+    assert [problem.partition(", ")[2] for problem in report.described] == [
+        "line 4, column 1 (name): an account needs a name",
+        "line 5, column 1 (name): duplicate name 'north', first defined in line 2",
+        "line 6, column 3 (api_key): the API key has leading or trailing white space",
+        "line 7, column 3: expected 3 fields as in the header, got 2",
+        "line 8: ';' expected after '\"'",
+        "line 9, column 1: is not UTF-8 text; a spreadsheet writes it as 'CSV UTF-8'",
+    ]
+    assert KEY not in str(report)
+    with pytest.raises(ConfigurationError, match=r"an account needs a name; 5 more: see .+ --check"):
+        AccountFile(file)
+
+
+def test_the_first_mistakes_are_described_and_all_are_counted(tmp_path: Path) -> None:
+    """Describe 20 of many problems, here in NDJSON, where each line is checked for itself."""
+    file = tmp_path / "a.ndjson"
+    file.write_bytes(b'{"name": "n", "api_key": "k"}\n' + b'{"name": "\xfc"}\n[]\n{\n' * 100)
+    report = check(file)
+    assert (report.layout, report.accounts, report.problems, len(report.described)) == ("NDJSON", 1, 300, 20)
+    not_text, not_an_object, not_json = report.described[:3]
+    assert not_text.endswith("a.ndjson, line 2, column 11: is not UTF-8 text")
+    assert not_an_object.endswith("a.ndjson, line 3, column 1: expected an object, got list")
+    assert "a.ndjson, line 4, column " in not_json
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ("name;api_key", ""),
+        ("Name\tAPI Key", ""),
+        (" NAME , api-key,,", ""),
+        ("account;key", "found 'account', 'key', separated by semicolons"),
+        (f"north;{KEY}", "found a text of 5 characters, a text of 10 characters, separated by semicolons"),
+        ("name", "found 'name', separated by commas"),
+        ('"name', "found a text of 5 characters, separated by commas"),
+    ],
+)
+def test_the_header_that_was_found(tmp_path: Path, header: str, told: str) -> None:
+    """Accept commas, semicolons and tabs; show a wrong header beside the expected one, but never what may be a key."""
+    file = tmp_path / "a.csv"
+    separator = next((each for each in ";\t" if each in header), ",")
+    file.write_text(f"{header}\n{separator.join(['north', KEY, '', ''][: header.count(separator) + 1])}\n")
+    report = check(file)
+    assert report.problems == bool(told)
+    assert KEY not in str(report)
+    if told:
+        expected = "the header must name the columns name and api_key or api_key_env, separated by commas, semicolons"
+        assert report.described[0].endswith(f"line 1: {expected} or tabs; {told}")
+    else:
+        assert list(AccountFile(file)) == [Account("north", KEY)]
+
+
+def test_a_missing_file_is_a_problem(tmp_path: Path) -> None:
+    """Report a file that cannot be read, with an empty layout."""
+    report = check(tmp_path / "none.csv")
+    assert (report.layout, report.problems) == ("", 1)
+    assert check(tmp_path / "none\0.toml").described[0].endswith("cannot be read: embedded null byte")
+    (tmp_path / "latin.toml").write_bytes(b'\n[[accounts]]\nname = "\xfc"\n')
+    assert check(tmp_path / "latin.toml").described[0].endswith("latin.toml, line 3: is not UTF-8 text")
+
+
+def test_keys_of_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take keys from another file by name, in whatever way that file has them; its path may be relative."""
+    monkeypatch.setenv("SOUTH_KEY", "another key")
+    (tmp_path / "all.toml").write_text(TOML.replace("so\\nuth", "south"))
+    some = tmp_path / "some.csv"
+    some.write_text("name,api_key_from\nnorth,all.toml\nsouth,all.toml\n")
+    accounts = AccountFile(some)
+    assert list(accounts) == [Account("north", KEY), Account("south", "another key")]
+    assert accounts.key_sources(["south"]) == {"south": ("api_key_from", str(tmp_path / "all.toml"))}
+    assert AccountFile(tmp_path / "all.toml").key_sources(["south", "north"]) == {
+        "north": ("api_key_from", str(tmp_path / "all.toml")),
+        "south": ("api_key_env", "SOUTH_KEY"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ("none.csv", "none.csv: cannot be read: No such file or directory"),
+        ("none.txt", "none.txt: unsupported file type"),
+        ("bad.csv", "bad.csv, line 2, column 2 (api_key): the API key has leading"),
+        ("good.csv", "good.csv has no account of this name"),
+        ("a.csv", "a file that keys are taken from cannot take them from another"),
+    ],
+)
+def test_keys_that_another_file_does_not_have(tmp_path: Path, other: str, told: str) -> None:
+    """Report the problem of the other file in the line that refers to it; files cannot refer in a circle."""
+    (tmp_path / "bad.csv").write_text(f"name,api_key\nnorth, {KEY}\n")
+    (tmp_path / "good.csv").write_text(f"name,api_key\nsouth,{KEY}\n")
+    (tmp_path / "a.csv").write_text(f"name,api_key_from\nnorth,{other}\n")
+    (problem,) = check(tmp_path / "a.csv").described
+    assert "line 2, column 2 (api_key_from): " in problem
+    assert told in problem
+    assert KEY not in problem
 
 
 async def test_without_keys(tmp_path: Path) -> None:

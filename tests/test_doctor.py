@@ -180,3 +180,65 @@ def test_wrong_usage(run: Callable[..., Done], arguments: list[str], told: str) 
     done = run("doctor", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert told in done.stderr
+
+
+def test_the_quota_headers_that_it_saw(run: Callable[..., Done], sandbox: Sandbox) -> None:
+    """List the quota headers of the answer, without the key, or report that there are none."""
+    assert "no quota headers" in run("doctor").stdout
+    headers = {"X-RateLimit-Remaining": "4", "ratelimit": f'"{KEY}";r=4;t=5', "X-Other": "1"}
+    sandbox.script("default", Answer(headers=headers), Answer(429, retry_after=7))
+    (shown,) = [line for line in run("doctor").stdout.splitlines() if " quota " in line]
+    assert "X-RateLimit-Remaining: 4" in shown
+    assert (";r=4;t=5" in shown, "X-Other" in shown, KEY in shown) == (True, False, False)
+    assert "Retry-After: 7" in run("doctor").stdout
+
+
+def test_it_is_in_colour(run: Callable[..., Done]) -> None:
+    """Show passed and failed checks in colour if the terminal has colours."""
+    shown = run("doctor", FORCE_COLOR="1", AUDIENCES_API_KEY="two\nlines").stdout
+    assert "\x1b[1;31mFAILED" in shown
+    assert "\x1b[32mok" in shown
+    assert "\x1b" not in run("doctor", FORCE_COLOR="1", NO_COLOR="1", TERM="dumb").stdout
+
+
+@pytest.fixture
+def accounts(sandbox: Sandbox, tmp_path: Path) -> Path:
+    """Return a file of three accounts that the sandbox knows."""
+    file = tmp_path / "accounts.csv"
+    file.write_text("name,api_key\n" + "".join(f"{name},{KEY}-{name}\n" for name in ("north", "south", "east")))
+    for name in ("north", "south", "east"):
+        sandbox.add_account(name, api_key=f"{KEY}-{name}")
+    return file
+
+
+def test_every_account_of_a_file(run: Callable[..., Done], sandbox: Sandbox, accounts: Path) -> None:
+    """Check the first account of a file, and make a request for each of them."""
+    done = run("doctor", "--accounts", str(accounts), AUDIENCES_API_KEY="")
+    assert (done.returncode, done.stderr) == (0, "")
+    names = ("accounts", "key", "name", "connect", "request", "quota", "clock", "all")
+    assert states(done) == [(name, "ok") for name in names]
+    assert f"3 in {accounts}" in done.stdout
+    assert "3 of 3 accounts answered, 6 audiences" in done.stdout
+    assert KEY not in done.stdout
+
+
+def test_accounts_of_a_file_that_fail(run: Callable[..., Done], sandbox: Sandbox, accounts: Path) -> None:
+    """Name the accounts that fail with the reason and a hint, also if the first one is among them."""
+    sandbox.script("north", Answer(401), Answer(401))
+    sandbox.script("east", Answer(403))
+    done = run("doctor", "--accounts", str(accounts))
+    assert done.returncode == 4  # of the first check that failed
+    assert states(done)[-1] == ("all", "FAILED")
+    assert "1 of 3 accounts answered" in done.stdout
+    assert "1 × ForbiddenError (HTTP 403): east" in done.stdout
+    sandbox.script("east", Answer(403))
+    assert run("doctor", "--accounts", str(accounts)).returncode == 7
+
+
+def test_accounts_without_a_service(run: Callable[..., Done], accounts: Path) -> None:
+    """Make no request for each account if the service cannot be reached; refuse an accounts file with mistakes."""
+    done = run("doctor", "--accounts", str(accounts), "--base-url", f"http://127.0.0.1:{free_port()}/")
+    assert (done.returncode, states(done)[-1]) == (5, ("connect", "FAILED"))
+    accounts.write_text("name;api_key\nnorth;\n")
+    done = run("doctor", "--accounts", str(accounts))
+    assert (done.returncode, done.stdout, "line 2, column 2" in done.stderr) == (2, "", True)

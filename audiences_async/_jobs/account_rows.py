@@ -91,9 +91,7 @@ class Header:
             return ""
         expected = "the header must name the columns name and api_key or api_key_env"
         separators = "commas, semicolons or tabs"
-        found = (
-            f"found {len(self.names)} separated by {_SEPARATORS[self.separator]}: {', '.join(map(_shown, self.names))}"
-        )
+        found = f"found {', '.join(map(_shown, self.names))}, separated by {_SEPARATORS[self.separator]}"
         return f"{expected}, separated by {separators}; {found}"
 
 

@@ -21,5 +21,5 @@ def show(path: Path, *, with_keys: bool) -> int:
     more = report.problems - len(report.described)
     if more:
         print(f"… and {more:,} more problems")
-    print(f"{report.accounts:,} accounts, {report.problems:,} problems")
+    print(f"accounts: {report.accounts:,}, problems: {report.problems:,}")
     return USAGE if report.problems else DONE
