@@ -152,6 +152,7 @@ def test_parquet_is_written_in_row_groups(job: Job, monkeypatch: pytest.MonkeyPa
     """Write a row group for each so many rows, so that memory does not grow with the job."""
     import pyarrow.parquet
 
+    monkeypatch.setattr("audiences_async.cli.parquet._BATCH", 1)
     monkeypatch.setattr("audiences_async.cli.parquet._GROUP", 2)
     mixed(job)
     job.run("out.parquet", "--output", "parquet", "--allow-partial")
