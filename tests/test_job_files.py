@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from attrs import define
 from command import COMMAND, KEY, Done, counted, runner
 from services import missing_module
 
+import audiences_async
+from audiences_async import Account, ConfigurationError, Failed
 from audiences_async._jobs import compression, results
 from audiences_async.accounts import AccountFile
 from audiences_async.cli.rows import COLUMNS
@@ -120,6 +123,16 @@ def test_rows_are_not_json(job: Job) -> None:
     mixed(job)
     assert job.run("out", "--rows", "--output", "json").returncode == 2
     assert job.sandbox.requests == []
+
+
+@pytest.mark.once
+def test_the_page_has_every_key_and_column() -> None:
+    """Name the keys of a line and the columns of a row on the page about jobs, in order."""
+    page = (Path(audiences_async.__file__).parent / "help" / "jobs.md").read_text(encoding="utf-8")
+    keys, columns = (re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE) for part in page.split("A row always has")[:2])
+    outcome = Failed(Account("a", "key"), 0.0, ConfigurationError("x"))
+    assert keys[-7:] == list(json.loads(results.line(outcome)))
+    assert tuple(columns) == COLUMNS
 
 
 # Parquet.

@@ -26,8 +26,8 @@ class Distribution:
     """
 
     def __init__(self) -> None:
-        self.count = 0
-        self.total = 0.0
+        self.count: int = 0
+        self.total: float = 0.0
         self._classes: Counter[int | None] = Counter()
 
     def add(self, seconds: float) -> None:
