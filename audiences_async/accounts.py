@@ -99,7 +99,7 @@ class AccountFile:
             yield account[1]
 
     def key_sources(self, names: Collection[str]) -> dict[str, tuple[Literal["api_key_env", "api_key_from"], str]]:
-        """Return where the keys of some accounts are found, without a key: a field for another account file.
+        """Return a field for each account by which another account file finds its key; it never holds the key.
 
         Args:
             names: Names of accounts of this file.
@@ -204,7 +204,7 @@ class _Reader:
         return Problem(row.at(sources[0]), account) if isinstance(account, str) else account
 
     def _with_key(self, source: str, name: str, value: str) -> Account | str:
-        """Return the account with the key that *value* is, or where it is; or else the problem."""
+        """Return the account, or the problem of its key; *source* is the field that holds or names the key."""
         if source == "api_key_from":
             return self._from(value, name)
         key = value if source == "api_key" else _variable(value)

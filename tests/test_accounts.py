@@ -156,6 +156,7 @@ def test_the_first_mistakes_are_described_and_all_are_counted(tmp_path: Path) ->
         ("name;api_key", ""),
         ("Name\tAPI Key", ""),
         (" NAME , api-key,,", ""),
+        ("\n\nname,api_key", ""),
         ("account;key", "found 'account', 'key', separated by semicolons"),
         (f"north;{KEY}", "found a text of 5 characters, a text of 10 characters, separated by semicolons"),
         ("name", "found 'name', separated by commas"),

@@ -279,8 +279,8 @@ def test_a_killed_job_keeps_what_is_compressed(job: Job, suffix: str) -> None:
 def test_zstandard_needs_an_extra(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Name the extra before the first request."""
     mixed(job)
-    monkeypatch.setitem(sys.modules, "compression", None)
-    monkeypatch.setitem(sys.modules, "backports", None)
+    monkeypatch.setitem(sys.modules, "compression.zstd", None)
+    monkeypatch.setitem(sys.modules, "backports.zstd", None)
     done = job.run("out.csv.zst", "--output", "csv")
     assert (done.returncode, "audiences_async[zstd]" in done.stderr, job.sandbox.requests) == (2, True, [])
 

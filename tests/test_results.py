@@ -103,8 +103,8 @@ def test_a_file_that_is_not_compressed_is_refused(tmp_path: Path, suffix: str) -
 
 def test_zstandard_needs_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Name the extra if Zstandard is not installed, before a file is created."""
-    monkeypatch.setitem(sys.modules, "compression", None)
-    monkeypatch.setitem(sys.modules, "backports", None)
+    monkeypatch.setitem(sys.modules, "compression.zstd", None)
+    monkeypatch.setitem(sys.modules, "backports.zstd", None)
     with pytest.raises(ConfigurationError, match="audiences_async\\[zstd\\]"):
         OutcomeFile(tmp_path / "out.zst")
     assert list(tmp_path.iterdir()) == []

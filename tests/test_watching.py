@@ -95,11 +95,11 @@ async def test_the_terminal_has_a_bar_unless_the_log_is_on(monkeypatch: pytest.M
     monkeypatch.setattr(showing, "report", lambda tally, _: lines.append(tally))
     saved: list[None] = []
     watch = Watch(Log(), lambda: saved.append(None))
-    async with progress(Tally(total=1), watch):
+    with progress(Tally(total=1), watch):
         await asyncio.sleep(0.05)
     assert (lines, bool(saved)) == ([], True)
     monkeypatch.setenv("AUDIENCES_LOG", "info")
-    async with progress(Tally(total=1), watch):
+    with progress(Tally(total=1), watch):
         await asyncio.sleep(0.05)
     assert lines
 

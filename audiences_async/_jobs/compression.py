@@ -5,6 +5,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol
 
@@ -14,7 +15,7 @@ from audiences_async.errors import ConfigurationError
 
 _LEVEL: Final = 6  # of gzip: 9, the default of the module, takes three times as long for 1 % less
 _PIECE: Final = 2**16  # bytes, read at once
-_GZIP: Final = 16 + zlib.MAX_WBITS  # tells zlib to expect a gzip header
+_GZIP: Final = 16 + zlib.MAX_WBITS  # has zlib expect a gzip header
 
 
 class UnreadableError(Exception):
@@ -101,14 +102,10 @@ def _zstd() -> _Codec:
 def _zstd_module() -> Any:
     """Import the standard library's module, which is new in Python 3.14, or its backport."""
     try:
-        if sys.version_info >= (3, 14):
-            from compression import zstd  # noqa: PLC0415 - the interpreter may have been built without it
-        else:
-            from backports import zstd  # noqa: PLC0415 - of an optional extra
+        return import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
     except ImportError:
         problem = "a file that ends in .zst needs the extra 'zstd': pip install 'audiences_async[zstd]'"
         raise ConfigurationError(problem) from None
-    return zstd
 
 
 _CODECS: Final[Mapping[str, Callable[[], _Codec]]] = {".gz": _gzip, ".zst": _zstd}

@@ -236,18 +236,14 @@ def fetch(
     """
     tally, log = summary.Tally(), Log(log_format)
     try:
+        limits = fetching.Limits(concurrency, rate, timeout, patience, max_attempts)
         if docket is not None:
-            _require_docket()
-            if (concurrency, rate, timeout, patience, max_attempts, base_url) != (100, None, 60.0, 900.0, 5, None):
-                options = "--concurrency, --rate, --timeout, --patience, --max-attempts or --base-url"
-                problem = f"--docket cannot be combined with {options}"
-                raise ConfigurationError(f"{problem}; set these limits on `audiences worker` instead")
+            _check_distributed(limits, base_url)
         if check:
             return checking.show(accounts, with_keys=docket is None)
         if out is None:
             raise ConfigurationError("--out is missing; name the file to write, or use --check")
         file = AccountFile(accounts, with_keys=docket is None)
-        limits = fetching.Limits(concurrency, rate, timeout, patience, max_attempts)
         job = fetching.Job(file, Target(out, output, rows), resume, limits, base_url, errors, metrics_file, log)
         if docket is None:
             fetching.run(job, tally)
@@ -397,6 +393,14 @@ async def _fetch(key: str | None, base_url: str | None, timeout: float, max_atte
 def _require_docket() -> None:
     if find_spec("docket") is None:
         raise ConfigurationError("distributed jobs need the extra 'docket': pip install 'audiences_async[docket]'")
+
+
+def _check_distributed(limits: fetching.Limits, base_url: str | None) -> None:
+    _require_docket()
+    if limits != fetching.Limits() or base_url is not None:
+        options = "--concurrency, --rate, --timeout, --patience, --max-attempts or --base-url"
+        problem = f"--docket cannot be combined with {options}"
+        raise ConfigurationError(f"{problem}; set these limits on `audiences worker` instead")
 
 
 def _key_in(file: Path) -> str:

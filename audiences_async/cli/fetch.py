@@ -89,11 +89,12 @@ def run(job: Job, tally: Tally) -> None:
     async def fetch(file: OutcomeFile, watch: Watch) -> None:
         rest = (account for account in job.accounts if account.name not in file.fetched)
         stream = client.stream(rest, concurrency=limits.concurrency, patience=limits.patience)
-        async with client, stream as outcomes, progress(tally, watch) as show:
-            async for outcome in outcomes:
-                file.write(outcome)
-                tally.count(outcome)
-                show()
+        async with client, stream as outcomes:
+            with progress(tally, watch) as show:
+                async for outcome in outcomes:
+                    file.write(outcome)
+                    tally.count(outcome)
+                    show()
 
     _run(job, tally, fetch)
 
@@ -105,7 +106,7 @@ def run_distributed(job: Job, tally: Tally, url: str, parts: Path) -> None:
     names = (account.name for account in job.accounts)
 
     async def submit(file: OutcomeFile, watch: Watch) -> None:
-        async with progress(tally, watch) as show:
+        with progress(tally, watch) as show:
 
             def merged(line: Line) -> None:
                 tally.count_line(line)

@@ -1,4 +1,4 @@
-"""What a job reports on stderr, as text for people or as JSON for programs."""
+"""Report a job on stderr, as text for people or as JSON for programs, and show the client's log."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ LogFormat: TypeAlias = Literal["text", "json"]
 
 _VARIABLE: Final = "AUDIENCES_LOG"
 _LEVELS: Final = ("info", "debug")
-# Events that say why a job is slow; there are many more of the others.
+# Events that explain why a job is slow; the others come with every request.
 _NOTABLE: Final = (
     events.AccountPaused,
     events.RateLearned,

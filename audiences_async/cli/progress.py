@@ -1,8 +1,8 @@
 """Show a job's progress: a bar on a terminal, and elsewhere a line every 30 seconds."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from attrs import frozen
@@ -24,34 +24,46 @@ class Watch:
 
     Attributes:
         log: Where lines go.
-        save_metrics: Writes the metrics file; no effect if there is none.
+        save_metrics: Writes the metrics file, if the job has one.
     """
 
     log: Log
     save_metrics: Callable[[], None]
 
 
-@asynccontextmanager
-async def progress(tally: Tally, watch: Watch) -> AsyncIterator[Callable[[], None]]:
-    """Show the progress inside the block; yield a function to call after *tally* has changed."""
+@contextmanager
+def progress(tally: Tally, watch: Watch) -> Iterator[Callable[[], None]]:
+    """Show the progress inside the block, in an event loop; yield a function to call after *tally* has changed."""
     console = Console(file=notices())
     has_bar = console.is_terminal and watch.log.format == "text" and not is_verbose()
-    ticking = asyncio.create_task(_tick(tally, watch, has_lines=not has_bar))
-    try:
-        with _bar(tally, console, visible=has_bar) as show:
-            yield show
-    finally:
-        ticking.cancel()
-        with suppress(asyncio.CancelledError):
-            await ticking
 
-
-async def _tick(tally: Tally, watch: Watch, *, has_lines: bool) -> None:
-    while True:
-        await asyncio.sleep(EVERY)
+    def tick() -> None:
         watch.save_metrics()
-        if has_lines:
+        if not has_bar:
             report(tally, watch.log)
+
+    with _every(EVERY, tick), _bar(tally, console, visible=has_bar) as show:
+        yield show
+
+
+@contextmanager
+def _every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
+    """Call *action* at intervals of *seconds* inside the block."""
+    loop = asyncio.get_running_loop()
+    timers: list[asyncio.TimerHandle] = []
+
+    def start() -> None:
+        timers[:] = [loop.call_later(seconds, act)]
+
+    def act() -> None:
+        start()
+        action()
+
+    start()
+    try:
+        yield
+    finally:
+        timers[0].cancel()
 
 
 def report(tally: Tally, log: Log) -> None:

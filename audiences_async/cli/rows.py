@@ -38,7 +38,7 @@ def rows(outcomes: Iterable[Line]) -> Iterator[Row]:
     """Yield the audiences of all accounts that were fetched.
 
     A field that does not fit into its column, as that of an unknown type may be, is in ``extra`` with all undocumented
-    fields. ``extra`` is a JSON object, and ``None`` if there are none.
+    fields. ``extra`` is a JSON object, or ``None`` if it would be empty.
     """
     for outcome in outcomes:
         fetched = _decode(outcome.text)

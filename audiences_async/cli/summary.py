@@ -1,4 +1,4 @@
-"""What a job has done so far, and what it says at the end."""
+"""Count what a job has done, and sum it up at the end."""
 
 import time
 from collections import defaultdict

@@ -37,7 +37,7 @@ class Distribution:
         self._classes[None if seconds < _LEAST else round(math.log(seconds) * _PER_E)] += 1
 
     def quantile(self, share: float) -> float:
-        """Return the value that *share* of all values do not exceed; 0.0 if there are none."""
+        """Return the value that *share* of all values do not exceed; 0.0 without values."""
         left = math.ceil(share * self.count)
         for each, count in sorted(self._classes.items(), key=lambda item: -math.inf if item[0] is None else item[0]):
             left -= count
