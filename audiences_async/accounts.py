@@ -1,6 +1,7 @@
 """Read accounts from TOML, CSV or NDJSON files, which are checked as a whole first."""
 
 import os
+import re
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,8 @@ from attrs import frozen
 from audiences_async._jobs.account_rows import FIELDS, KEY_FIELDS, Problem, Row, layout, read, suffixes
 from audiences_async.errors import ConfigurationError, printable
 from audiences_async.models import Account
+
+_VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 MAX_PROBLEMS: Final = 20
 """Maximum number of problems that `check` describes."""
@@ -173,8 +176,9 @@ class _Reader:
 
     def key_source(self, row: Row) -> tuple[Literal["api_key_env", "api_key_from"], str]:
         """Return the field, without a key, by which another account file finds the key of this row."""
-        if row.fields.get("api_key_env"):
-            return "api_key_env", row.fields["api_key_env"]
+        variable = row.fields.get("api_key_env")
+        if variable and _VARIABLE.fullmatch(variable):  # a misplaced key is not repeated
+            return "api_key_env", variable
         other = row.fields.get("api_key_from")
         return "api_key_from", str(self.path.resolve() if other is None else self._other(other))
 

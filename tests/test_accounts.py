@@ -223,6 +223,13 @@ def test_keys_that_another_file_does_not_have(tmp_path: Path, other: str, told: 
     assert KEY not in problem
 
 
+def test_a_key_in_the_wrong_column_is_not_repeated(tmp_path: Path) -> None:
+    """Refer to the file, and not to the variable, if what names it may be a key; without keys it is not checked."""
+    path = tmp_path / "accounts.csv"
+    path.write_text(f"name,api_key_env\nnorth,{KEY}\n")
+    assert AccountFile(path, with_keys=False).key_sources(["north"]) == {"north": ("api_key_from", str(path))}
+
+
 async def test_without_keys(tmp_path: Path) -> None:
     """Read for its names alone, the file needs no keys, and the accounts have none."""
     path = tmp_path / "accounts.csv"

@@ -96,7 +96,7 @@ def report(tally: Tally, log: Log) -> None:
 @contextmanager
 def _bar(tally: Tally, console: Console, *, visible: bool) -> Iterator[Callable[[], None]]:
     columns = (
-        BarColumn(),
+        BarColumn(bar_width=16),
         TextColumn("{task.completed:,.0f} of {task.total:,.0f} accounts"),
         TextColumn("{task.fields[failed]:,} failed"),
         _RateColumn(),
