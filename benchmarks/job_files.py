@@ -9,6 +9,7 @@ has the pages of libraries that are mapped from their files, 55 MB for pyarrow; 
 
 import contextlib
 import csv
+import resource
 import subprocess
 import sys
 import tempfile
@@ -68,20 +69,26 @@ def watched(pid: int) -> Iterator[dict[str, float]]:
         thread.join()
 
 
-def job(file: Path, base_url: str, folder: Path, case: tuple[str, ...]) -> tuple[float, dict[str, float]]:
-    """Run a job; its seconds and its largest sizes."""
+def job(file: Path, base_url: str, folder: Path, case: tuple[str, ...]) -> tuple[float, float, dict[str, float]]:
+    """Run a job; its seconds, those of its CPU, and its largest sizes."""
     out, *more = case
     command = [sys.executable, "-m", "audiences_async.cli", "fetch", "--accounts", str(file), "--base-url", base_url]
-    started = time.perf_counter()
+    started, used = time.perf_counter(), cpu()
     with subprocess.Popen([*command, "--out", str(folder / out), *more], stderr=subprocess.PIPE, text=True) as process:
         with watched(process.pid) as peaks:
             _, told = process.communicate(timeout=600)
-        took = time.perf_counter() - started
+        took, used = time.perf_counter() - started, cpu() - used
     expected = f"{LARGE_JOB:,} of {LARGE_JOB:,} accounts fetched, 0 failed; {FEW * LARGE_JOB:,} audiences"
     assert told.splitlines()[-1].startswith(expected), told
     if "parquet" in more:
         check(folder / out)
-    return took, peaks
+    return took, used, peaks
+
+
+def cpu() -> float:
+    """Seconds of CPU of the jobs that have ended; the server has not."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return ended.ru_utime + ended.ru_stime
 
 
 def check(path: Path) -> None:
@@ -95,14 +102,16 @@ def check(path: Path) -> None:
 def main() -> None:
     options = arguments(1)
     times: dict[str, list[float]] = {name: [] for name in CASES}
+    work: dict[str, list[float]] = {name: [] for name in CASES}
     sizes: dict[str, dict[str, list[float]]] = {measure: {name: [] for name in CASES} for measure in MEASURES}
     with service(FEW) as base_url:
         for number in range(options.rounds):
             cases = list(CASES.items())
             for name, case in cases if number % 2 else reversed(cases):
                 with tempfile.TemporaryDirectory() as folder:
-                    took, peaks = job(accounts(Path(folder)), base_url, Path(folder), case)
+                    took, used, peaks = job(accounts(Path(folder)), base_url, Path(folder), case)
                 times[name].append(took)
+                work[name].append(used)
                 for measure, peak in peaks.items():
                     sizes[measure][name].append(peak)
                 print(
@@ -110,6 +119,7 @@ def main() -> None:
                 )
     what = f"audiences fetch of {LARGE_JOB:,} accounts of {FEW} audiences"
     records = report(f"time, {what}", "ndjson", times, "s", 1.0)
+    records += report(f"CPU, {what}", "ndjson", work, "s", 1.0)
     for measure, figures in sizes.items():
         records += report(f"largest {measure} memory, {what}", "ndjson", figures, "MB", 1.0)
     verdict(times, sizes)
