@@ -141,6 +141,14 @@ def test_a_shared_rate_whose_refusals_name_a_pause(run: RunJob) -> None:
     assert done.took <= 1.35 * (2000 - 6) / 50
 
 
+def test_a_slow_window_whose_refusals_look_like_an_outage(run: RunJob) -> None:
+    """Answer every account of a service that grants 60 requests a minute, and answers 503 to the others."""
+    done = run(Service(shared(FixedWindow(60, 60.0), 503), round_trip=0.05), 400)
+    assert not done.reasons
+    assert done.took <= 1.05 * 360
+    assert done.requests_per_answer <= 1.8
+
+
 def test_a_small_job_under_a_shared_rate(run: RunJob) -> None:
     """Fetch a hundred accounts at 10 a second in little more time than the limit allows."""
     done = run(Service(shared(LeakyBucket(10, 5)), round_trip=0.01), 100)

@@ -207,12 +207,14 @@ class ServiceLane(PacedQueue):
     def _heard(self, now: float, sent_at: float, *, fresh: bool) -> None:
         self.answers += 1
         self._unrefused += 1
-        if self._state == "out":  # any answer ends an outage, even to an old request
-            if now < self._closed_until and self._learned is not None:
-                self._learned.restart(now)  # a measurement leaves the whole pause out
+        is_end = self._state == "out"  # any answer ends an outage, even to an old request
+        was_closed = now < self._closed_until
+        if is_end:
             self._closed_until, fresh = now, True
         self.outage.silent_since = None
         self._answered(now, sent_at, fresh=fresh)
+        if is_end and was_closed and self._learned is not None:
+            self._learned.restart(now)  # a measurement leaves the whole pause out, and the grant that ended it
         if self._state == "limited" and self.rate is None and self._unrefused >= _SAMPLE:
             self._state = "open"
 
