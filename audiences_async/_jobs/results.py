@@ -14,7 +14,6 @@ from attrs import frozen
 
 from audiences_async.errors import AudiencesError, ConfigurationError, StatusError, printable
 from audiences_async.models import Fetched, Outcome
-from audiences_async.structuring import record
 
 _LONGEST_NAME: Final = 200  # bytes, of the 255 that a file name may have
 _encode: Final = msgspec.json.Encoder().encode
@@ -31,7 +30,7 @@ def line(outcome: Outcome) -> bytes:
         "elapsed": round(outcome.elapsed, 6),
     }
     if isinstance(outcome, Fetched):
-        fields["audiences"] = [record(audience) for audience in outcome.response]
+        fields["audiences"] = [audience.to_dict() for audience in outcome.response]
     else:
         fields["error"] = _error_record(outcome.error)
     return _encode(fields) + b"\n"

@@ -18,7 +18,6 @@ from rich.text import Text
 from audiences_async._jobs.results import Line, lines, write_whole
 from audiences_async.errors import ConfigurationError, printable
 from audiences_async.models import Audience, AudiencesResponse
-from audiences_async.structuring import record
 
 Format: TypeAlias = Literal["table", "json", "ndjson", "csv"]
 FileFormat: TypeAlias = Literal["ndjson", "json", "csv"]
@@ -34,7 +33,7 @@ def write(response: AudiencesResponse, output: Format | None) -> None:
         Console().print(table(("", response)))
         return
     # Bytes, because data is UTF-8 in any locale.
-    sys.stdout.buffer.write(_FORMATS[output](record(audience) for audience in response))
+    sys.stdout.buffer.write(_FORMATS[output](audience.to_dict() for audience in response))
     sys.stdout.buffer.flush()
 
 
