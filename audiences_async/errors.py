@@ -86,8 +86,8 @@ class AudiencesError(Exception):
 
     @property
     def gateway_headers(self) -> dict[str, str]:
-        """Headers to send with `gateway_status`: ``Retry-After`` in whole seconds, if known."""
-        return {} if self.retry_after is None else {"Retry-After": str(math.ceil(self.retry_after))}
+        """Headers to send with `gateway_status`: ``Retry-After`` in whole seconds from 1 up, if known."""
+        return {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
 
     def __str__(self) -> str:
         return f"{self.summary} ({self.hint})" if self.hint else self.summary

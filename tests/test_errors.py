@@ -110,6 +110,7 @@ def test_the_message_of_a_status(status: int, text: str) -> None:
     [
         (status_error(429, "", retry_after=1.2), 429, {"Retry-After": "2"}),
         (DeadlineExceededError("late", retry_after=3.0), 429, {"Retry-After": "3"}),
+        (DeadlineExceededError("late", retry_after=0.0), 429, {"Retry-After": "1"}),
         (DeadlineExceededError("late"), 504, {}),
         (AttemptTimeoutError("slow"), 504, {}),
         (ConfigurationError("wrong"), 500, {}),
