@@ -171,12 +171,14 @@ class AudiencesResponse:
         description: The envelope's description; empty if the service sent none.
         response_time: The service's clock when it answered, aware and in UTC; ``None`` if it is missing or unreadable.
         data: The audiences in the order sent.
+        headers: The reply's headers, without the key; names are case-insensitive. They do not count for ``==``.
     """
 
     status: int
     description: str = field(repr=short)
     response_time: datetime | None
     data: tuple[Audience, ...] = field(repr=short_tuple)
+    headers: Mapping[str, str] = field(default=NOTHING, eq=False, repr=False)
 
     def __iter__(self) -> Iterator[Audience]:
         return iter(self.data)

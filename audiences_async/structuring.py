@@ -121,6 +121,25 @@ def parse(body: bytes) -> Any:
         return _any(body.removeprefix(_BOM))
 
 
+def data_of(body: bytes) -> Any:
+    """Return the data in the envelope of another call of the API, as plain data; ``None`` if there is none.
+
+    Raises:
+        StatusError: The envelope's own status is 300 or more.
+        InvalidResponseError: The body is not JSON, or no envelope.
+    """
+    envelope = parse(body)
+    if not isinstance(envelope, dict):
+        raise _invalid([f"$: {_ProblemError('an object', envelope)}"], body)
+    try:
+        status = _status(envelope.get("status", 200))
+    except _ProblemError as problem:
+        raise _invalid([f"$.status: {problem}"], body) from None
+    if status >= 300:
+        raise status_error(status, description_of(envelope), response_time=response_time_of(envelope), body=body)
+    return envelope.get("data")
+
+
 def description_of(envelope: Mapping[str, Any]) -> str:
     """Return the envelope's description; empty if it is missing or not a string."""
     description = envelope.get("description")

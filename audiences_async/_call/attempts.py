@@ -10,7 +10,7 @@ from audiences_async._call.decide import report_of
 from audiences_async._call.key import CallKey
 from audiences_async._call.record import CallRecord
 from audiences_async._http.quota import announced
-from audiences_async._http.wire import Reply, Result, read, read_plain
+from audiences_async._http.wire import Reply, Result, read_any, read_plain
 from audiences_async._pace.pacer import Released
 from audiences_async._pace.pacing import NOTHING, Report, Turn
 from audiences_async._pace.places import Place
@@ -110,9 +110,9 @@ class Attempts:
         if not isinstance(reply, Reply):
             return reply, report_of(reply, None, self._context.policy)
         now = self._context.clock.wall()
-        result: Result | None = read_plain(reply)
+        result: Result | None = read_plain(reply, key)
         if result is None:
-            result = await _in_turns(read(reply, key, now=now))
+            result = await _in_turns(read_any(reply, key, now=now))
         return result, report_of(result, announced(reply.headers, now=now), self._context.policy)
 
     def _counts(self, result: Result, turn: Turn, released: Released, *, is_own: bool) -> bool:

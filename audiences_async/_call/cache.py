@@ -22,7 +22,7 @@ from audiences_async.errors import (
     TransportError,
 )
 from audiences_async.models import Account, AudiencesResponse
-from audiences_async.policies import CachePolicy
+from audiences_async.policies import CachePolicy, RetryPolicy
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -61,7 +61,7 @@ class Cache:
     Args:
         policy: How long answers are reused.
         clock: Source of the time.
-        begin: Creates a call for an account, a timeout in seconds and a place in a job.
+        begin: Creates a call for an account, a timeout in seconds, a place in a job, and a policy.
         run: Runs a call.
         timeout: Seconds for a background refresh.
     """
@@ -71,7 +71,7 @@ class Cache:
         policy: CachePolicy,
         clock: Clock,
         *,
-        begin: Callable[[Account, float, Place | None], Call],
+        begin: Callable[[Account, float, Place | None, RetryPolicy | None], Call],
         run: Callable[[Call], Awaitable[Result]],
         timeout: float,
     ) -> None:
@@ -93,6 +93,8 @@ class Cache:
         timeout: float,
         on_call: Callable[[Call], object],
         place: Place | None = None,
+        *,
+        policy: RetryPolicy | None = None,
     ) -> Result:
         """Return the account's answer, cached or new, or the error.
 
@@ -102,6 +104,7 @@ class Cache:
             timeout: Seconds that the caller has left; the caller enforces them.
             on_call: Called with the call that the caller waits for.
             place: The caller's place in a job; ``None`` outside a job.
+            policy: That of a new request; ``None`` means the client's.
         """
         digest = key.digest(self._salt)
         self._put(self._digests, account, digest)
@@ -114,9 +117,9 @@ class Cache:
                 return kept.response
             if age < self._policy.ttl + self._policy.stale_while_revalidate:
                 if digest not in self._flights:
-                    self._start(digest, account, self._timeout).waiters = 1
+                    self._start(digest, account, self._timeout, None, policy).waiters = 1
                 return kept.response
-        result = await self._joined(digest, account, timeout, on_call, place)
+        result = await self._joined(digest, account, timeout, on_call, place, policy=policy)
         return self._or_stale(result, digest) if isinstance(result, AudiencesError) else result
 
     def in_place_of(self, error: AudiencesError, account: Account) -> Result:
@@ -161,13 +164,15 @@ class Cache:
         timeout: float,
         on_call: Callable[[Call], object],
         place: Place | None,
+        *,
+        policy: RetryPolicy | None,
     ) -> Result:
         """Return the result of the request in flight, or of a new one."""
         until = self._now() + timeout
         flight = self._flights.get(digest)
         joined = flight is not None and not flight.call.time.scope.expired
         if flight is None or not joined:
-            flight = self._start(digest, account, timeout, place)
+            flight = self._start(digest, account, timeout, place, policy)
         flight.names.add(account.name)
         flight.call.time.extend(timeout)
         on_call(flight.call)
@@ -176,7 +181,7 @@ class Cache:
             return result
         left = until - self._now()
         if joined and _may_help(result, left, place):
-            return await self._joined(digest, account, left, on_call, place)
+            return await self._joined(digest, account, left, on_call, place, policy=policy)
         return _copy_for(result, account)
 
     async def _result_of(self, flight: _Flight) -> Result:
@@ -191,8 +196,10 @@ class Cache:
                 self._land(flight)
         return flight.task.result()
 
-    def _start(self, digest: bytes, account: Account, timeout: float, place: Place | None = None) -> _Flight:
-        flight = _Flight(digest, self._begin(account, timeout, place), {account.name})
+    def _start(
+        self, digest: bytes, account: Account, timeout: float, place: Place | None, policy: RetryPolicy | None
+    ) -> _Flight:
+        flight = _Flight(digest, self._begin(account, timeout, place, policy), {account.name})
         self._flights[digest] = flight  # before creating the task, which may start eagerly
         flight.task = asyncio.get_running_loop().create_task(self._fly(flight, account))
         self._tasks.add(flight.task)

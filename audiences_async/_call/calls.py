@@ -4,10 +4,13 @@ from collections.abc import Coroutine
 from typing import Any
 from weakref import WeakValueDictionary
 
+from attrs import evolve
+
 from audiences_async._base.deadlines import CallTime, Deadlines
 from audiences_async._call.cache import Cache
 from audiences_async._call.context import CallContext
 from audiences_async._call.run import Call, out_of_time
+from audiences_async._http.transport import Sender
 from audiences_async._http.wire import Result
 from audiences_async._pace.places import Place
 from audiences_async.credentials import ApiKey, KeySource
@@ -20,7 +23,7 @@ from audiences_async.errors import (
 )
 from audiences_async.events import StopReason
 from audiences_async.models import Account
-from audiences_async.policies import CachePolicy
+from audiences_async.policies import CachePolicy, RetryPolicy
 
 
 class Calls:
@@ -49,17 +52,26 @@ class Calls:
         self._key_sources: WeakValueDictionary[tuple[str, int], KeySource] = WeakValueDictionary()
         self._closing = False
 
-    def answer(self, account: Account, timeout: float, place: Place | None) -> Coroutine[Any, Any, Result]:
+    def answer(
+        self, account: Account, timeout: float, place: Place | None, policy: RetryPolicy | None = None
+    ) -> Coroutine[Any, Any, Result]:
         """Return the account's answer, or the error of its call, to be awaited.
 
         Args:
             account: The account.
             timeout: Seconds for the call.
             place: Its place in a job; ``None`` outside a job.
+            policy: Which failures are retried; ``None`` means as the client says.
         """
         if self._cache is None:
-            return self._run(self._begin(account, timeout, place))
-        return self._cached(self._cache, account, timeout, place)
+            return self._run(self._begin(account, timeout, place, policy))
+        return self._cached(self._cache, account, timeout, place, policy)
+
+    def other(
+        self, call: Sender, account: Account, timeout: float, policy: RetryPolicy | None
+    ) -> Coroutine[Any, Any, Result]:
+        """Return the answer to another *call* of the API, or its error, to be awaited."""
+        return self._run(self._begin(account, timeout, None, policy, call))
 
     def invalidate(self, account: Account) -> None:
         """Discard the account's cached answer."""
@@ -67,19 +79,28 @@ class Calls:
             self._cache.invalidate(account)
 
     async def close(self) -> None:
-        """End all calls, and close the transport."""
+        """End all calls."""
         self._closing = True
-        try:
-            await self._deadlines.end()
-            if self._cache is not None:
-                await self._cache.close()
-        finally:
-            await self.context.transport.close()
+        await self._deadlines.end()
+        if self._cache is not None:
+            await self._cache.close()
 
-    def _begin(self, account: Account, timeout: float, place: Place | None = None) -> Call:
-        now = self.context.clock.monotonic
+    def _begin(
+        self,
+        account: Account,
+        timeout: float,
+        place: Place | None,
+        policy: RetryPolicy | None,
+        call: Sender | None = None,
+    ) -> Call:
+        context = self.context
+        if policy is not None and policy is not context.policy:
+            context = evolve(context, policy=policy)
+        if call is not None:
+            context = evolve(context, transport=call)
+        now = context.clock.monotonic
         time = CallTime(now, self._deadlines.within(timeout), timeout, stands_still=place is not None)
-        return Call(account, self._credential(account), time, self.context, place=place)
+        return Call(account, self._credential(account), time, context, place=place)
 
     async def _run(self, call: Call, first: AudiencesError | None = None) -> Result:
         try:
@@ -93,7 +114,9 @@ class Calls:
             call.record.abandoned(error)
             raise
 
-    async def _cached(self, cache: Cache, account: Account, timeout: float, place: Place | None) -> Result:
+    async def _cached(
+        self, cache: Cache, account: Account, timeout: float, place: Place | None, policy: RetryPolicy | None
+    ) -> Result:
         credential = self._credential(account)
         calls: list[Call] = []
         try:
@@ -101,12 +124,12 @@ class Calls:
                 key = credential if isinstance(credential, ApiKey) else await credential.get(account=account.name)
                 scope.check()
                 if place is None:
-                    return await cache.get(account, key, timeout, calls.append, place)
+                    return await cache.get(account, key, timeout, calls.append, place, policy=policy)
                 # In a job, the time of the request bounds the wait: it stands still in an outage.
                 with scope.suspended():
-                    return await cache.get(account, key, timeout, calls.append, place)
+                    return await cache.get(account, key, timeout, calls.append, place, policy=policy)
         except TransportError as failure:  # the key function failed, so there is no key to look up
-            return await self._run(self._begin(account, timeout, place), failure.with_traceback(None))
+            return await self._run(self._begin(account, timeout, place, policy), failure.with_traceback(None))
         except TimeoutError:
             error, reason = self._out_of_time(timeout)
             error.account, error.elapsed, error.stop_reason = account.name, timeout, reason

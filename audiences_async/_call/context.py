@@ -3,7 +3,7 @@
 from attrs import frozen
 
 from audiences_async._call.retrying import RetryTokens
-from audiences_async._http.transport import Transport
+from audiences_async._http.transport import Sender
 from audiences_async._pace.pacer import Pacer
 from audiences_async.clock import Clock
 from audiences_async.events import EventHook
@@ -12,15 +12,15 @@ from audiences_async.policies import RetryPolicy
 
 @frozen(eq=False)
 class CallContext:
-    """What all calls of one client share.
+    """What all calls of one client share, but for the exceptions below.
 
     Attributes:
-        policy: Which failures are retried, how often and when.
+        policy: Which failures are retried, how often and when; a variant of the client may have another one.
         tokens: The client's retry budget.
         clock: The client's clock.
         on_event: Called with each event.
         pacer: Grants the turns.
-        transport: Sends the requests.
+        transport: Sends the requests; to another URL, for other calls of the API.
     """
 
     policy: RetryPolicy
@@ -28,4 +28,4 @@ class CallContext:
     clock: Clock
     on_event: EventHook | None
     pacer: Pacer
-    transport: Transport
+    transport: Sender

@@ -1,6 +1,8 @@
 """The record of one call: its attempts and its time, as errors and events report them."""
 
-from audiences_async._http.wire import Result
+from typing import Final
+
+from audiences_async._http.wire import Answer, JsonAnswer, Result
 from audiences_async.clock import Clock
 from audiences_async.errors import AudiencesError, StatusError
 from audiences_async.events import (
@@ -16,6 +18,8 @@ from audiences_async.events import (
     is_watched,
 )
 from audiences_async.models import AudiencesResponse
+
+_WITH_STATUS: Final = (AudiencesResponse, JsonAnswer, StatusError)
 
 
 class CallRecord:
@@ -65,8 +69,8 @@ class CallRecord:
 
     def add(self, result: Result, wait: float, reason: str) -> None:
         """Record an attempt that is followed by another one after *wait* seconds, or by none, for *reason*."""
-        error = None if isinstance(result, AudiencesResponse) else result.message
-        status = result.status if isinstance(result, AudiencesResponse | StatusError) else None
+        error = result.message if isinstance(result, AudiencesError) else None
+        status = result.status if isinstance(result, _WITH_STATUS) else None
         self._append(Attempt(self._next_number, status, error, self._elapsed, wait, reason))
 
     def until_now(self, reason: StopReason) -> tuple[Attempt, ...]:
@@ -82,7 +86,7 @@ class CallRecord:
             self._append(self.until_now(reason)[-1])
             self.sent_at = None
 
-    def answered(self, result: AudiencesResponse) -> None:
+    def answered(self, result: Answer) -> None:
         """Record the last attempt of a call that is answered, and emit `CallFinished`."""
         if self.is_watched:
             self.add(result, 0.0, "success")

@@ -15,7 +15,7 @@ from audiences_async._pace.places import Place
 from audiences_async.credentials import ApiKey, KeySource
 from audiences_async.errors import AudiencesError, DeadlineExceededError
 from audiences_async.events import StopReason
-from audiences_async.models import Account, AudiencesResponse
+from audiences_async.models import Account
 
 _OUT_OF_TIME: Final = Stop("deadline")
 
@@ -149,10 +149,10 @@ class Call:
 
     def _finish(self, result: Result) -> Result:
         # Decoding may have taken longer than the call had.
-        if isinstance(result, AudiencesResponse) and self._context.clock.monotonic() >= self.time.deadline:
+        if not isinstance(result, AudiencesError) and self._context.clock.monotonic() >= self.time.deadline:
             self._next = _OUT_OF_TIME
             result = out_of_time(self.time.timeout)
-        if isinstance(result, AudiencesResponse):
+        if not isinstance(result, AudiencesError):
             self._context.tokens.give_back()
             self.record.answered(result)
             return result

@@ -4,15 +4,18 @@ HTTP follows RFC 9110: https://www.rfc-editor.org/rfc/rfc9110.
 """
 
 import ipaddress
+import re
 from collections.abc import Generator, Mapping
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
-from attrs import field, frozen
-from multidict import CIMultiDict, CIMultiDictProxy
+from attrs import evolve, field, frozen
+from multidict import CIMultiDictProxy
 from yarl import URL
 
 from audiences_async._base.dates import delay_seconds, http_date, sent_at
+from audiences_async._base.display import short
 from audiences_async._fast_path import decode_plain
+from audiences_async._http.headers import ReplyHeaders, redacted
 from audiences_async._http.quota import announced
 from audiences_async._version import __version__
 from audiences_async.credentials import ApiKey, Secret
@@ -25,7 +28,7 @@ from audiences_async.errors import (
     status_error,
 )
 from audiences_async.models import AudiencesResponse
-from audiences_async.structuring import decode_in_steps, description_of, parse, response_time_of
+from audiences_async.structuring import data_of, decode_in_steps, description_of, parse, response_time_of
 
 PRODUCTION: Final = "https://api.commbox.io/"
 """The vendor's published base URL: https://api.commbox.io/."""
@@ -33,7 +36,22 @@ PRODUCTION: Final = "https://api.commbox.io/"
 MAX_ERROR_BODY: Final = 64 * 1024
 """Decompressed bytes read of the body of any response other than a 200."""
 
-Result: TypeAlias = AudiencesResponse | AudiencesError
+
+@frozen
+class JsonAnswer:
+    """The answer to another call of the API.
+
+    Attributes:
+        status: The HTTP status.
+        data: The envelope's ``data``, as plain data.
+    """
+
+    status: int
+    data: Any
+
+
+Answer: TypeAlias = AudiencesResponse | JsonAnswer
+Result: TypeAlias = Answer | AudiencesError
 """Result of an attempt. Errors are values here: an exception that is never raised keeps no frames alive."""
 
 
@@ -46,12 +64,14 @@ class Reply:
         headers: Names are case-insensitive.
         body: Decompressed; at most the first 64 KiB unless the status is 200.
         exceeded: The limit in bytes that the body of a 200 exceeded; ``None`` if the body is complete.
+        is_json: Whether it answers another call of the API, whose data is returned as it is.
     """
 
     status: int
     headers: CIMultiDictProxy[str] = field(repr=False)  # headers and body may echo the key
     body: bytes = field(repr=False)
     exceeded: int | None = None
+    is_json: bool = False
 
 
 def endpoint(base_url: Secret, *, allow_http: bool) -> URL:
@@ -117,12 +137,23 @@ def _is_loopback(host: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
-FIXED_HEADERS: Final[Mapping[str, str]] = {
-    "Accept": "application/json",
-    "Accept-Encoding": "gzip, deflate",
-    "User-Agent": f"audiences_async/{__version__}",
-}
-"""Headers of every request, besides `authorization`."""
+def fixed_headers(app_info: str | None = None) -> dict[str, str]:
+    """Return the headers of every request, besides `authorization`.
+
+    Args:
+        app_info: What follows in the ``User-Agent``, such as ``my-app/1.2``; ``None`` means nothing.
+
+    Raises:
+        ConfigurationError: *app_info* is not one line of visible ASCII text.
+    """
+    if app_info is not None and not (isinstance(app_info, str) and re.fullmatch(r"[!-~]+( [!-~]+)*", app_info)):
+        raise ConfigurationError(f"app_info must be visible ASCII text such as 'my-app/1.2', got {short(app_info)}")
+    agent = f"audiences_async/{__version__}"
+    return {
+        "Accept": "application/json",
+        "Accept-Encoding": "gzip, deflate",
+        "User-Agent": agent if app_info is None else f"{agent} {app_info}",
+    }
 
 
 def authorization(key: ApiKey) -> str:
@@ -130,12 +161,24 @@ def authorization(key: ApiKey) -> str:
     return f"Bearer {key.reveal()}"
 
 
-def read_plain(reply: Reply) -> AudiencesResponse | None:
-    """Return the audiences of a plain 200; ``None`` if `read` must decide."""
-    return decode_plain(reply.body) if reply.status == 200 and reply.exceeded is None else None
+def read_plain(reply: Reply, key: ApiKey) -> AudiencesResponse | None:
+    """Return the audiences of a plain 200; ``None`` if `read_any` must decide."""
+    if reply.status != 200 or reply.exceeded is not None or reply.is_json:
+        return None
+    return decode_plain(reply.body, ReplyHeaders(reply.headers, key))
 
 
-def read(reply: Reply, key: ApiKey, *, now: float) -> Generator[None, None, Result]:
+def read_any(reply: Reply, key: ApiKey, *, now: float) -> Generator[None, None, Result]:
+    """Return the audiences, or the data of another call; or an error. See `read`."""
+    if not reply.is_json:
+        return (yield from read(reply, key, now=now))
+    try:
+        return _unreadable(reply, key, now) or JsonAnswer(reply.status, data_of(reply.body))
+    except (StatusError, InvalidResponseError) as error:
+        return _without_key(error, reply, key, now)
+
+
+def read(reply: Reply, key: ApiKey, *, now: float) -> Generator[None, None, AudiencesResponse | AudiencesError]:
     """Return the audiences of a response, or its error, without the key; yield as `decode_in_steps` does.
 
     Args:
@@ -143,6 +186,17 @@ def read(reply: Reply, key: ApiKey, *, now: float) -> Generator[None, None, Resu
         key: The key that was sent; masked if the service echoes it.
         now: Seconds since 1970, for a ``Retry-After`` date in a response without a ``Date``.
     """
+    if (unreadable := _unreadable(reply, key, now)) is not None:
+        return unreadable
+    try:
+        response = yield from decode_in_steps(reply.body)
+    except (StatusError, InvalidResponseError) as error:
+        return _without_key(error, reply, key, now)
+    return evolve(response, headers=ReplyHeaders(reply.headers, key))
+
+
+def _unreadable(reply: Reply, key: ApiKey, now: float) -> AudiencesError | None:
+    """Return the error of a response whose body need not be read as JSON; ``None`` for any other one."""
     if reply.status >= 300:
         return _refusal(reply, key, now)
     if reply.status != 200:
@@ -151,13 +205,15 @@ def read(reply: Reply, key: ApiKey, *, now: float) -> Generator[None, None, Resu
     if reply.exceeded is not None:
         body = key.redact_start(reply.body, MAX_ERROR_BODY)
         return ResponseTooLargeError(f"the body exceeds max_body_bytes={reply.exceeded}", body=body)
-    try:
-        return (yield from decode_in_steps(reply.body))
-    except StatusError as error:
+    return None
+
+
+def _without_key(error: StatusError | InvalidResponseError, reply: Reply, key: ApiKey, now: float) -> AudiencesError:
+    """Return the error that stands for what a body could not be read as."""
+    if isinstance(error, StatusError):
         return _refusal(reply, key, now, status=error.status)
-    except InvalidResponseError as error:
-        problems = tuple(key.redact(problem) for problem in error.problems)
-        return InvalidResponseError(error.message, problems=problems, body=key.redact_start(reply.body, MAX_ERROR_BODY))
+    problems = tuple(key.redact(problem) for problem in error.problems)
+    return InvalidResponseError(error.message, problems=problems, body=key.redact_start(reply.body, MAX_ERROR_BODY))
 
 
 def _refusal(reply: Reply, key: ApiKey, now: float, *, status: int | None = None) -> StatusError:
@@ -166,7 +222,7 @@ def _refusal(reply: Reply, key: ApiKey, now: float, *, status: int | None = None
         reply.status if status is None else status,
         key.redact(description_of(envelope)),
         response_time=response_time_of(envelope),
-        headers=CIMultiDict((key.redact(name), key.redact(value)) for name, value in reply.headers.items()),
+        headers=redacted(reply.headers, key),
         body=key.redact_start(reply.body, MAX_ERROR_BODY),
         retry_after=_wait_asked(reply, now),
     )
