@@ -13,13 +13,12 @@ from audiences_async._call.engine import Engine, EngineSettings
 from audiences_async._call.retrying import RetryTokens
 from audiences_async._http.transport import (
     DEFAULT_MAX_CONNECTIONS,
-    OtherCall,
     TransportSettings,
     check_cookies,
     check_session,
 )
 from audiences_async._http.urls import Params, url_below
-from audiences_async._http.wire import PRODUCTION, JsonAnswer, endpoint, fixed_headers, proxy_url
+from audiences_async._http.wire import PRODUCTION, JsonAnswer, endpoint, fixed_headers, header_name, proxy_url
 from audiences_async._jobs import jobs
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, Secret
@@ -73,6 +72,8 @@ class AudiencesClient:
             one account. aiohttp itself reads what arrives on its idle connections; a connection that received anything
             is not used, which costs an attempt. Configure TLS, proxy and connections on the session: ``ssl``, ``proxy``
             and ``max_connections`` cannot be combined with it.
+        request_id_header: Name of a header that carries the call's identifier, the ``call_id`` of its events and its
+            error; the same on every attempt. ``None`` means that no identifier is sent.
         app_info: Your application, such as ``my-app/1.2``, to be added to the ``User-Agent``; ``None`` means nothing.
         on_event: Called with each `Event`, on the event loop: it must not block. Its exceptions are logged and ignored.
         clock: Time and randomness; tests can replace it.
@@ -99,6 +100,7 @@ class AudiencesClient:
         ssl: tls.SSLContext | None = None,
         proxy: str | None = None,
         session: "aiohttp.ClientSession | None" = None,
+        request_id_header: str | None = None,
         app_info: str | None = None,
         on_event: EventHook | None = None,
         clock: Clock = Clock(),  # noqa: B008 - a frozen value
@@ -137,6 +139,7 @@ class AudiencesClient:
                 tokens=RetryTokens(budget),
                 clock=clock,
                 on_event=on_event,
+                request_id_header=header_name(request_id_header),
                 transport=transport,
                 rate_limit=rate_limit,
                 service_rate_limit=service_rate_limit,
@@ -216,8 +219,7 @@ class AudiencesClient:
         calls = self._engine.open()
         account = self._checked(account)
         url = url_below(self._engine.settings.transport.endpoint, path, params)
-        call = OtherCall(self._engine.transport, url)
-        result = await calls.other(call, account, self._limit(timeout), self._retry)
+        result = await calls.json(url, account, self._limit(timeout), self._retry)
         if isinstance(result, AudiencesError):
             try:
                 raise result

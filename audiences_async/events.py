@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Literal, TypeAlias
 
-from attrs import frozen
+from attrs import field, frozen
 
 StopReason: TypeAlias = Literal["final", "attempts", "deadline", "budget", "patience"]
 """Why a call made no further attempt.
@@ -50,9 +50,12 @@ class Event:
 
     Attributes:
         account: The account's name.
+        call_id: Identifies the call, and is also on its error; ``None`` for an event of no single call. It does not
+            count for ``==``.
     """
 
     account: str
+    call_id: str | None = field(default=None, kw_only=True, eq=False)
 
 
 @frozen
@@ -183,7 +186,8 @@ EventHook: TypeAlias = Callable[[Event], None]
 def log_unexpected(error: Exception, account: str) -> None:
     """Log the traceback of an unexpected exception, after which a job continues."""
     with suppress(Exception):
-        _log.error("account %r: the call raised %s", account, type(error).__name__, exc_info=error)
+        fields = {"account": account, "call_id": getattr(error, "call_id", None)}
+        _log.error("account %r: the call raised %s", account, type(error).__name__, exc_info=error, extra=fields)
 
 
 def is_watched(hook: EventHook | None) -> bool:
@@ -195,11 +199,16 @@ def emit(hook: EventHook | None, event: Event) -> None:
     """Log *event* and pass it to *hook*. Exceptions of either never reach the call."""
     # Hooks and log filters are foreign code on the path of a call.
     with suppress(Exception):
-        _log.debug("%r", event)
+        _log.debug("%r", event, extra=_fields(event))
     if hook is None:
         return
     try:
         hook(event)
     except Exception:  # noqa: BLE001
         with suppress(Exception):
-            _log.warning("on_event raised on %r", event, exc_info=True)
+            _log.warning("on_event raised on %r", event, exc_info=True, extra=_fields(event))
+
+
+def _fields(event: Event) -> dict[str, str | None]:
+    """Return the attributes of a log record, for formatters that write each."""
+    return {"account": event.account, "call_id": event.call_id}

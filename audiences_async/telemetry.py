@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _NAME: Final = "audiences_async"
 _SPAN: Final = "get_audiences"
 _ACCOUNT: Final = "audiences.account.name"
+_CALL_ID: Final = "audiences.call.id"
 _ERROR_TYPE: Final = "error.type"
 _RESEND_COUNT: Final = "http.request.resend_count"
 # The default boundaries are meant for milliseconds. These are those of `http.client.request.duration`, plus two for
@@ -43,7 +44,7 @@ class OpenTelemetry:
     """Record spans and metrics from a client's events: ``AudiencesClient(on_event=OpenTelemetry())``.
 
     Each call has an INTERNAL span ``get_audiences``, which is current while the call runs, with an event per attempt.
-    The span names the account, never the key. The metrics measure times in seconds:
+    The span names the account and the ``call_id``, never the key. The metrics measure times in seconds:
 
     - ``audiences.client.call.duration``, a histogram, with ``error.type`` if the call failed;
     - ``audiences.client.pacing.wait``, a histogram of each attempt's wait for its turn;
@@ -94,7 +95,8 @@ class OpenTelemetry:
                 self._finish(event)
 
     def _start(self, event: CallStarted) -> None:
-        span = self._tracer.start_span(_SPAN, attributes={_ACCOUNT: event.account})
+        attributes = {_ACCOUNT: event.account, _CALL_ID: event.call_id or ""}
+        span = self._tracer.start_span(_SPAN, attributes=attributes)
         _open.set(_Open(span, context.attach(trace.set_span_in_context(span))))
 
     def _finish(self, event: CallFinished) -> None:

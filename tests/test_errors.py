@@ -151,6 +151,7 @@ def test_an_error_that_the_first_version_pickled_is_loaded() -> None:
     )
     assert [(attempt.number, attempt.status) for attempt in error.attempts] == [(1, 429)]
     assert "429" in str(error)
+    assert (error.call_id, error.request_id) == (None, None)
 
 
 def test_an_account_that_the_first_version_pickled_is_loaded() -> None:

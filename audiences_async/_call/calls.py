@@ -5,12 +5,14 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from attrs import evolve
+from yarl import URL
 
 from audiences_async._base.deadlines import CallTime, Deadlines
 from audiences_async._call.cache import Cache
 from audiences_async._call.context import CallContext
+from audiences_async._call.record import new_call_id
 from audiences_async._call.run import Call, out_of_time
-from audiences_async._http.transport import Sender
+from audiences_async._http.transport import CustomRequests, Transport
 from audiences_async._http.wire import Result
 from audiences_async._pace.places import Place
 from audiences_async.credentials import ApiKey, KeySource
@@ -67,11 +69,11 @@ class Calls:
             return self._run(self._begin(account, timeout, place, policy))
         return self._cached(self._cache, account, timeout, place, policy)
 
-    def other(
-        self, call: Sender, account: Account, timeout: float, policy: RetryPolicy | None
+    def json(
+        self, url: URL, account: Account, timeout: float, policy: RetryPolicy | None
     ) -> Coroutine[Any, Any, Result]:
-        """Return the answer to another *call* of the API, or its error, to be awaited."""
-        return self._run(self._begin(account, timeout, None, policy, call))
+        """Return the answer to another call of the API, or its error, to be awaited."""
+        return self._run(self._begin(account, timeout, None, policy, url))
 
     def invalidate(self, account: Account) -> None:
         """Discard the account's cached answer."""
@@ -91,16 +93,18 @@ class Calls:
         timeout: float,
         place: Place | None,
         policy: RetryPolicy | None,
-        call: Sender | None = None,
+        url: URL | None = None,
     ) -> Call:
         context = self.context
         if policy is not None and policy is not context.policy:
             context = evolve(context, policy=policy)
-        if call is not None:
-            context = evolve(context, transport=call)
+        call_id: str | None = None
+        if url is not None or context.request_id_header is not None:
+            call_id = new_call_id()
+            context = _customized(context, url, call_id)
         now = context.clock.monotonic
         time = CallTime(now, self._deadlines.within(timeout), timeout, stands_still=place is not None)
-        return Call(account, self._credential(account), time, context, place=place)
+        return Call(account, self._credential(account), time, context, place=place, call_id=call_id)
 
     async def _run(self, call: Call, first: AudiencesError | None = None) -> Result:
         try:
@@ -147,3 +151,10 @@ class Calls:
             return credential
         # Kept as long as a call refers to it, so that concurrent calls share one key and one refresh.
         return self._key_sources.setdefault((account.name, id(credential)), KeySource(credential))
+
+
+def _customized(context: CallContext, url: URL | None, call_id: str) -> CallContext:
+    """Return the context of a call that has a URL or a header of its own."""
+    assert isinstance(context.transport, Transport)
+    header = None if context.request_id_header is None else (context.request_id_header, call_id)
+    return evolve(context, transport=CustomRequests(context.transport, url, header))

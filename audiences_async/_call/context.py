@@ -20,7 +20,8 @@ class CallContext:
         clock: The client's clock.
         on_event: Called with each event.
         pacer: Grants the turns.
-        transport: Sends the requests; to another URL, for other calls of the API.
+        transport: Sends the requests; for a call that has its own header or URL, in its own way.
+        request_id_header: Header that carries the identifier of a call; ``None`` means none.
     """
 
     policy: RetryPolicy
@@ -29,3 +30,4 @@ class CallContext:
     on_event: EventHook | None
     pacer: Pacer
     transport: Sender
+    request_id_header: str | None = None

@@ -25,6 +25,7 @@ class EngineSettings:
     tokens: RetryTokens
     clock: Clock
     on_event: EventHook | None
+    request_id_header: str | None
     transport: TransportSettings
     rate_limit: RateLimit | Limiter | None
     service_rate_limit: RateLimit | Limiter | None
@@ -43,8 +44,6 @@ class Engine:
         self.settings: EngineSettings = settings
         self.calls: Calls | None = None
         """The calls; ``None`` before the first use."""
-        self.transport: Transport
-        """The session; there is none before the first use."""
         self.closed: bool = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -60,9 +59,17 @@ class Engine:
         self._check_loop()
         if self.calls is None:
             settings, deadlines = self.settings, Deadlines()
-            self.transport = transport = Transport(settings.transport)
+            self._transport = transport = Transport(settings.transport)
             pacer = self._new_pacer(transport, deadlines)
-            context = CallContext(settings.retry, settings.tokens, settings.clock, settings.on_event, pacer, transport)
+            context = CallContext(
+                settings.retry,
+                settings.tokens,
+                settings.clock,
+                settings.on_event,
+                pacer,
+                transport,
+                settings.request_id_header,
+            )
             self.calls = Calls(context, deadlines, cache=settings.cache, timeout=settings.timeout)
         return self.calls
 
@@ -76,7 +83,7 @@ class Engine:
         try:
             await self.calls.close()
         finally:
-            await self.transport.close()
+            await self._transport.close()
 
     def snapshot(self) -> ClientSnapshot:
         """Return why calls wait right now."""

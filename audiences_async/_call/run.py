@@ -29,6 +29,7 @@ class Call:
         time: The time that the call has. Only waits are held against it here; its scope cuts off the rest.
         context: What all calls of the client share.
         place: The call's place in a job; ``None`` if it is of no job.
+        call_id: Identifies the call; ``None`` means that an identifier is made when one is needed.
     """
 
     __slots__ = ("_attempts", "_borrows", "_context", "_next", "_place", "_was_stale", "record", "time")
@@ -41,9 +42,10 @@ class Call:
         context: CallContext,
         *,
         place: Place | None,
+        call_id: str | None = None,
     ) -> None:
         self.time: CallTime = time
-        self.record: CallRecord = CallRecord(account.name, time.started, context.clock, context.on_event)
+        self.record: CallRecord = CallRecord(account.name, time.started, context.clock, context.on_event, call_id)
         self._attempts = Attempts(account, credential, time, self.record, context, place=place)
         self._context = context
         self._place = place

@@ -1,11 +1,20 @@
 """The headers of a reply as callers see them."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from audiences_async.credentials import ApiKey
+from audiences_async.errors import printable
+
+# Most are conventions of frameworks, clouds and proxies; none is standardized.
+_REQUEST_IDS: Final = (
+    "X-Request-Id", "Request-Id", "X-Correlation-Id", "Correlation-Id", "X-Ms-Request-Id", "X-Amzn-RequestId",
+    "X-Trace-Id", "CF-Ray",
+)  # fmt: skip
+_TRACE: Final = "traceId"  # in the problems of ASP.NET
+_LONGEST_ID: Final = 100  # characters
 
 
 class ReplyHeaders(Mapping[str, str]):
@@ -46,3 +55,10 @@ class ReplyHeaders(Mapping[str, str]):
 def redacted(headers: Mapping[str, str], key: ApiKey) -> CIMultiDict[str]:
     """Return a copy of *headers* with the key masked, in names too."""
     return CIMultiDict((key.redact(name), key.redact(value)) for name, value in headers.items())
+
+
+def request_id(headers: Mapping[str, str], envelope: Mapping[str, object], key: ApiKey) -> str | None:
+    """Return a reply's own identifier, without the key; ``None`` if there is none."""
+    found = (headers.get(name) for name in _REQUEST_IDS)
+    sent = next((value for value in found if value), None) or envelope.get(_TRACE)
+    return printable(key.redact(sent), _LONGEST_ID) if isinstance(sent, str) and sent else None

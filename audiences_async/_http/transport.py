@@ -131,7 +131,9 @@ class Transport:
             await self._session.close()
             await self._trust.resolver.close()
 
-    async def attempt(self, key: ApiKey, call: Scope | None = None, url: URL | None = None) -> Reply | TransportError:
+    async def attempt(
+        self, key: ApiKey, call: Scope | None = None, *, url: URL | None = None, header: tuple[str, str] | None = None
+    ) -> Reply | TransportError:
         """Send the request once and read the whole response.
 
         Failures are returned as values, without aiohttp's frames, whose locals hold the key. Programming errors of
@@ -141,6 +143,7 @@ class Transport:
             key: The API key to send.
             call: The scope of the whole call, if any; its end counts as a failure of the connection.
             url: Another URL of the same origin; ``None`` means the endpoint.
+            header: Name and value of one more header; ``None`` means none.
         """
         if self._session.closed:
             raise ClientClosedError("the session given to the client was closed")
@@ -149,7 +152,7 @@ class Transport:
         scope = self._deadlines.within(limit, exchange.lease.out_of_time)
         try:
             with scope:
-                return await exchange.run(self._send(authorization(key), url), self._settings.max_body_bytes)
+                return await exchange.run(self._send(authorization(key), url, header), self._settings.max_body_bytes)
         except asyncio.CancelledError as cancelled:
             if not is_cancelled():
                 return ConnectionFailedError("the exchange was cancelled, but not by its caller")
@@ -168,13 +171,15 @@ class Transport:
         """Time out every attempt in flight now."""
         self._deadlines.expire_all()
 
-    def _send(self, authorization: str, url: URL | None) -> Awaitable[aiohttp.ClientResponse]:
+    def _send(
+        self, authorization: str, url: URL | None, header: tuple[str, str] | None
+    ) -> Awaitable[aiohttp.ClientResponse]:
         if url is None and self._direct is not None and self._direct.usable:
-            return self._direct.send(authorization)
+            return self._direct.send(authorization, header)
         return self._session.request(
             hdrs.METH_GET,
             url or self._settings.endpoint,
-            headers={**self._settings.headers, hdrs.AUTHORIZATION: authorization},
+            headers={**self._settings.headers, **dict([header] if header else []), hdrs.AUTHORIZATION: authorization},
             allow_redirects=False,
             raise_for_status=False,
             auto_decompress=False,
@@ -184,21 +189,23 @@ class Transport:
 
 
 @frozen(eq=False)
-class OtherCall:
-    """Another GET call of the same API: like a transport, but for its URL.
+class CustomRequests:
+    """A transport whose requests differ from those of all other calls.
 
     Attributes:
-        transport: Where the requests are sent.
-        url: Their URL, of the same origin.
+        transport: Where they are sent.
+        url: The URL of another call of the API; ``None`` means the endpoint.
+        header: Name and value of one more header; ``None`` means none.
     """
 
     transport: Transport
-    url: URL
+    url: URL | None
+    header: tuple[str, str] | None
 
     async def attempt(self, key: ApiKey, call: Scope | None = None) -> Reply | TransportError:
         """Do the same as `Transport.attempt`."""
-        reply = await self.transport.attempt(key, call, self.url)
-        return evolve(reply, is_json=True) if isinstance(reply, Reply) else reply
+        reply = await self.transport.attempt(key, call, url=self.url, header=self.header)
+        return evolve(reply, is_json=True) if isinstance(reply, Reply) and self.url is not None else reply
 
 
 def _limit_of(connector: aiohttp.BaseConnector | None) -> int:

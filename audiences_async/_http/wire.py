@@ -15,7 +15,7 @@ from yarl import URL
 from audiences_async._base.dates import delay_seconds, http_date, sent_at
 from audiences_async._base.display import short
 from audiences_async._fast_path import decode_plain
-from audiences_async._http.headers import ReplyHeaders, redacted
+from audiences_async._http.headers import ReplyHeaders, redacted, request_id
 from audiences_async._http.quota import announced
 from audiences_async._version import __version__
 from audiences_async.credentials import ApiKey, Secret
@@ -28,10 +28,18 @@ from audiences_async.errors import (
     status_error,
 )
 from audiences_async.models import AudiencesResponse
-from audiences_async.structuring import data_of, decode_in_steps, description_of, parse, response_time_of
+from audiences_async.structuring import data_of, decode_in_steps, parse, response_time_of
 
 PRODUCTION: Final = "https://api.commbox.io/"
 """The vendor's published base URL: https://api.commbox.io/."""
+
+# The service's own, RFC 9457's (https://www.rfc-editor.org/rfc/rfc9457#section-3.1), and what gateways send.
+_DESCRIPTIONS: Final = ("description", "detail", "title", "message", "error")
+
+_USED: Final = frozenset({
+    "accept", "accept-encoding", "authorization", "connection", "content-length", "cookie", "expect", "host",
+    "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade", "user-agent",
+})  # fmt: skip
 
 MAX_ERROR_BODY: Final = 64 * 1024
 """Decompressed bytes read of the body of any response other than a 200."""
@@ -156,6 +164,21 @@ def fixed_headers(app_info: str | None = None) -> dict[str, str]:
     }
 
 
+def header_name(name: str | None) -> str | None:
+    """Return the *name* of a header for an identifier; ``None`` if there is none.
+
+    Raises:
+        ConfigurationError: *name* is not the name of a header (RFC 9110, section 5.6.2), or one that is already used.
+    """
+    if name is None:
+        return None
+    if not isinstance(name, str) or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+        raise ConfigurationError(f"request_id_header must be the name of a header, got {short(name)}")
+    if name.lower() in _USED:
+        raise ConfigurationError(f"request_id_header must not be {name}, which has a meaning in HTTP")
+    return name
+
+
 def authorization(key: ApiKey) -> str:
     """Return the value of the ``Authorization`` header; only here is the key written out."""
     return f"Bearer {key.reveal()}"
@@ -200,11 +223,9 @@ def _unreadable(reply: Reply, key: ApiKey, now: float) -> AudiencesError | None:
     if reply.status >= 300:
         return _refusal(reply, key, now)
     if reply.status != 200:
-        message = f"HTTP {reply.status} where 200 is documented"
-        return InvalidResponseError(message, body=key.redact_start(reply.body, MAX_ERROR_BODY))
+        return _invalid(f"HTTP {reply.status} where 200 is documented", reply, key)
     if reply.exceeded is not None:
-        body = key.redact_start(reply.body, MAX_ERROR_BODY)
-        return ResponseTooLargeError(f"the body exceeds max_body_bytes={reply.exceeded}", body=body)
+        return _invalid(f"the body exceeds max_body_bytes={reply.exceeded}", reply, key, kind=ResponseTooLargeError)
     return None
 
 
@@ -212,20 +233,40 @@ def _without_key(error: StatusError | InvalidResponseError, reply: Reply, key: A
     """Return the error that stands for what a body could not be read as."""
     if isinstance(error, StatusError):
         return _refusal(reply, key, now, status=error.status)
-    problems = tuple(key.redact(problem) for problem in error.problems)
-    return InvalidResponseError(error.message, problems=problems, body=key.redact_start(reply.body, MAX_ERROR_BODY))
+    return _invalid(error.message, reply, key, problems=tuple(key.redact(problem) for problem in error.problems))
+
+
+def _invalid(
+    message: str,
+    reply: Reply,
+    key: ApiKey,
+    *,
+    problems: tuple[str, ...] = (),
+    kind: type[InvalidResponseError] = InvalidResponseError,
+) -> InvalidResponseError:
+    # Of a long body a trace is not looked for: it would have to be parsed in one step.
+    envelope = _envelope(reply.body) if len(reply.body) <= MAX_ERROR_BODY else {}
+    body = key.redact_start(reply.body, MAX_ERROR_BODY)
+    return kind(message, problems=problems, body=body, request_id=request_id(reply.headers, envelope, key))
 
 
 def _refusal(reply: Reply, key: ApiKey, now: float, *, status: int | None = None) -> StatusError:
     envelope = _envelope(reply.body)
     return status_error(
         reply.status if status is None else status,
-        key.redact(description_of(envelope)),
+        key.redact(_described(envelope)),
         response_time=response_time_of(envelope),
         headers=redacted(reply.headers, key),
         body=key.redact_start(reply.body, MAX_ERROR_BODY),
         retry_after=_wait_asked(reply, now),
+        request_id=request_id(reply.headers, envelope, key),
     )
+
+
+def _described(envelope: Mapping[str, object]) -> str:
+    """Return the description of an error: the service's own, or that of a proxy or a framework in front of it."""
+    texts = (envelope.get(name) for name in _DESCRIPTIONS)
+    return next((text for text in texts if isinstance(text, str) and text), "")
 
 
 def _wait_asked(reply: Reply, now: float) -> float | None:
