@@ -67,7 +67,7 @@ class Attempts:
 
     def expected(self) -> float:
         """Estimate the seconds until the next turn, as far as they count for the call's time."""
-        return self._context.pacer.expected(self._lane, self._time)
+        return self._context.pacer.expected(self._context.pacer.lane(self._account), self._time)
 
     async def next(self) -> Result:
         """Return the result of the next attempt."""

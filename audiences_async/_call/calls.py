@@ -11,7 +11,7 @@ from audiences_async._base.deadlines import CallTime, Deadlines
 from audiences_async._call.cache import Cache
 from audiences_async._call.context import CallContext
 from audiences_async._call.record import new_call_id
-from audiences_async._call.run import Call, out_of_time
+from audiences_async._call.run import ASKING, Call, out_of_time
 from audiences_async._http.transport import CustomRequests, Transport
 from audiences_async._http.wire import Result
 from audiences_async._pace.places import Place
@@ -113,7 +113,7 @@ class Calls:
         except (ConfigurationError, ClientClosedError, DeadlineExceededError) as error:
             return call.cut_off(error, error.stop_reason)
         except TimeoutError:
-            return call.cut_off(*self._out_of_time(call.time.timeout))
+            return call.cut_off(*self._out_of_time(call.time.timeout, call.phase))
         except BaseException as error:
             call.record.abandoned(error)
             raise
@@ -135,15 +135,18 @@ class Calls:
         except TransportError as failure:  # the key function failed, so there is no key to look up
             return await self._run(self._begin(account, timeout, place, policy), failure.with_traceback(None))
         except TimeoutError:
-            error, reason = self._out_of_time(timeout)
+            error, reason = self._out_of_time(timeout, calls[-1].phase if calls else ASKING)
             error.account, error.elapsed, error.stop_reason = account.name, timeout, reason
-            error.attempts = calls[-1].record.until_now(reason) if calls else ()
+            if calls:
+                record = calls[-1].record
+                error.attempts, error.call_id = record.until_now(reason), record.call_id
+                calls[-1].hint_at_turn(error)
             return cache.in_place_of(error, account)
 
-    def _out_of_time(self, timeout: float) -> tuple[AudiencesError, StopReason]:
+    def _out_of_time(self, timeout: float, phase: str) -> tuple[AudiencesError, StopReason]:
         if self._closing:
             return ClientClosedError("the client was closed while the call ran"), "final"
-        return out_of_time(timeout), "deadline"
+        return out_of_time(timeout, phase), "deadline"
 
     def _credential(self, account: Account) -> ApiKey | KeySource:
         credential = account.credential

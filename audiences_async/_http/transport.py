@@ -150,6 +150,8 @@ class Transport:
         limit = self._settings.attempt_timeout
         exchange = Exchange(self._trust)
         scope = self._deadlines.within(limit, exchange.lease.out_of_time)
+        if call is not None:
+            call.stage = exchange.lease
         try:
             with scope:
                 return await exchange.run(self._send(authorization(key), url, header), self._settings.max_body_bytes)
