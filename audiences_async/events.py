@@ -6,6 +6,7 @@ Every time is in seconds. No event ever holds an API key.
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime
 from typing import Final, Literal, TypeAlias
 
 from attrs import field, frozen
@@ -16,6 +17,9 @@ StopReason: TypeAlias = Literal["final", "attempts", "deadline", "budget", "pati
 A retry would not help; all attempts were used; the deadline came first; the retry budget was used up; or an outage
 outlasted a job's patience.
 """
+
+CacheResult: TypeAlias = Literal["fresh", "stale", "shared", "wire"]
+"""Where an answer of a client with a cache comes from."""
 
 _log: Final = logging.getLogger("audiences_async")
 _log.addHandler(logging.NullHandler())  # without logging configured, print nothing
@@ -98,11 +102,42 @@ class CallFinished(Event):
         attempts: Number of requests sent, the first included.
         elapsed: Seconds for the whole call, every wait included.
         error: The error's class name; ``CancelledError`` if the caller cancelled; ``None`` for an answer.
+        stale: Whether a cached answer stands in for the error, as `CachePolicy` allows: no caller gets the error.
     """
 
     attempts: int
     elapsed: float
     error: str | None
+    stale: bool = False
+
+
+@frozen
+class CacheLookup(Event):
+    """A caller of a client with a `CachePolicy` gets an answer; ``call_id`` is that of the call which fetched it.
+
+    Attributes:
+        result: Where the answer comes from: ``"fresh"`` (the cache), ``"stale"`` (the cache, after its ``ttl``),
+            ``"shared"`` (the request of another caller) or ``"wire"`` (a request of its own).
+        age: Seconds since the answer arrived; 0.0 unless it comes from the cache.
+    """
+
+    result: CacheResult
+    age: float
+
+
+@frozen
+class ServiceDeprecated(Event):
+    """The service announces its end, by ``Deprecation`` (RFC 9745) or ``Sunset`` (RFC 8594); once for each client.
+
+    Attributes:
+        deprecation: Since when it is deprecated, or will be; ``None`` if the reply has no readable time.
+        sunset: When it is expected to end; ``None`` if the reply has no readable time.
+        link: URL of more information; ``None`` if the reply has none.
+    """
+
+    deprecation: datetime | None
+    sunset: datetime | None
+    link: str | None
 
 
 @frozen

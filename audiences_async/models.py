@@ -172,6 +172,8 @@ class AudiencesResponse:
         response_time: The service's clock when it answered, aware and in UTC; ``None`` if it is missing or unreadable.
         data: The audiences in the order sent.
         headers: The reply's headers, without the key; names are case-insensitive. They do not count for ``==``.
+        age: Seconds since the answer arrived, if it comes from the client's cache; else 0.0. It does not count for
+            ``==``.
     """
 
     status: int
@@ -179,6 +181,7 @@ class AudiencesResponse:
     response_time: datetime | None
     data: tuple[Audience, ...] = field(repr=short_tuple)
     headers: Mapping[str, str] = field(default=NOTHING, eq=False, repr=False)
+    age: float = field(default=0.0, eq=False, repr=False)
 
     def __iter__(self) -> Iterator[Audience]:
         return iter(self.data)

@@ -109,6 +109,8 @@ class Attempts:
         reply = await self._context.transport.attempt(key, self._time.scope)
         if not isinstance(reply, Reply):
             return reply, report_of(reply, None, self._context.policy)
+        if self._record.is_watched and (notice := self._context.notices.first_in(reply.headers, key)) is not None:
+            self._record.deprecated(notice)
         now = self._context.clock.wall()
         result: Result | None = read_plain(reply, key)
         if result is None:

@@ -50,7 +50,9 @@ class Calls:
         self._deadlines = deadlines
         self._cache: Cache | None = None
         if cache is not None:
-            self._cache = Cache(cache, context.clock, begin=self._begin, run=self._run, timeout=timeout)
+            self._cache = Cache(
+                cache, context.clock, begin=self._begin, run=self._run, timeout=timeout, on_event=context.on_event
+            )
         self._key_sources: WeakValueDictionary[tuple[str, int], KeySource] = WeakValueDictionary()
         self._closing = False
 

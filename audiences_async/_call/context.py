@@ -1,8 +1,9 @@
 """What all calls of one client share."""
 
-from attrs import frozen
+from attrs import field, frozen
 
 from audiences_async._call.retrying import RetryTokens
+from audiences_async._http.deprecation import Notices
 from audiences_async._http.transport import Sender
 from audiences_async._pace.pacer import Pacer
 from audiences_async.clock import Clock
@@ -22,6 +23,7 @@ class CallContext:
         pacer: Grants the turns.
         transport: Sends the requests; for a call that has its own header or URL, in its own way.
         request_id_header: Header that carries the identifier of a call; ``None`` means none.
+        notices: Finds the first announcement of the end of the service.
     """
 
     policy: RetryPolicy
@@ -31,3 +33,4 @@ class CallContext:
     pacer: Pacer
     transport: Sender
     request_id_header: str | None = None
+    notices: Notices = field(factory=Notices)

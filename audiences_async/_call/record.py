@@ -1,8 +1,10 @@
 """The record of one call: its attempts and its time, as errors and events report them."""
 
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeAlias
 from uuid import uuid4
 
+from audiences_async._http.deprecation import Notice
 from audiences_async._http.wire import Answer, JsonAnswer, Result
 from audiences_async.clock import Clock
 from audiences_async.errors import AudiencesError, StatusError
@@ -14,11 +16,15 @@ from audiences_async.events import (
     CallStarted,
     Event,
     EventHook,
+    ServiceDeprecated,
     StopReason,
     emit,
     is_watched,
 )
 from audiences_async.models import AudiencesResponse
+
+StandsIn: TypeAlias = Callable[[BaseException], bool]
+"""Tells whether a cached answer stands in for an error."""
 
 _WITH_STATUS: Final = (AudiencesResponse, JsonAnswer, StatusError)
 
@@ -41,6 +47,7 @@ class CallRecord:
 
     __slots__ = (
         "_account", "_call_id", "_clock", "_elapsed", "_on_event", "_started", "attempts", "is_watched", "sent_at",
+        "stands_in",
     )  # fmt: skip
 
     def __init__(
@@ -51,6 +58,8 @@ class CallRecord:
         """When the attempt under way was sent; ``None`` if none is."""
         self.is_watched: bool = is_watched(on_event)
         """Whether anybody receives the events; otherwise a call that succeeds needs no records."""
+        self.stands_in: StandsIn | None = None
+        """Set by a cache that has an answer; ``None`` if there is none."""
         self._account = account
         self._call_id = call_id
         self._started = started
@@ -118,19 +127,27 @@ class CallRecord:
         error.elapsed = self._clock.monotonic() - self._started
         error.stop_reason = reason
         error.call_id = self.call_id
-        self._finished(type(error).__name__)
+        self._finished(error)
         return error.with_traceback(None)  # whose frames would hold the call for as long as the error is kept
 
     def abandoned(self, error: BaseException) -> None:
         """Emit `CallFinished` for a call that was cancelled, or that raised an unexpected exception."""
-        self._finished(type(error).__name__)
+        self._finished(error)
 
-    def _finished(self, error: str | None) -> None:
+    def deprecated(self, notice: Notice) -> None:
+        """Emit `ServiceDeprecated`."""
+        self._emit(
+            ServiceDeprecated(self._account, notice.deprecation, notice.sunset, notice.link, call_id=self.call_id)
+        )
+
+    def _finished(self, error: BaseException | None) -> None:
         if not self.is_watched:
             return
         elapsed = self._clock.monotonic() - self._started
         count = len(self.attempts) + (self.sent_at is not None)
-        self._emit(CallFinished(self._account, count, elapsed, error, call_id=self.call_id))
+        name = None if error is None else type(error).__name__
+        stale = error is not None and self.stands_in is not None and self.stands_in(error)
+        self._emit(CallFinished(self._account, count, elapsed, name, stale, call_id=self.call_id))
 
     def _append(self, attempt: Attempt) -> None:
         self.attempts += (attempt,)

@@ -38,7 +38,7 @@ _DESCRIPTIONS: Final = ("description", "detail", "title", "message", "error")
 
 _USED: Final = frozenset({
     "accept", "accept-encoding", "authorization", "connection", "content-length", "cookie", "expect", "host",
-    "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade", "user-agent",
+    "proxy-authorization", "trailer", "transfer-encoding", "upgrade", "user-agent",
 })  # fmt: skip
 
 MAX_ERROR_BODY: Final = 64 * 1024
