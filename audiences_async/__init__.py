@@ -121,7 +121,7 @@ _NAMES = {
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 _PUBLIC_MODULES = frozenset(
-    {"accounts", "client", "clock", "errors", "events", "models", "policies", "snapshots", "structuring"}
+    {"accounts", "client", "clock", "errors", "events", "models", "policies", "snapshots", "structuring", "web"}
 )
 
 

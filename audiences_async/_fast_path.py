@@ -6,7 +6,7 @@ reference.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal
 
@@ -75,14 +75,14 @@ _Static: Final = _mutable_twin(StaticAudience)
 _Dynamic: Final = _mutable_twin(DynamicAudience)
 
 
-def decode_plain(body: bytes) -> AudiencesResponse | None:
+def decode_plain(body: bytes, headers: Mapping[str, str] = NOTHING) -> AudiencesResponse | None:
     """Decode a small 200 that has only plain records; return ``None`` for any other body."""
     if len(body) > STEP or not _has_plain_times(body):
         return None
     try:
         envelope = _envelope(body)
         time = None if envelope.response_time is None else in_utc(envelope.response_time)
-        return AudiencesResponse(200, envelope.description or "", time, _audiences(envelope.data))
+        return AudiencesResponse(200, envelope.description or "", time, _audiences(envelope.data), headers)
     except Exception:  # noqa: BLE001 - the reference reports the problem, if there is one
         return None
 

@@ -1,35 +1,28 @@
 """The client: settings, lifecycle, and the limits on each call."""
 
-import asyncio
+import copy
 import os
 import ssl as tls
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from audiences_async._base import checks
-from audiences_async._base.deadlines import Deadlines
-from audiences_async._call.calls import Calls
-from audiences_async._call.context import CallContext
+from audiences_async._call.engine import Engine, EngineSettings
 from audiences_async._call.retrying import RetryTokens
 from audiences_async._http.transport import (
     DEFAULT_MAX_CONNECTIONS,
-    Transport,
     TransportSettings,
     check_cookies,
     check_session,
 )
-from audiences_async._http.wire import PRODUCTION, endpoint, proxy_url
+from audiences_async._http.urls import Params, url_below
+from audiences_async._http.wire import PRODUCTION, JsonAnswer, endpoint, fixed_headers, header_name, proxy_url
 from audiences_async._jobs import jobs
-from audiences_async._pace.pacer import Pacer
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, Secret
-from audiences_async.errors import (
-    AudiencesError,
-    ClientClosedError,
-    ConfigurationError,
-)
+from audiences_async.errors import AudiencesError, ConfigurationError
 from audiences_async.events import EventHook, log_unexpected
 from audiences_async.models import Account, AudiencesResponse, Failed, Fetched, Outcome
 from audiences_async.policies import CachePolicy, Limiter, RateLimit, RetryBudget, RetryPolicy
@@ -79,6 +72,9 @@ class AudiencesClient:
             one account. aiohttp itself reads what arrives on its idle connections; a connection that received anything
             is not used, which costs an attempt. Configure TLS, proxy and connections on the session: ``ssl``, ``proxy``
             and ``max_connections`` cannot be combined with it.
+        request_id_header: Name of a header that carries the call's identifier, the ``call_id`` of its events and its
+            error; the same on every attempt. ``None`` means that no identifier is sent.
+        app_info: Your application, such as ``my-app/1.2``, to be added to the ``User-Agent``; ``None`` means nothing.
         on_event: Called with each `Event`, on the event loop: it must not block. Its exceptions are logged and ignored.
         clock: Time and randomness; tests can replace it.
 
@@ -104,6 +100,8 @@ class AudiencesClient:
         ssl: tls.SSLContext | None = None,
         proxy: str | None = None,
         session: "aiohttp.ClientSession | None" = None,
+        request_id_header: str | None = None,
+        app_info: str | None = None,
         on_event: EventHook | None = None,
         clock: Clock = Clock(),  # noqa: B008 - a frozen value
     ) -> None:
@@ -121,17 +119,13 @@ class AudiencesClient:
         checks.instance("cache", cache, CachePolicy, type(None))
         checks.instance("rate_limit", rate_limit, RateLimit, Limiter, type(None))
         checks.instance("service_rate_limit", service_rate_limit, RateLimit, Limiter, type(None))
-        self._rate_limit = rate_limit
-        self._service_rate_limit = service_rate_limit
-        self._tokens = RetryTokens(budget)
-        self._retry = retry
-        self._clock = clock
-        self._on_event = on_event
         _check_pool(session, max_connections, ssl, via)
         if session is not None:
             check_session(session)
-        self._transport_settings = TransportSettings(
+        self._retry = retry
+        transport = TransportSettings(
             endpoint=endpoint(base, allow_http=allow_http),
+            headers=fixed_headers(app_info),
             attempt_timeout=checks.seconds("attempt_timeout", attempt_timeout),
             max_body_bytes=checks.count("max_body_bytes", max_body_bytes),
             max_connections=max_connections or DEFAULT_MAX_CONNECTIONS,
@@ -139,19 +133,29 @@ class AudiencesClient:
             proxy=None if via is None else proxy_url(via),
             session=session,
         )
-        self._cache = cache
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._calls: Calls | None = None  # made on first use, on the event loop
-        self._closed = False
+        self._engine = Engine(
+            EngineSettings(
+                retry=retry,
+                tokens=RetryTokens(budget),
+                clock=clock,
+                on_event=on_event,
+                request_id_header=header_name(request_id_header),
+                transport=transport,
+                rate_limit=rate_limit,
+                service_rate_limit=service_rate_limit,
+                cache=cache,
+                timeout=self._timeout,
+            )
+        )
 
     def __repr__(self) -> str:
-        if not hasattr(self, "_closed"):
+        if not hasattr(self, "_engine"):
             return "<AudiencesClient refused>"  # for tracebacks that print the locals of a failed __init__
-        state = "closed" if self._closed else "open"
-        return f"<AudiencesClient {self._transport_settings.endpoint} {state}>"
+        state = "closed" if self._engine.closed else "open"
+        return f"<AudiencesClient {self._engine.settings.transport.endpoint} {state}>"
 
     async def __aenter__(self) -> Self:
-        self._open()
+        self._engine.open()
         return self
 
     async def __aexit__(
@@ -177,16 +181,52 @@ class AudiencesClient:
                 comes after it. If the *wait* after an attempt does not fit, that attempt's error is raised at once
                 instead, with ``stop_reason="deadline"``.
         """
-        calls = self._open()
+        calls = self._engine.open()
         account = self._checked(account)
-        limit = self._timeout if timeout is None else checks.seconds("timeout", timeout)
-        result = await calls.answer(account, limit, None)
+        result = await calls.answer(account, self._limit(timeout), None, self._retry)
         if isinstance(result, AudiencesError):
             try:
                 raise result
             finally:
                 del result  # its traceback refers to this frame: a reference cycle
+        assert isinstance(result, AudiencesResponse)
         return result
+
+    async def get_json(
+        self,
+        path: str,
+        account: Account | None = None,
+        *,
+        params: Params | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """Return the data of another GET call of the same API, as plain data; ``None`` if its envelope has none.
+
+        Key, retries, pace, deadline and errors are those of `get_audiences`; the cache is not used. Whatever the
+        service sends as ``data`` is returned: nothing of it is checked, and decoding a large body blocks the event
+        loop. This is outside the documented contract.
+
+        Args:
+            path: A relative path of plain segments below the base URL, such as ``campaigns/7``.
+            account: The account; ``None`` means the client's own.
+            params: Parameters for the query: names, and texts or numbers; ``None`` means no query.
+            timeout: Seconds for this whole call; ``None`` means the client's ``timeout``.
+
+        Raises:
+            ConfigurationError: As from `get_audiences`; or *path* or *params* are invalid.
+            AudiencesError: As from `get_audiences`.
+        """
+        calls = self._engine.open()
+        account = self._checked(account)
+        url = url_below(self._engine.settings.transport.endpoint, path, params)
+        result = await calls.json(url, account, self._limit(timeout), self._retry)
+        if isinstance(result, AudiencesError):
+            try:
+                raise result
+            finally:
+                del result
+        assert isinstance(result, JsonAnswer)
+        return result.data
 
     def stream(
         self,
@@ -263,6 +303,28 @@ class AudiencesClient:
             by_number = {number: outcome async for number, outcome in outcomes}
         return [by_number[number] for number in range(len(items))]
 
+    def with_options(self, *, timeout: float | None = None, retry: RetryPolicy | None = None) -> Self:
+        """Return a client with other settings that shares the pool, the pace, the budget and the cache with this one.
+
+        Closing either closes both::
+
+            patient = client.with_options(timeout=600.0, retry=RetryPolicy(max_attempts=10))
+
+        Args:
+            timeout: Seconds for a whole call; ``None`` means this client's.
+            retry: Which failures are retried, how often and after which delay; ``None`` means this client's. Callers
+                that share a request by way of the cache have the policy of the first of them.
+
+        Raises:
+            ConfigurationError: An argument is invalid.
+        """
+        checks.instance("retry", retry, RetryPolicy, type(None))
+        variant = copy.copy(self)
+        variant._timeout = self._limit(timeout)  # noqa: SLF001 - of this class
+        if retry is not None:
+            variant._retry = retry  # noqa: SLF001
+        return variant
+
     def invalidate(self, account: Account | None = None) -> None:
         """Discard the account's cached answer; requests already in flight are not cached. No effect without a cache.
 
@@ -273,70 +335,23 @@ class AudiencesClient:
             ConfigurationError: There is neither an *account* nor an account of the client's own.
         """
         account = self._checked(account)
-        if self._calls is not None:
-            self._calls.invalidate(account)
+        if self._engine.calls is not None:
+            self._engine.calls.invalidate(account)
 
     def snapshot(self) -> ClientSnapshot:
         """Return why calls wait right now: the pace of each account in use, and what is left of the retry budget."""
-        if self._calls is None:
-            return ClientSnapshot((), self._tokens.left, None)
-        pacer = self._calls.context.pacer
-        service = pacer.service.snapshot(pacer.clock.monotonic())
-        return ClientSnapshot(tuple(pacer.snapshot()), self._tokens.left, service)
+        return self._engine.snapshot()
 
     async def aclose(self) -> None:
         """Close the client and its own session. Calls in flight end with `ClientClosedError`.
 
         May be called more than once, and concurrently.
         """
-        if self._calls is None:
-            self._closed = True
-            return
-        self._check_loop()
-        self._closed = True
-        await self._calls.close()
-
-    def _open(self) -> Calls:
-        if self._closed:
-            raise ClientClosedError("the client is closed; make a new one")
-        self._check_loop()
-        if self._calls is None:
-            deadlines = Deadlines()
-            transport = Transport(self._transport_settings)
-            pacer = self._new_pacer(transport, deadlines)
-            context = CallContext(self._retry, self._tokens, self._clock, self._on_event, pacer, transport)
-            self._calls = Calls(context, deadlines, cache=self._cache, timeout=self._timeout)
-        return self._calls
-
-    def _new_pacer(self, transport: Transport, deadlines: Deadlines) -> Pacer:
-        pacer = Pacer(
-            self._rate_limit,
-            self._service_rate_limit,
-            connections=transport.connections,
-            attempt_timeout=self._transport_settings.attempt_timeout,
-            throttle_base_delay=self._retry.throttle_base_delay,
-            max_delay=self._retry.max_delay,
-            clock=self._clock,
-            deadlines=deadlines,
-            on_event=self._on_event,
-        )
-        pacer.service.abandon = transport.abandon
-        return pacer
-
-    def _check_loop(self) -> None:
-        try:
-            running = asyncio.get_running_loop()
-        except RuntimeError:
-            problem = "no running asyncio event loop; AudiencesClient works with asyncio only"
-            raise ConfigurationError(f"{problem}, inside asyncio.run() or anyio's asyncio backend") from None
-        if self._loop is None:
-            self._loop = running
-        if self._loop is not running:
-            raise ClientClosedError("the client belongs to another event loop; make one client for each loop")
+        await self._engine.close()
 
     @asynccontextmanager
     async def _watched(self, job: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
-        with self._open().context.pacer.watching():
+        with self._engine.open().context.pacer.watching():
             async with job as outcomes:
                 yield outcomes
 
@@ -344,16 +359,16 @@ class AudiencesClient:
         self, accounts: jobs.Accounts, concurrency: int, timeout: float | None
     ) -> Callable[[Account, jobs.Place], Awaitable[Outcome]]:
         """Check the arguments of a job and return the function that fetches one of its accounts."""
-        self._open()
+        self._engine.open()
         checks.instance("accounts", accounts, Iterable, AsyncIterable)
         checks.count("concurrency", concurrency)
-        limit = self._timeout if timeout is None else checks.seconds("timeout", timeout)
-        now = self._clock.monotonic
+        limit = self._limit(timeout)
+        now = self._engine.settings.clock.monotonic
 
         async def fetch(account: Account, place: jobs.Place) -> Outcome:
             started = now()
             try:
-                result = await self._open().answer(self._checked(account), limit, place)
+                result = await self._engine.open().answer(self._checked(account), limit, place, self._retry)
             except AudiencesError as error:
                 # Without its frames, which would keep the call and its body alive as long as the outcome.
                 result = error.with_traceback(None)
@@ -362,6 +377,7 @@ class AudiencesClient:
                 result = _unexpected(error, account)
             if isinstance(result, AudiencesError):
                 return Failed(account, now() - started, result)
+            assert isinstance(result, AudiencesResponse)
             return Fetched(account, now() - started, result)
 
         return fetch
@@ -372,9 +388,12 @@ class AudiencesClient:
         if account is None:
             raise ConfigurationError("no account: pass one to get_audiences(), or an api_key to the client")
         checks.instance("account", account, Account)
-        if self._transport_settings.session is not None:
-            check_cookies(self._transport_settings.session, account)
+        if (session := self._engine.settings.transport.session) is not None:
+            check_cookies(session, account)
         return account
+
+    def _limit(self, timeout: float | None) -> float:
+        return self._timeout if timeout is None else checks.seconds("timeout", timeout)
 
 
 def _unexpected(error: Exception, account: Account) -> AudiencesError:

@@ -47,10 +47,12 @@ class AudiencesError(Exception):
         stop_reason: Why no further attempt was made: ``"final"`` (a retry would not help), ``"attempts"`` (all used),
             ``"deadline"`` (the next wait, or the attempt, did not fit into ``timeout``), ``"budget"`` (the client's
             `RetryBudget` was exhausted), ``"patience"`` (in a job: no account had an answer for *patience* seconds).
+        call_id: Identifies the call, and is also on its events; ``None`` if no call was made.
     """
 
     hint: ClassVar[str] = ""
     """Suggested action for the user; may be empty."""
+    call_id: str | None = None  # of an error that 0.2 pickled
 
     def __init__(
         self,
@@ -61,6 +63,7 @@ class AudiencesError(Exception):
         elapsed: float = 0.0,
         retry_after: float | None = None,
         stop_reason: StopReason = "final",
+        call_id: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -69,6 +72,7 @@ class AudiencesError(Exception):
         self.elapsed = elapsed
         self.retry_after = retry_after
         self.stop_reason: StopReason = stop_reason
+        self.call_id = call_id
 
     @property
     def summary(self) -> str:
@@ -86,8 +90,8 @@ class AudiencesError(Exception):
 
     @property
     def gateway_headers(self) -> dict[str, str]:
-        """Headers to send with `gateway_status`: ``Retry-After`` in whole seconds, if known."""
-        return {} if self.retry_after is None else {"Retry-After": str(math.ceil(self.retry_after))}
+        """Headers to send with `gateway_status`: ``Retry-After`` in whole seconds from 1 up, if known."""
+        return {} if self.retry_after is None else {"Retry-After": str(max(1, math.ceil(self.retry_after)))}
 
     def __str__(self) -> str:
         return f"{self.summary} ({self.hint})" if self.hint else self.summary
@@ -196,19 +200,31 @@ class InvalidResponseError(AudiencesError):
     Attributes:
         problems: Each problem with its path, such as ``$.data[3].user_count: expected an integer, got 'abc'``.
         body: The first 64 KiB of the body, without the key.
+        request_id: The reply's own identifier; see `StatusError`.
     """
 
     hint = "the service may have changed; see .problems and .body"
+    request_id: str | None = None  # of an error that 0.2 pickled
 
-    def __init__(self, message: str, *, problems: tuple[str, ...] = (), body: bytes = b"", **context: Any) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        problems: tuple[str, ...] = (),
+        body: bytes = b"",
+        request_id: str | None = None,
+        **context: Any,
+    ) -> None:
         super().__init__(message, **context)
         self.problems = problems
         self.body = body
+        self.request_id = request_id
 
     def _details(self) -> str:
         more = len(self.problems) - _SHOWN_PROBLEMS
         shown = [printable(problem) for problem in self.problems[:_SHOWN_PROBLEMS]]
-        return ": " + "; ".join([*shown, *([f"and {more} more"] if more > 0 else [])]) if shown else ""
+        problems = ": " + "; ".join([*shown, *([f"and {more} more"] if more > 0 else [])]) if shown else ""
+        return problems + _named(self.request_id)
 
 
 class ResponseTooLargeError(InvalidResponseError):
@@ -222,11 +238,16 @@ class StatusError(AudiencesError):
 
     Attributes:
         status: The status: the envelope's, if a 200 carries one from 300 up.
-        description: The envelope's description, without the key; empty if the service sent none.
+        description: The envelope's description, without the key; else the ``detail`` or the ``title`` of a problem by
+            RFC 9457, else a ``message`` or an ``error``; empty if the service sent none of them.
         response_time: The service's clock when it answered, aware and in UTC; ``None`` if the service did not send it.
         headers: The response headers, without the key; names are case-insensitive.
         body: The first 64 KiB of the decompressed body, without the key.
+        request_id: The reply's own identifier, for the service's support, without the key: from ``X-Request-Id`` or a
+            similar header, or the body's ``traceId``; ``None`` if there is none.
     """
+
+    request_id: str | None = None  # of an error that 0.2 pickled
 
     def __init__(
         self,
@@ -237,6 +258,7 @@ class StatusError(AudiencesError):
         response_time: datetime | None = None,
         headers: Mapping[str, str] | None = None,
         body: bytes = b"",
+        request_id: str | None = None,
         **context: Any,
     ) -> None:
         super().__init__(message, **context)
@@ -245,6 +267,14 @@ class StatusError(AudiencesError):
         self.response_time = response_time
         self.headers: Mapping[str, str] = {} if headers is None else headers
         self.body = body
+        self.request_id = request_id
+
+    def _details(self) -> str:
+        return _named(self.request_id)
+
+
+def _named(request_id: str | None) -> str:
+    return "" if request_id is None else f" (request id {request_id})"
 
 
 class BadRequestError(StatusError):

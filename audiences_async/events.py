@@ -6,9 +6,10 @@ Every time is in seconds. No event ever holds an API key.
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime
 from typing import Final, Literal, TypeAlias
 
-from attrs import frozen
+from attrs import field, frozen
 
 StopReason: TypeAlias = Literal["final", "attempts", "deadline", "budget", "patience"]
 """Why a call made no further attempt.
@@ -16,6 +17,9 @@ StopReason: TypeAlias = Literal["final", "attempts", "deadline", "budget", "pati
 A retry would not help; all attempts were used; the deadline came first; the retry budget was used up; or an outage
 outlasted a job's patience.
 """
+
+CacheResult: TypeAlias = Literal["fresh", "stale", "shared", "wire"]
+"""Where an answer of a client with a cache comes from."""
 
 _log: Final = logging.getLogger("audiences_async")
 _log.addHandler(logging.NullHandler())  # without logging configured, print nothing
@@ -50,9 +54,12 @@ class Event:
 
     Attributes:
         account: The account's name.
+        call_id: Identifies the call, and is also on its error; ``None`` for an event of no single call. It does not
+            count for ``==``.
     """
 
     account: str
+    call_id: str | None = field(default=None, kw_only=True, eq=False)
 
 
 @frozen
@@ -95,11 +102,42 @@ class CallFinished(Event):
         attempts: Number of requests sent, the first included.
         elapsed: Seconds for the whole call, every wait included.
         error: The error's class name; ``CancelledError`` if the caller cancelled; ``None`` for an answer.
+        stale: Whether a cached answer stands in for the error, as `CachePolicy` allows: no caller gets the error.
     """
 
     attempts: int
     elapsed: float
     error: str | None
+    stale: bool = False
+
+
+@frozen
+class CacheLookup(Event):
+    """A caller of a client with a `CachePolicy` gets an answer; ``call_id`` is that of the call which fetched it.
+
+    Attributes:
+        result: Where the answer comes from: ``"fresh"`` (the cache), ``"stale"`` (the cache, after its ``ttl``),
+            ``"shared"`` (the request of another caller) or ``"wire"`` (a request of its own).
+        age: Seconds since the answer arrived; 0.0 unless it comes from the cache.
+    """
+
+    result: CacheResult
+    age: float
+
+
+@frozen
+class ServiceDeprecated(Event):
+    """The service announces its end, by ``Deprecation`` (RFC 9745) or ``Sunset`` (RFC 8594); once for each client.
+
+    Attributes:
+        deprecation: Since when it is deprecated, or will be; ``None`` if the reply has no readable time.
+        sunset: When it is expected to end; ``None`` if the reply has no readable time.
+        link: URL of more information; ``None`` if the reply has none.
+    """
+
+    deprecation: datetime | None
+    sunset: datetime | None
+    link: str | None
 
 
 @frozen
@@ -183,7 +221,8 @@ EventHook: TypeAlias = Callable[[Event], None]
 def log_unexpected(error: Exception, account: str) -> None:
     """Log the traceback of an unexpected exception, after which a job continues."""
     with suppress(Exception):
-        _log.error("account %r: the call raised %s", account, type(error).__name__, exc_info=error)
+        fields = {"account": account, "call_id": getattr(error, "call_id", None)}
+        _log.error("account %r: the call raised %s", account, type(error).__name__, exc_info=error, extra=fields)
 
 
 def is_watched(hook: EventHook | None) -> bool:
@@ -195,11 +234,16 @@ def emit(hook: EventHook | None, event: Event) -> None:
     """Log *event* and pass it to *hook*. Exceptions of either never reach the call."""
     # Hooks and log filters are foreign code on the path of a call.
     with suppress(Exception):
-        _log.debug("%r", event)
+        _log.debug("%r", event, extra=_fields(event))
     if hook is None:
         return
     try:
         hook(event)
     except Exception:  # noqa: BLE001
         with suppress(Exception):
-            _log.warning("on_event raised on %r", event, exc_info=True)
+            _log.warning("on_event raised on %r", event, exc_info=True, extra=_fields(event))
+
+
+def _fields(event: Event) -> dict[str, str | None]:
+    """Return the attributes of a log record, for formatters that write each."""
+    return {"account": event.account, "call_id": event.call_id}

@@ -5,10 +5,14 @@ Field names are the service's own: https://api.commbox.io/ (GET /audiences).
 
 from collections.abc import Iterator, Mapping
 from datetime import datetime
-from typing import Any, ClassVar, Final, Literal, TypeAlias
+from itertools import chain
+from typing import Any, ClassVar, Final, Literal, TypeAlias, overload
 
+import msgspec
 from attrs import field, frozen
 
+from audiences_async._base.dates import iso_with_z
+from audiences_async._base.display import SHOWN, html_table, short, short_tuple
 from audiences_async.credentials import ApiKey, KeyProvider
 from audiences_async.errors import AudiencesError, ConfigurationError
 
@@ -74,6 +78,10 @@ class _EmptyDict(dict[str, Any]):
 
 NOTHING: Final[Mapping[str, Any]] = _EmptyDict()
 
+_COLUMNS: Final = ("id", "name", "created_time", "user_count", "type")
+"""The documented fields of a record."""
+_ROWS_IN_HTML: Final = 10
+
 
 @frozen(weakref_slot=False)
 class StaticAudience:
@@ -93,7 +101,12 @@ class StaticAudience:
     name: str
     created_time: datetime
     user_count: int
-    extra: Mapping[str, Any] = field(default=NOTHING, hash=False)
+    extra: Mapping[str, Any] = field(default=NOTHING, hash=False, repr=short)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the service's own record as plain data for JSON: all fields, ``created_time`` with ``Z``, ``type``."""
+        known = {"id": self.id, "name": self.name, "created_time": iso_with_z(self.created_time)}
+        return {**known, "user_count": self.user_count, "type": self.type, **self.extra}
 
 
 @frozen(weakref_slot=False)
@@ -112,7 +125,12 @@ class DynamicAudience:
     id: str
     name: str
     created_time: datetime
-    extra: Mapping[str, Any] = field(default=NOTHING, hash=False)
+    extra: Mapping[str, Any] = field(default=NOTHING, hash=False, repr=short)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the service's own record as plain data for JSON: all fields, ``created_time`` with ``Z``, ``type``."""
+        known = {"id": self.id, "name": self.name, "created_time": iso_with_z(self.created_time)}
+        return {**known, "type": self.type, **self.extra}
 
 
 @frozen(weakref_slot=False)
@@ -131,7 +149,11 @@ class UnknownAudience:
     id: str | None = None
     name: str | None = None
     created_time: datetime | None = None
-    raw: Mapping[str, Any] = field(default=NOTHING, hash=False)
+    raw: Mapping[str, Any] = field(default=NOTHING, hash=False, repr=short)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as sent, as plain data for JSON."""
+        return dict(self.raw)
 
 
 Audience: TypeAlias = StaticAudience | DynamicAudience | UnknownAudience
@@ -140,25 +162,67 @@ Audience: TypeAlias = StaticAudience | DynamicAudience | UnknownAudience
 
 @frozen
 class AudiencesResponse:
-    """Every audience of one account. Iterable; its length is the number of audiences.
+    """Every audience of one account. Iterable and indexable; its length is the number of audiences.
+
+    In a notebook it is shown as a table. Its ``repr`` has the first audiences only.
 
     Attributes:
         status: The status in the envelope, as an integer.
         description: The envelope's description; empty if the service sent none.
         response_time: The service's clock when it answered, aware and in UTC; ``None`` if it is missing or unreadable.
         data: The audiences in the order sent.
+        headers: The reply's headers, without the key; names are case-insensitive. They do not count for ``==``.
+        age: Seconds since the answer arrived, if it comes from the client's cache; else 0.0. It does not count for
+            ``==``.
     """
 
     status: int
-    description: str
+    description: str = field(repr=short)
     response_time: datetime | None
-    data: tuple[Audience, ...]
+    data: tuple[Audience, ...] = field(repr=short_tuple)
+    headers: Mapping[str, str] = field(default=NOTHING, eq=False, repr=False)
+    age: float = field(default=0.0, eq=False, repr=False)
 
     def __iter__(self) -> Iterator[Audience]:
         return iter(self.data)
 
     def __len__(self) -> int:
         return len(self.data)
+
+    @overload
+    def __getitem__(self, index: int) -> Audience: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Audience, ...]: ...
+    def __getitem__(self, index: int | slice) -> Audience | tuple[Audience, ...]:
+        return self.data[index]
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return the audiences as rows of plain data, in the order sent: their own records, all with the same keys.
+
+        First ``id``, ``name``, ``created_time`` (ISO 8601 in UTC, with ``Z``), ``user_count`` and ``type``, then each
+        undocumented field that an audience has. What an audience lacks is ``None``: data frames take their columns from
+        the first rows, and lose the others without a word.
+        """
+        records = [audience.to_dict() for audience in self.data]
+        row = dict.fromkeys(chain(_COLUMNS, *records))
+        return [{**row, **record} for record in records]
+
+    def to_json(self) -> str:
+        """Return the rows of `to_dicts` as a JSON array."""
+        return msgspec.json.encode(self.to_dicts()).decode()
+
+    def __rich_repr__(self) -> Iterator[tuple[str, object] | object]:
+        yield "status", self.status
+        yield "description", self.description, ""
+        yield "response_time", self.response_time
+        yield from self.data[:SHOWN]
+        yield "more", max(0, len(self.data) - SHOWN), 0
+
+    def _repr_html_(self) -> str:
+        shown = self.data[:_ROWS_IN_HTML]
+        caption = f"{len(self.data)} audiences" + (f", the first {len(shown)}" if len(shown) < len(self.data) else "")
+        records = [audience.to_dict() for audience in shown]
+        return html_table(caption, _COLUMNS, ([record.get(name) for name in _COLUMNS] for record in records))
 
 
 @frozen

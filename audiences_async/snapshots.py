@@ -1,8 +1,9 @@
 """Snapshots of a client: why calls wait right now."""
 
-from typing import Literal, TypeAlias
+import math
+from typing import Any, Literal, TypeAlias
 
-from attrs import frozen
+from attrs import asdict, frozen
 
 State: TypeAlias = Literal["open", "limited", "out"]
 """The service answers; it holds all accounts to a limit; or it answers no account."""
@@ -63,3 +64,10 @@ class ClientSnapshot:
     accounts: tuple[AccountPace, ...]
     budget_left: float
     service: ServicePace | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the snapshot as plain data for JSON, such as the response of a health endpoint.
+
+        ``budget_left`` is ``None`` if the client has no budget.
+        """
+        return {**asdict(self), "budget_left": self.budget_left if math.isfinite(self.budget_left) else None}

@@ -20,7 +20,7 @@ from cattrs.gen import make_dict_structure_fn, override
 from msgspec import MsgspecError, Raw, Struct, ValidationError
 from msgspec.json import Decoder
 
-from audiences_async._base.dates import date_and_time
+from audiences_async._base.dates import date_and_time, iso_with_z
 from audiences_async._fast_path import STEP, decode_plain, parts
 from audiences_async.errors import InvalidResponseError, status_error
 from audiences_async.models import (
@@ -121,6 +121,25 @@ def parse(body: bytes) -> Any:
         return _any(body.removeprefix(_BOM))
 
 
+def data_of(body: bytes) -> Any:
+    """Return the data in the envelope of another call of the API, as plain data; ``None`` if there is none.
+
+    Raises:
+        StatusError: The envelope's own status is 300 or more.
+        InvalidResponseError: The body is not JSON, or no envelope.
+    """
+    envelope = parse(body)
+    if not isinstance(envelope, dict):
+        raise _invalid([f"$: {_ProblemError('an object', envelope)}"], body)
+    try:
+        status = _status(envelope.get("status", 200))
+    except _ProblemError as problem:
+        raise _invalid([f"$.status: {problem}"], body) from None
+    if status >= 300:
+        raise status_error(status, description_of(envelope), response_time=response_time_of(envelope), body=body)
+    return envelope.get("data")
+
+
 def description_of(envelope: Mapping[str, Any]) -> str:
     """Return the envelope's description; empty if it is missing or not a string."""
     description = envelope.get("description")
@@ -130,16 +149,6 @@ def description_of(envelope: Mapping[str, Any]) -> str:
 def response_time_of(envelope: Mapping[str, Any]) -> datetime | None:
     """Return the envelope's time, aware and in UTC; ``None`` if it is missing or unreadable."""
     return _read(_utc, envelope.get("response_time"))
-
-
-def record(audience: Audience) -> dict[str, Any]:
-    """Return the service's own record of an audience, ready for JSON; ``created_time`` in ISO 8601 with ``Z``."""
-    if isinstance(audience, UnknownAudience):
-        return dict(audience.raw)
-    created = audience.created_time.isoformat().replace("+00:00", "Z")
-    count = {"user_count": audience.user_count} if isinstance(audience, StaticAudience) else {}
-    known = {"id": audience.id, "name": audience.name, "created_time": created, **count, "type": audience.type}
-    return known | dict(audience.extra)
 
 
 class _Members(Struct):
@@ -387,8 +396,15 @@ def _unknown(sent: dict[str, Any]) -> UnknownAudience:
     )
 
 
-def _converter(*, detailed: bool) -> Converter:
-    converter = Converter(detailed_validation=detailed)
+def configure_converter(converter: Converter) -> None:
+    """Register hooks that read and write audiences and responses as this package does.
+
+    Without them, cattrs leaves out an audience's ``type``, which is not a field.
+
+    Args:
+        converter: A cattrs converter of your own. `Audience` is the union that it can then read; an audience is
+            written as by its ``to_dict()``, and a response as the service's envelope.
+    """
     by_type: dict[str, _Hook] = {cls.type: _model_hook(converter, cls) for cls in (StaticAudience, DynamicAudience)}
 
     def union_hook(sent: Any, _: Any) -> Audience:
@@ -401,6 +417,27 @@ def _converter(*, detailed: bool) -> Converter:
         return hook(sent, None) if hook else _unknown(sent)
 
     converter.register_structure_hook(Audience, union_hook)
+    for cls in (StaticAudience, DynamicAudience, UnknownAudience):
+        converter.register_unstructure_hook(cls, cls.to_dict)
+    converter.register_unstructure_hook(Audience, lambda audience: audience.to_dict())
+    converter.register_structure_hook(AudiencesResponse, lambda sent, _: _response(sent, converter))
+    converter.register_unstructure_hook(AudiencesResponse, _envelope_of)
+
+
+def _response(sent: Mapping[str, Any], converter: Converter) -> AudiencesResponse:
+    audiences = converter.structure(sent["data"], tuple[Audience, ...])
+    return AudiencesResponse(_status(sent["status"]), description_of(sent), response_time_of(sent), audiences)
+
+
+def _envelope_of(response: AudiencesResponse) -> dict[str, Any]:
+    time = None if response.response_time is None else iso_with_z(response.response_time)
+    named = {"status": response.status, "description": response.description, "response_time": time}
+    return named | {"data": [audience.to_dict() for audience in response]}
+
+
+def _converter(*, detailed: bool) -> Converter:
+    converter = Converter(detailed_validation=detailed)
+    configure_converter(converter)
     return converter
 
 

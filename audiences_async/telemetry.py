@@ -11,7 +11,15 @@ from attrs import frozen
 from opentelemetry import context, metrics, trace
 
 from audiences_async._version import __version__
-from audiences_async.events import Attempt, AttemptFinished, AttemptStarted, CallFinished, CallStarted, Event
+from audiences_async.events import (
+    Attempt,
+    AttemptFinished,
+    AttemptStarted,
+    CacheLookup,
+    CallFinished,
+    CallStarted,
+    Event,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,6 +27,8 @@ if TYPE_CHECKING:
 _NAME: Final = "audiences_async"
 _SPAN: Final = "get_audiences"
 _ACCOUNT: Final = "audiences.account.name"
+_CACHE_RESULT: Final = "audiences.cache.result"
+_CALL_ID: Final = "audiences.call.id"
 _ERROR_TYPE: Final = "error.type"
 _RESEND_COUNT: Final = "http.request.resend_count"
 # The default boundaries are meant for milliseconds. These are those of `http.client.request.duration`, plus two for
@@ -43,11 +53,14 @@ class OpenTelemetry:
     """Record spans and metrics from a client's events: ``AudiencesClient(on_event=OpenTelemetry())``.
 
     Each call has an INTERNAL span ``get_audiences``, which is current while the call runs, with an event per attempt.
-    The span names the account, never the key. The metrics measure times in seconds:
+    The span names the account and the ``call_id``, never the key. The metrics measure times in seconds:
 
     - ``audiences.client.call.duration``, a histogram, with ``error.type`` if the call failed;
     - ``audiences.client.pacing.wait``, a histogram of each attempt's wait for its turn;
-    - ``audiences.client.retries``, a counter of attempts after the first of a call.
+    - ``audiences.client.retries``, a counter of attempts after the first of a call;
+    - ``audiences.client.cache.lookups``, a counter of a cache's answers, with ``audiences.cache.result``.
+
+    An error for which a stale answer stands in is none for callers, and is not counted as one.
 
     Args:
         tracer_provider: Provider for spans; ``None`` means the global one.
@@ -78,6 +91,10 @@ class OpenTelemetry:
             "audiences.client.retries", "{retry}", "Attempts after the first one of a call."
         )
 
+        self._lookups = meter.create_counter(
+            "audiences.client.cache.lookups", "{lookup}", "Answers of a client with a cache, by where they come from."
+        )
+
     def __call__(self, event: Event) -> None:
         """Handle one event."""
         match event:
@@ -92,19 +109,24 @@ class OpenTelemetry:
                 trace.get_current_span().add_event("attempt", _attributes(event.attempt))
             case CallFinished():
                 self._finish(event)
+            case CacheLookup():
+                self._lookups.add(1, {_CACHE_RESULT: event.result})
 
     def _start(self, event: CallStarted) -> None:
-        span = self._tracer.start_span(_SPAN, attributes={_ACCOUNT: event.account})
+        attributes = {_ACCOUNT: event.account, _CALL_ID: event.call_id or ""}
+        span = self._tracer.start_span(_SPAN, attributes=attributes)
         _open.set(_Open(span, context.attach(trace.set_span_in_context(span))))
 
     def _finish(self, event: CallFinished) -> None:
-        failed: dict[str, Any] = {} if event.error is None else {_ERROR_TYPE: event.error}
+        failed: dict[str, Any] = {} if event.error is None or event.stale else {_ERROR_TYPE: event.error}
         self._duration.record(event.elapsed, failed)
         opened = _open.get()
         assert opened is not None  # events of a call are ordered, in one task
         _open.set(None)
         opened.span.set_attribute("audiences.call.attempts", event.attempts)
-        if event.error is not None:
+        if event.stale:
+            opened.span.set_attribute(_CACHE_RESULT, "stale")
+        elif event.error is not None:
             opened.span.set_attributes(failed)
             opened.span.set_status(trace.StatusCode.ERROR, event.error)
         context.detach(opened.token)

@@ -711,7 +711,7 @@ def check(body: bytes, draw: Random) -> tuple[str, float]:
         raise CheckError("decode and wire.read disagree", f"{outcome} against {_kind(through)}")
     if isinstance(decoded, AudiencesResponse):
         _check_the_same(body, decoded, through)
-        _check_the_same(body, decoded, _result("wire.read_plain", lambda: read_plain(reply) or decoded))
+        _check_the_same(body, decoded, _result("wire.read_plain", lambda: read_plain(reply, _KEY) or decoded))
     else:
         _check_error(decoded)
         assert isinstance(through, AudiencesError)

@@ -151,6 +151,6 @@ def simulate(kind: str, *, processes: int, accounts: int, rate: float, seed: int
     async def main() -> None:
         await asyncio.gather(*(process(number) for number in range(processes)))
 
-    with mock.patch("audiences_async.client.Transport", service):
+    with mock.patch("audiences_async._call.engine.Transport", service):
         virtual.run(main())
     return Fleet(found, service.times(), processes * accounts / rate)

@@ -64,7 +64,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> MakeClient:
     """Yield a function that creates clients of a service in virtual time."""
 
     def make(service: Service, **settings: Any) -> AudiencesClient:
-        monkeypatch.setattr("audiences_async.client.Transport", service)
+        monkeypatch.setattr("audiences_async._call.engine.Transport", service)
         return AudiencesClient(base_url="http://localhost/", clock=virtual.clock(), **settings)
 
     return make

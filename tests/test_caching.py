@@ -26,7 +26,7 @@ from audiences_async import (
     UnauthorizedError,
 )
 from audiences_async._call import cache as caching
-from audiences_async.events import AttemptStarted, CallStarted
+from audiences_async.events import AttemptStarted, CacheLookup, CallFinished, CallStarted, EventHook
 from audiences_async.sandbox import Answer, Sandbox, SteppedTime, many_audiences
 
 ONCE = RetryPolicy(max_attempts=1)
@@ -42,9 +42,11 @@ def north(sandbox: Sandbox) -> Account:
 def make(sandbox: Sandbox, time: SteppedTime) -> Callable[..., AudiencesClient]:
     """Yield a function that creates clients with a cache and stepped time."""
 
-    def client(ttl: float = 10.0, retry: RetryPolicy = ONCE, **policy: Any) -> AudiencesClient:
+    def client(
+        ttl: float = 10.0, retry: RetryPolicy = ONCE, on_event: EventHook | None = None, **policy: Any
+    ) -> AudiencesClient:
         cache = CachePolicy(ttl, **policy)
-        return AudiencesClient(base_url=sandbox.base_url, cache=cache, clock=time.clock, retry=retry)
+        return AudiencesClient(base_url=sandbox.base_url, cache=cache, clock=time.clock, retry=retry, on_event=on_event)
 
     return client
 
@@ -85,10 +87,10 @@ async def test_an_answer_is_given_again_until_its_ttl(
     async with make(ttl=10.0) as client:
         first = await client.get_audiences(north)
         time.now += 9.9
-        assert await client.get_audiences(north) is first
+        assert (await client.get_audiences(north)).data is first.data
         assert len(sandbox.requests) == 1
         time.now += 0.1
-        assert await client.get_audiences(north) is not first
+        assert (await client.get_audiences(north)).data is not first.data
     assert len(sandbox.requests) == 2
 
 
@@ -294,7 +296,7 @@ async def test_stale_while_revalidate(
         assert await asyncio.gather(*(client.get_audiences(north) for _ in range(5))) == [first] * 5
         await asyncio.to_thread(sandbox.wait_for_requests, 2)
         await the_others()
-        assert await client.get_audiences(north) is not first
+        assert (await client.get_audiences(north)).data is not first.data
         assert len(sandbox.requests) == 2
         time.now += 71
         sandbox.script("north", Answer(500))
@@ -310,7 +312,7 @@ async def test_a_refresh_that_fails_is_nobodys_error(
         time.now += 20
         for count in (2, 3):
             sandbox.script("north", Answer(500))
-            assert await client.get_audiences(north) is first
+            assert (await client.get_audiences(north)).data is first.data
             await asyncio.to_thread(sandbox.wait_for_requests, count)
             await the_others()
 
@@ -359,7 +361,7 @@ async def test_stale_if_error(
         time.now += 50
         sandbox.script("north", answer, answer)
         if given:
-            assert await client.get_audiences(north, timeout=0.3) is first
+            assert (await client.get_audiences(north, timeout=0.3)).data is first.data
         else:
             await error_of(client.get_audiences(north, timeout=0.3))
         time.now += 61
@@ -526,3 +528,62 @@ async def test_a_job_that_joins_a_request_without_tokens(sandbox: Sandbox, north
 def test_nothing_is_invalidated_before_the_first_call(north: Account) -> None:
     """Ignore an invalidation before the client is used."""
     AudiencesClient(cache=CachePolicy(ttl=60)).invalidate(north)
+
+
+def lookups(events: list[Event]) -> list[tuple[str, float]]:
+    """Return what callers got, and its age."""
+    return [(event.result, event.age) for event in events if isinstance(event, CacheLookup)]
+
+
+async def test_each_caller_is_told_where_its_answer_comes_from(
+    sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
+) -> None:
+    """Report one lookup for each answer, with its age and the call that fetched it."""
+    events: list[Event] = []
+    async with make(ttl=10.0, stale_while_revalidate=60.0, on_event=events.append) as client:
+        first, second = await asyncio.gather(client.get_audiences(north), client.get_audiences(north))
+        time.now += 9.0
+        fresh = await client.get_audiences(north)
+        time.now += 11.0
+        stale = await client.get_audiences(north)
+        await asyncio.to_thread(sandbox.wait_for_requests, 2)
+    assert lookups(events) == [("wire", 0.0), ("shared", 0.0), ("fresh", 9.0), ("stale", 20.0)]
+    assert [response.age for response in (first, second, fresh, stale)] == [0.0, 0.0, 9.0, 20.0]
+    assert first == stale
+    call_ids = {event.call_id for event in events if isinstance(event, CacheLookup | AttemptStarted)}
+    assert len(call_ids - {None}) == len(call_ids) == 2  # and the refresh
+
+
+async def test_a_stale_answer_is_reported_with_the_error_that_it_replaces(
+    sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
+) -> None:
+    """Mark the end of a failed call as stale if callers get the old answer, and not otherwise."""
+    events: list[Event] = []
+    async with make(ttl=10.0, stale_if_error=100.0, on_event=events.append) as client:
+        await client.get_audiences(north)
+        time.now += 50
+        sandbox.script("north", Answer(500), Answer(404), Answer(delay=60))
+        assert (await client.get_audiences(north)).age == 50.0
+        await error_of(client.get_audiences(north))
+        assert (await client.get_audiences(north, timeout=0.1)).age == 50.0
+    ends = [(event.error, event.stale) for event in events if isinstance(event, CallFinished)]
+    assert ends[:3] == [(None, False), ("ServerError", True), ("NotFoundError", False)]
+    assert ends[3][0] in {"CancelledError", "DeadlineExceededError"}  # whichever of two timers is first
+    assert ends[3][1]
+    assert lookups(events) == [("wire", 0.0), ("stale", 50.0), ("stale", 50.0)]
+
+
+async def test_a_failed_refresh_is_marked_stale(
+    sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
+) -> None:
+    """Count no error for a refresh that fails while the old answer is still given."""
+    events: list[Event] = []
+    async with make(ttl=10.0, stale_while_revalidate=60.0, on_event=events.append) as client:
+        await client.get_audiences(north)
+        time.now += 20
+        sandbox.script("north", Answer(500))
+        await client.get_audiences(north)
+        await asyncio.to_thread(sandbox.wait_for_requests, 2)
+        await the_others()
+    ends = [(event.error, event.stale) for event in events if isinstance(event, CallFinished)]
+    assert ends == [(None, False), ("ServerError", True)]

@@ -39,7 +39,6 @@ from audiences_async import (
 from audiences_async.clock import Clock
 from audiences_async.events import AccountPaused, AttemptFinished, AttemptStarted, CallFinished, CallStarted
 from audiences_async.sandbox import Answer, Sandbox, SteppedTime, many_audiences
-from audiences_async.structuring import record
 
 KEY = "s3cr3t-k3y"
 
@@ -58,7 +57,7 @@ async def test_every_audience_of_the_account(sandbox: Sandbox) -> None:
     account = sandbox.add_account("north", audiences=rows)
     async with AudiencesClient(base_url=sandbox.base_url) as client:
         response = await client.get_audiences(account)
-    assert [record(audience) for audience in response] == rows
+    assert [audience.to_dict() for audience in response] == rows
     assert (response.status, response.description, len(response)) == (200, "Audiences retrieved", 500)
 
 

@@ -445,8 +445,11 @@ def full_port() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("phase", sorted(PHASES))
-async def test_a_timeout_names_what_hung(raw: StartRaw, names: Names, full_port: int, phase: str) -> None:
-    """Name the phase of an attempt that timed out, and no other."""
+@pytest.mark.parametrize("kind", [AttemptTimeoutError, DeadlineExceededError])
+async def test_a_timeout_names_what_hung(
+    raw: StartRaw, names: Names, full_port: int, phase: str, kind: type[AudiencesError]
+) -> None:
+    """Name the phase of an attempt, or of a whole call, that timed out, and no other; the service is to blame."""
 
     async def serve(connection: RawConnection) -> None:
         if phase == "reading the body":
@@ -461,10 +464,51 @@ async def test_a_timeout_names_what_hung(raw: StartRaw, names: Names, full_port:
         base_url = f"http://127.0.0.1:{full_port}/"
     elif phase == "TLS handshake":
         base_url = base_url.replace("http:", "https:")
-    async with AudiencesClient("key", base_url=base_url, allow_http=True, attempt_timeout=0.2, retry=ONCE) as client:
+    limit: dict[str, Any] = {"attempt_timeout" if kind is AttemptTimeoutError else "timeout": 0.15}
+    async with AudiencesClient("key", base_url=base_url, allow_http=True, retry=ONCE, **limit) as client:
         error = await error_of(client)
-    assert isinstance(error, AttemptTimeoutError)
+    assert type(error) is kind
     assert {named for named in PHASES if named in str(error)} == {phase}
+    assert (error.gateway_status, error.retry_after) == (504, None)
+
+
+@pytest.mark.parametrize("cache", [None, CachePolicy(ttl=1.0)], ids=["without a cache", "with one"])
+async def test_a_timeout_names_the_key_function(cache: CachePolicy | None) -> None:
+    """Name the key function if it hangs: nothing was sent, and no turn is awaited."""
+
+    async def key() -> str:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async with AudiencesClient(base_url="http://127.0.0.1:9/", timeout=0.05, cache=cache) as client:
+        error = await error_of(client, account=Account("north", key))
+    assert isinstance(error, DeadlineExceededError)
+    assert error.message == "no answer within timeout=0.05 s, waiting for the API key function"
+    assert (error.gateway_status, error.retry_after, error.attempts) == (504, None, ())
+
+
+@pytest.mark.parametrize("cache", [None, CachePolicy(ttl=1.0)], ids=["without a cache", "with one"])
+async def test_a_timeout_names_the_turn(raw: StartRaw, cache: CachePolicy | None) -> None:
+    """Name the turn if it is late, which is a 429 with a time and no 504."""
+
+    async def serve(connection: RawConnection) -> None:
+        await hang(connection)
+
+    limit = SlowLimiter()
+    base_url = (await raw(serve)).base_url
+    async with AudiencesClient("key", base_url=base_url, rate_limit=limit, timeout=0.05, cache=cache) as client:
+        error = await error_of(client)
+    assert isinstance(error, DeadlineExceededError)
+    assert error.message == "no answer within timeout=0.05 s, waiting for its turn"
+    assert (error.gateway_status, error.gateway_headers, error.attempts) == (429, {"Retry-After": "1"}, ())
+
+
+class SlowLimiter:
+    """A limiter whose turns never come."""
+
+    async def acquire(self, account_name: str) -> None:
+        """Wait for ever."""
+        await asyncio.Event().wait()
 
 
 # --- a quota that a reply says is used up

@@ -44,7 +44,8 @@ async def test_an_example_runs(code: str, sandbox: Sandbox, monkeypatch: pytest.
     at_once = partial(AudiencesClient, retry=RetryPolicy(base_delay=0))
     sandbox.add_account("default", api_key="api-key")
     async with at_once("api-key") as client:
-        names = {"Answer": Answer, "AudiencesClient": at_once, "Sandbox": Sandbox, "client": client, "sandbox": sandbox}
+        names = {"Answer": Answer, "AudiencesClient": at_once, "RetryPolicy": RetryPolicy, "Sandbox": Sandbox}
+        names |= {"client": client, "sandbox": sandbox}
         compiled = compile(code, "example", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         running: Awaitable[None] | None = eval(compiled, {**names, "accounts": [sandbox.add_account("north")]})
         if inspect.isawaitable(running):

@@ -110,6 +110,7 @@ def test_the_message_of_a_status(status: int, text: str) -> None:
     [
         (status_error(429, "", retry_after=1.2), 429, {"Retry-After": "2"}),
         (DeadlineExceededError("late", retry_after=3.0), 429, {"Retry-After": "3"}),
+        (DeadlineExceededError("late", retry_after=0.0), 429, {"Retry-After": "1"}),
         (DeadlineExceededError("late"), 504, {}),
         (AttemptTimeoutError("slow"), 504, {}),
         (ConfigurationError("wrong"), 500, {}),
@@ -150,6 +151,7 @@ def test_an_error_that_the_first_version_pickled_is_loaded() -> None:
     )
     assert [(attempt.number, attempt.status) for attempt in error.attempts] == [(1, 429)]
     assert "429" in str(error)
+    assert (error.call_id, error.request_id) == (None, None)
 
 
 def test_an_account_that_the_first_version_pickled_is_loaded() -> None:

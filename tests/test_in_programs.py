@@ -162,8 +162,13 @@ def test_generated_code_has_no_control_characters() -> None:
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
-    """Return a folder with README's programs, twice: to be checked in basic mode and in strict mode."""
-    texts = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    """Return a folder with the programs of README and the pages, twice: for basic mode and for strict mode."""
+    pages = [ROOT / "README.md", *sorted((Path(audiences_async.__file__).parent / "help").glob("*.md"))]
+    found = [text for page in pages for text in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)]
+    texts: list[str] = []
+    for text in found:
+        is_addition = text.startswith("@")  # to the program before
+        texts.append(texts[-1] + text if is_addition else text)
     for mode, (number, text) in itertools.product(("basic", "strict"), enumerate(texts)):
         (tmp_path / mode).mkdir(exist_ok=True)
         (tmp_path / mode / f"program_{number}.py").write_text(text, encoding="utf-8")

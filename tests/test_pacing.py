@@ -45,7 +45,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Callable[..., AudiencesClient]:
     """Makes clients of a service in virtual time."""
 
     def make(service: Service, *, draw: Callable[[], float] = lambda: 0.5, **settings: Any) -> AudiencesClient:
-        monkeypatch.setattr("audiences_async.client.Transport", service)
+        monkeypatch.setattr("audiences_async._call.engine.Transport", service)
         return AudiencesClient("key-north", base_url="http://localhost/", clock=virtual.clock(draw), **settings)
 
     return make

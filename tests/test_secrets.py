@@ -511,7 +511,7 @@ async def test_a_call_cancelled_while_it_decodes_shows_no_key(
         decoding.set()
         yield from itertools.repeat(None)
 
-    monkeypatch.setattr(attempts, "read", slowly)
+    monkeypatch.setattr(attempts, "read_any", slowly)
     account = sandbox.add_account("north", api_key=KEY)
     sandbox.script("north", Answer(200, f"<html>{KEYS['plain']}" + " " * 300_000, headers={"X-Echo": KEYS["plain"]}))
     async with AudiencesClient(base_url=sandbox.base_url) as client:

@@ -93,7 +93,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> RunJob:
         concurrency: int = 100,
         **settings: Any,
     ) -> Done:
-        monkeypatch.setattr("audiences_async.client.Transport", service)
+        monkeypatch.setattr("audiences_async._call.engine.Transport", service)
         names = [f"{'bad' if is_bad(number) else 'good'}-{number}" for number in range(count)]
         accounts = [Account(name, name) for name in names for _ in range(each)]
         came: list[tuple[float, Outcome]] = []
@@ -350,7 +350,7 @@ def test_a_machine_without_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
         async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
             return ConnectionFailedError("cannot open another socket", unsent=True)
 
-    monkeypatch.setattr("audiences_async.client.Transport", NoSockets(lambda key, at: 200))
+    monkeypatch.setattr("audiences_async._call.engine.Transport", NoSockets(lambda key, at: 200))
 
     async def main() -> None:
         async with AudiencesClient("key", base_url="http://localhost/", clock=virtual.clock()) as client:
@@ -423,7 +423,7 @@ def test_a_job_without_patience(run: RunJob) -> None:
 
 def test_closing_ends_a_job_in_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     """End a job that waits for the service when its client is closed."""
-    monkeypatch.setattr("audiences_async.client.Transport", Service(lambda key, at: 500, round_trip=0.05))
+    monkeypatch.setattr("audiences_async._call.engine.Transport", Service(lambda key, at: 500, round_trip=0.05))
 
     async def main() -> list[Outcome]:
         client = AudiencesClient(base_url="http://localhost/", clock=virtual.clock())
@@ -458,7 +458,7 @@ def test_an_outage_and_a_limit_are_events(run: RunJob) -> None:
 def test_the_snapshot_during_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     """Show in the snapshot that the service is out, since when, and when the next probe is due."""
     service = Service(lambda key, at: 500 if at > 0.2 else 200, round_trip=0.05)
-    monkeypatch.setattr("audiences_async.client.Transport", service)
+    monkeypatch.setattr("audiences_async._call.engine.Transport", service)
 
     async def main() -> ServicePace:
         async with AudiencesClient(base_url="http://localhost/", clock=virtual.clock()) as client:
@@ -481,7 +481,7 @@ def test_the_snapshot_during_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_single_call_does_not_wait_for_the_end_of_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     """While the service is out, a call of no job goes out at once."""
     service = Service(lambda key, at: 500, round_trip=0.05)
-    monkeypatch.setattr("audiences_async.client.Transport", service)
+    monkeypatch.setattr("audiences_async._call.engine.Transport", service)
 
     async def main() -> None:
         async with AudiencesClient(base_url="http://localhost/", clock=virtual.clock()) as client:
@@ -550,7 +550,7 @@ def test_a_service_without_a_limit_is_asked_at_full_speed(run: RunJob) -> None:
 def test_single_calls_in_an_outage_keep_to_the_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many calls of no job come while the service is out, no more are in flight than there are connections."""
     service = Service(lambda key, at: 500, round_trip=0.05, connections=7)
-    monkeypatch.setattr("audiences_async.client.Transport", service)
+    monkeypatch.setattr("audiences_async._call.engine.Transport", service)
     most = 0
 
     async def main() -> None:
@@ -599,7 +599,7 @@ def test_an_idle_night_ends_what_is_known_of_a_window(monkeypatch: pytest.Monkey
         return 429 if strays and at > strays[0] and strays.pop() else window(key, at)
 
     service = Service(decide)
-    monkeypatch.setattr("audiences_async.client.Transport", service)
+    monkeypatch.setattr("audiences_async._call.engine.Transport", service)
 
     async def main() -> None:
         async with AudiencesClient("key", base_url="http://localhost/", clock=virtual.clock()) as client:

@@ -28,7 +28,7 @@ from audiences_async import (
     structuring,
 )
 from audiences_async import _fast_path as fast_path
-from audiences_async.structuring import MAX_PROBLEMS, decode, decode_in_steps, record, run_to_completion
+from audiences_async.structuring import MAX_PROBLEMS, decode, decode_in_steps, run_to_completion
 
 STATIC = {"id": "1", "name": "one", "created_time": "2025-10-01T09:10:00Z", "user_count": 7, "type": "Static"}
 DYNAMIC = {"id": "2", "name": "two", "created_time": "2025-10-01T09:10:00Z", "type": "Dynamic"}
@@ -284,7 +284,7 @@ def test_rows_of_uneven_length_are_decoded_in_steps() -> None:
     long = json.dumps({"type": "New", "x": "y" * 100_000}).encode()
     rows = [b'{"type":"New","x":"%d"}' % number for number in range(20_000)] + [long] * 20
     uneven = b'{"status":"200","data":[' + b",".join(rows) + b"]}"
-    assert [record(audience) for audience in decode(uneven)] == [json.loads(row) for row in rows]
+    assert [audience.to_dict() for audience in decode(uneven)] == [json.loads(row) for row in rows]
     assert sum(1 for _ in decode_in_steps(uneven)) > len(uneven) / (128 * 1024)
 
 
@@ -340,14 +340,14 @@ def test_record_is_the_services_own() -> None:
     """An audience turns back into the record that the service sent, extra fields included."""
     unknown = {"type": "New", "id": "9", "x": 1}
     rows = [STATIC | {"owner": "me"}, DYNAMIC, unknown]
-    assert [record(audience) for audience in decode(body(*rows))] == rows
+    assert [audience.to_dict() for audience in decode(body(*rows))] == rows
 
 
 def test_record_of_a_time_in_another_zone() -> None:
     """Times are written in UTC with a Z, microseconds kept."""
     there = datetime(2025, 1, 1, 12, 0, 0, 5, tzinfo=timezone(timedelta(hours=2)))
     (audience,) = decode(body(DYNAMIC | {"created_time": there.isoformat()}))
-    assert record(audience)["created_time"] == "2025-01-01T10:00:00.000005Z"
+    assert audience.to_dict()["created_time"] == "2025-01-01T10:00:00.000005Z"
 
 
 def test_a_large_body_is_decoded_in_steps() -> None:
@@ -397,7 +397,7 @@ dynamics = rows.map(lambda row: {**row, "type": "Dynamic"})
 @given(st.lists(statics | dynamics, max_size=5))
 def test_every_valid_record_comes_back_unchanged(data: list[dict[str, Any]]) -> None:
     """Any valid records give as many audiences, equal to the records."""
-    read = [record(audience) for audience in decode(body(*data))]
+    read = [audience.to_dict() for audience in decode(body(*data))]
     assert [without(row, "created_time") for row in read] == [without(row, "created_time") for row in data]
     times = [datetime.fromisoformat(row["created_time"]).replace(tzinfo=None) for row in read]
     assert times == [datetime.fromisoformat(row["created_time"]) for row in data]

@@ -15,8 +15,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from audiences_async import Account, AudiencesClient, CachePolicy, NotFoundError, RateLimit, RetryPolicy
-from audiences_async.sandbox import Answer, Sandbox
+from audiences_async import Account, AudiencesClient, CachePolicy, NotFoundError, RateLimit, RetryPolicy, ServerError
+from audiences_async.sandbox import Answer, Sandbox, SteppedTime
 from audiences_async.telemetry import OpenTelemetry, request_hook
 
 AT_ONCE = RetryPolicy(base_delay=0, throttle_base_delay=0)
@@ -65,7 +65,9 @@ async def test_one_span_for_a_call(sandbox: Sandbox, north: Account, told: Told)
     assert (span.kind, span.status.status_code) == (SpanKind.INTERNAL, StatusCode.UNSET)
     assert span.parent is not None
     assert span.parent.span_id == handler.get_span_context().span_id
-    assert dict(span.attributes or {}) == {"audiences.account.name": "north", "audiences.call.attempts": 3}
+    attributes = dict(span.attributes or {})
+    assert len(str(attributes.pop("audiences.call.id"))) == 36
+    assert attributes == {"audiences.account.name": "north", "audiences.call.attempts": 3}
     attempts = [dict(event.attributes or {}) for event in span.events]
     assert [event.name for event in span.events] == ["attempt"] * 3
     assert [attempt.get("http.response.status_code") for attempt in attempts] == [500, None, 200]
@@ -146,6 +148,29 @@ async def test_a_shared_request_is_one_span(sandbox: Sandbox, north: Account, to
         await asyncio.gather(*(client.get_audiences(north) for _ in range(10)))
         await client.get_audiences(north)
     assert len(told.calls()) == 1
+
+
+async def test_a_stale_answer_is_no_error(sandbox: Sandbox, north: Account, told: Told, time: SteppedTime) -> None:
+    """Count no error for a call whose callers get a stale answer, and count where answers come from."""
+    policy = CachePolicy(ttl=10.0, stale_if_error=100.0)
+    client = AudiencesClient(
+        base_url=sandbox.base_url, on_event=told.hook, cache=policy, clock=time.clock, retry=RetryPolicy(max_attempts=1)
+    )
+    async with client:
+        await client.get_audiences(north)
+        time.now += 50
+        sandbox.script("north", Answer(500), Answer(500))
+        await client.get_audiences(north)
+        time.now += 100
+        with pytest.raises(ServerError):
+            await client.get_audiences(north)
+    metrics = told.metrics()
+    durations = {point.attributes.get("error.type"): point.count for point in metrics["audiences.client.call.duration"]}
+    assert durations == {None: 2, "ServerError": 1}
+    lookups = metrics["audiences.client.cache.lookups"]
+    assert {point.attributes["audiences.cache.result"]: point.value for point in lookups} == {"wire": 1, "stale": 1}
+    assert [span.status.status_code for span in told.calls()] == [StatusCode.UNSET, StatusCode.UNSET, StatusCode.ERROR]
+    assert (told.calls()[1].attributes or {})["audiences.cache.result"] == "stale"
 
 
 async def test_the_global_providers_are_the_default(sandbox: Sandbox, north: Account) -> None:

@@ -18,11 +18,13 @@ from attrs import define, field, frozen
 from conftest import RawConnection, RawServer
 from services import free_port
 
-from audiences_async.sandbox import Answer, Sandbox
+import audiences_async
+from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox
 
 README: Final = Path(__file__).parent.parent / "README.md"
+PAGE: Final = Path(audiences_async.__file__).parent / "help" / "web.md"
 
-UVICORN: Final = ["FastAPI", "Litestar", "Starlette"]
+UVICORN: Final = ["Django", "FastAPI", "Litestar", "Quart", "Starlette"]
 FRAMEWORKS: Final = ["aiohttp.web", *UVICORN]
 
 CLIENT: Final = "AudiencesClient()"
@@ -87,9 +89,9 @@ class App:
     stderr: Path
     session: aiohttp.ClientSession
 
-    async def get(self) -> Got:
-        """Request the audiences."""
-        async with self.session.get(f"http://127.0.0.1:{self.port}/audiences") as response:
+    async def get(self, path: str = "audiences") -> Got:
+        """Request the audiences, or another path."""
+        async with self.session.get(f"http://127.0.0.1:{self.port}/{path}") as response:
             return Got(response.status, await response.json(), response.headers.get("Retry-After"))
 
     async def gets(self, count: int) -> list[Got]:
@@ -130,11 +132,17 @@ async def eventually(holds: Callable[[], bool]) -> None:
     raise TimeoutError("it did not come to hold")
 
 
+def below(heading: str) -> str:
+    """Return the program below a heading of the page."""
+    programs = rf"^#+ {re.escape(heading)}$.*?^```python$(.*?)^```$"
+    program: str
+    (program,) = re.findall(programs, PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return program
+
+
 def recipe(framework: str, changes: Mapping[str, str]) -> str:
     """Return the program below the framework's heading, with these words replaced."""
-    programs = rf"^#+ {re.escape(framework)}$.*?^```python$(.*?)^```$"
-    program: str
-    (program,) = re.findall(programs, README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    program = below(framework)
     for old, new in changes.items():
         assert program.count(old) == 1
         program = program.replace(old, new)
@@ -149,10 +157,11 @@ async def running(
     changes: Mapping[str, str] | None = None,
     *,
     before: str = "",
+    after: str = "",
     key: str = KEY,
     log_level: str = "warning",
 ) -> AsyncIterator[App]:
-    """Run a recipe, with lines before it: it listens when the block begins, and ends successfully with the block."""
+    """Run a recipe, with lines before and after it: it listens in the block, and ends successfully with it."""
     port = free_port()
     if framework in UVICORN:
         pytest.importorskip(framework.lower())
@@ -162,7 +171,7 @@ async def running(
     else:
         command = ["main.py"]
         program = recipe(framework, {**(changes or {}), "port=8080": f"port={port}"})
-    (folder / "main.py").write_text(f"{before}\n{program}")
+    (folder / "main.py").write_text(f"{before}\n{program}\n{after}")
     environment = {**os.environ, "AUDIENCES_BASE_URL": base_url, "AUDIENCES_API_KEY": key}
     stderr = folder / "stderr"
     with stderr.open("wb") as file:
@@ -201,14 +210,32 @@ async def test_each_outcome_has_its_status(framework: str, sandbox: Sandbox, tmp
     one_attempt = {CLIENT: "AudiencesClient(attempt_timeout=0.5, retry=RetryPolicy(max_attempts=1))"}
     before = "from audiences_async import RetryPolicy"
     async with running(framework, tmp_path, sandbox.base_url, one_attempt, before=before) as app:
-        names = [{"id": "31234", "name": "NE_USA-above50"}, {"id": "45412", "name": "VIP"}]
-        assert await app.get() == Got(200, names)
+        rows = [{"user_count": None, **row} for row in EXAMPLE_AUDIENCES]
+        assert await app.get() == Got(200, rows)
         for answer, status, retry_after, words in refused:
             sandbox.script("default", answer)
             got = await app.get()
             assert (got.status, got.retry_after, list(got.body)) == (status, retry_after, ["error"])
             assert words in got.body["error"]
             assert KEY not in got.body["error"]
+
+
+async def test_a_health_endpoint(sandbox: Sandbox, tmp_path: Path) -> None:
+    """The snapshot is JSON before the first call and after it, also without a retry budget."""
+    sandbox.add_account(api_key=KEY)
+    no_budget = {CLIENT: "AudiencesClient(budget=None)"}
+    async with running("FastAPI", tmp_path, sandbox.base_url, no_budget, after=below("A health endpoint")) as app:
+        idle = (await app.get("health")).body
+        assert (idle["accounts"], idle["budget_left"], idle["service"]["in_flight"]) == ([], None, 0)
+        await app.get()
+        health = (await app.get("health")).body
+    assert ([pace["account"] for pace in health["accounts"]], health["service"]["state"]) == (["default"], "open")
+
+
+def test_the_recipes_are_short() -> None:
+    """Each has at most 30 lines, and README's is the page's."""
+    assert all(len(below(framework).strip().splitlines()) <= 30 for framework in FRAMEWORKS)
+    assert below("FastAPI") in README.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -256,9 +283,11 @@ async def test_who_leaves_and_a_shutdown_end_no_other_call(framework: str, upstr
         getting += [asyncio.create_task(app.get()) for _ in range(5)]  # in their place
         await upstream.wait_for_requests(105)
         idle, writer = await asyncio.open_connection("127.0.0.1", app.port)
+        writer.write(b"GET /nothing HTTP/1.1\r\nHost: app\r\n\r\n")
+        await idle.readuntil(b"\r\n\r\n")  # so that the app has accepted the connection
         app.process.terminate()
         async with asyncio.timeout(10):
-            assert await idle.read() == b""  # closed: it has begun to end
+            await idle.read()  # until it is closed: the app has begun to end
         writer.close()
         assert not app.listens()
         assert upstream.cut_off() == 5

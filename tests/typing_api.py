@@ -3,7 +3,7 @@
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from datetime import datetime
-from typing import assert_type
+from typing import Any, assert_type
 
 from audiences_async import (
     Account,
@@ -22,6 +22,7 @@ from audiences_async import (
     StatusError,
     UnknownAudience,
 )
+from audiences_async.web import Receive, until_disconnect
 
 
 async def key() -> str:
@@ -50,10 +51,24 @@ async def right() -> None:
                     assert_type(audience.created_time, datetime)
                 case UnknownAudience():
                     assert_type(audience.id, str | None)
+        assert_type(response[0], Audience)
+        assert_type(response[1:], tuple[Audience, ...])
+        assert_type(response[0].to_dict(), dict[str, Any])
+        assert_type(response.to_dicts(), list[dict[str, Any]])
+        assert_type(response.to_json(), str)
+        assert_type(response.headers, Mapping[str, str])
+        assert_type(client.snapshot().to_dict(), dict[str, Any])
         await client.get_audiences(Account("north", "key"), timeout=3)
         await client.get_audiences(Account("north", key))
         await client.get_audiences(Account("north", lambda: "key"))
     AudiencesClient(ssl=ssl.create_default_context(), session=None, proxy="http://proxy")
+
+
+async def others(client: AudiencesClient, receive: Receive, account: Account) -> None:
+    """Use variants, other calls and web helpers with the right types."""
+    assert_type(client.with_options(timeout=3, retry=RetryPolicy()), AudiencesClient)
+    assert_type(await client.get_json("campaigns/7", account, params={"page": 2, "q": "x"}, timeout=3), Any)
+    assert_type(await until_disconnect(receive, client.get_audiences()), AudiencesResponse)
 
 
 async def jobs(client: AudiencesClient, accounts: list[Account], later: AsyncIterator[Account]) -> None:
@@ -75,6 +90,8 @@ def errors(error: AudiencesError, status: StatusError) -> None:
     assert_type(error.attempts, tuple[Attempt, ...])
     assert_type(error.retry_after, float | None)
     assert_type(status.headers, Mapping[str, str])
+    assert_type((error.call_id, status.request_id), tuple[str | None, str | None])
+    assert_type((error.gateway_status, error.gateway_headers), tuple[int, dict[str, str]])
 
 
 async def wrong(client: AudiencesClient, audience: Audience, account: Account) -> None:
@@ -88,6 +105,9 @@ async def wrong(client: AudiencesClient, audience: Audience, account: Account) -
     Account("north", lambda: 5)  # type: ignore[arg-type, return-value]
     await client.get_audiences("north")  # type: ignore[arg-type]
     await client.get_audiences(account, 3)  # type: ignore[call-arg]
+    await client.get_json()  # type: ignore[call-arg]
+    await client.get_json("campaigns", params={"a": None})  # type: ignore[dict-item]
+    client.with_options(3)  # type: ignore[call-arg]
     audience.user_count  # type: ignore[union-attr]
     account.name = "south"  # type: ignore[misc]
     client.get_audiences().data  # type: ignore[attr-defined]

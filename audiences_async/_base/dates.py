@@ -68,3 +68,8 @@ def in_utc(time: datetime) -> datetime:
     if time.tzinfo is UTC:
         return time
     return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+
+
+def iso_with_z(time: datetime) -> str:
+    """Return a time that is in UTC in ISO 8601, with ``Z``."""
+    return time.isoformat().replace("+00:00", "Z")

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 _TICK: Final = 0.002  # s between two checks, so that thousands of calls with one deadline do not crowd the loop
 
@@ -94,16 +94,29 @@ class Deadlines:
             self._look_at(max(first, now + _TICK))
 
 
+class Stage(Protocol):
+    """What a task does inside a scope."""
+
+    @property
+    def phase(self) -> str:
+        """What it waits for."""
+
+    def out_of_time(self) -> None:
+        """Note that the scope expires now."""
+
+
 class Scope:
     """A part of a task that has a deadline."""
 
-    __slots__ = ("_cancelling", "_deadlines", "_on_expire", "ends_at", "expired", "task")
+    __slots__ = ("_cancelling", "_deadlines", "_on_expire", "ends_at", "expired", "stage", "task")
 
     def __init__(self, deadlines: Deadlines, ends_at: float, on_expire: Callable[[], object] | None = None) -> None:
         self._deadlines = deadlines
         self._on_expire = on_expire
         self.ends_at: float = ends_at
         self.expired: bool = False
+        self.stage: Stage | None = None
+        """What the task does, if it tells."""
 
     def __enter__(self) -> Self:
         task = asyncio.current_task(self._deadlines.loop)
@@ -137,6 +150,8 @@ class Scope:
             self.ends_at = math.inf
             if self._on_expire is not None:
                 self._on_expire()
+            if self.stage is not None:
+                self.stage.out_of_time()
             self.task.cancel()
 
     @contextmanager

@@ -21,8 +21,9 @@ from audiences_async.errors import (
     TooManyRequestsError,
     TransportError,
 )
+from audiences_async.events import CacheLookup, CacheResult, EventHook, emit, is_watched
 from audiences_async.models import Account, AudiencesResponse
-from audiences_async.policies import CachePolicy
+from audiences_async.policies import CachePolicy, RetryPolicy
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -34,11 +35,15 @@ _MAX_NAMES: Final = 10_000  # names kept with one answer; if it has more, it is 
 
 @frozen(eq=False)
 class _Kept:
-    """A cached answer, the time it arrived, and the names of the accounts that asked for it."""
+    """A cached answer, the time it arrived, the names of the accounts that asked for it, and the call's identifier.
+
+    The identifier is ``None`` if nobody received the call's events.
+    """
 
     response: AudiencesResponse
     at: float
     names: set[str]
+    call_id: str | None
 
 
 @define(eq=False)
@@ -61,9 +66,10 @@ class Cache:
     Args:
         policy: How long answers are reused.
         clock: Source of the time.
-        begin: Creates a call for an account, a timeout in seconds and a place in a job.
+        begin: Creates a call for an account, a timeout in seconds, a place in a job, and a policy.
         run: Runs a call.
         timeout: Seconds for a background refresh.
+        on_event: Called with what each caller gets.
     """
 
     def __init__(
@@ -71,10 +77,12 @@ class Cache:
         policy: CachePolicy,
         clock: Clock,
         *,
-        begin: Callable[[Account, float, Place | None], Call],
+        begin: Callable[[Account, float, Place | None, RetryPolicy | None], Call],
         run: Callable[[Call], Awaitable[Result]],
         timeout: float,
+        on_event: EventHook | None,
     ) -> None:
+        self._on_event = on_event
         self._policy = policy
         self._now = clock.monotonic
         self._begin = begin
@@ -93,6 +101,8 @@ class Cache:
         timeout: float,
         on_call: Callable[[Call], object],
         place: Place | None = None,
+        *,
+        policy: RetryPolicy | None = None,
     ) -> Result:
         """Return the account's answer, cached or new, or the error.
 
@@ -102,6 +112,7 @@ class Cache:
             timeout: Seconds that the caller has left; the caller enforces them.
             on_call: Called with the call that the caller waits for.
             place: The caller's place in a job; ``None`` outside a job.
+            policy: That of a new request; ``None`` means the client's.
         """
         digest = key.digest(self._salt)
         self._put(self._digests, account, digest)
@@ -111,17 +122,17 @@ class Cache:
             kept.names.add(account.name)
             age = self._now() - kept.at
             if age < self._policy.ttl:
-                return kept.response
+                return self._reuse(kept, account, "fresh", age)
             if age < self._policy.ttl + self._policy.stale_while_revalidate:
                 if digest not in self._flights:
-                    self._start(digest, account, self._timeout).waiters = 1
-                return kept.response
-        result = await self._joined(digest, account, timeout, on_call, place)
-        return self._or_stale(result, digest) if isinstance(result, AudiencesError) else result
+                    self._start(digest, account, self._timeout, None, policy, is_refresh=True).waiters = 1
+                return self._reuse(kept, account, "stale", age)
+        result = await self._joined(digest, account, timeout, on_call, place, policy=policy)
+        return self._or_stale(result, account, digest) if isinstance(result, AudiencesError) else result
 
     def in_place_of(self, error: AudiencesError, account: Account) -> Result:
         """Return the cached answer that replaces *error*, or the error if nothing is cached."""
-        return self._or_stale(error, self._digests.get(account))
+        return self._or_stale(error, account, self._digests.get(account))
 
     def invalidate(self, account: Account) -> None:
         """Discard the answers that the account asked for, and do not cache those of requests in flight."""
@@ -141,11 +152,26 @@ class Cache:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _or_stale(self, error: AudiencesError, digest: bytes | None) -> Result:
+    def _or_stale(self, error: AudiencesError, account: Account, digest: bytes | None) -> Result:
         kept = None if digest is None else self._kept.get(digest)
-        if kept is None or not isinstance(error, _OUTAGES):
+        if kept is None or not self._replaces(kept, error, self._policy.stale_if_error):
             return error
-        return kept.response if self._now() - kept.at < self._policy.ttl + self._policy.stale_if_error else error
+        return self._reuse(kept, account, "stale", self._now() - kept.at)
+
+    def _replaces(self, kept: _Kept, error: BaseException, period: float) -> bool:
+        """Return whether a cached answer may stand in for an error, up to *period* seconds after its ``ttl``."""
+        is_outage = isinstance(error, (*_OUTAGES, asyncio.CancelledError))  # of a call whose callers had no more time
+        return is_outage and self._now() - kept.at < self._policy.ttl + period
+
+    def _reuse(self, kept: _Kept, account: Account, result: CacheResult, age: float) -> AudiencesResponse:
+        """Return a cached answer with its age, and report it."""
+        self._report(account, result, age, kept.call_id)
+        sent = kept.response
+        return AudiencesResponse(sent.status, sent.description, sent.response_time, sent.data, sent.headers, age)
+
+    def _report(self, account: Account, result: CacheResult, age: float, call_id: str | None) -> None:
+        if is_watched(self._on_event):
+            emit(self._on_event, CacheLookup(account.name, result, age, call_id=call_id))
 
     def _put(self, recent: OrderedDict[_K, _V], key: _K, value: _V) -> None:
         """Add an item, and evict the least recently used ones."""
@@ -161,22 +187,26 @@ class Cache:
         timeout: float,
         on_call: Callable[[Call], object],
         place: Place | None,
+        *,
+        policy: RetryPolicy | None,
     ) -> Result:
         """Return the result of the request in flight, or of a new one."""
         until = self._now() + timeout
         flight = self._flights.get(digest)
         joined = flight is not None and not flight.call.time.scope.expired
         if flight is None or not joined:
-            flight = self._start(digest, account, timeout, place)
+            flight = self._start(digest, account, timeout, place, policy)
         flight.names.add(account.name)
         flight.call.time.extend(timeout)
         on_call(flight.call)
         result = await self._result_of(flight)
         if not isinstance(result, AudiencesError):
+            record = flight.call.record
+            self._report(account, "shared" if joined else "wire", 0.0, record.call_id if record.is_watched else None)
             return result
         left = until - self._now()
         if joined and _may_help(result, left, place):
-            return await self._joined(digest, account, left, on_call, place)
+            return await self._joined(digest, account, left, on_call, place, policy=policy)
         return _copy_for(result, account)
 
     async def _result_of(self, flight: _Flight) -> Result:
@@ -191,8 +221,20 @@ class Cache:
                 self._land(flight)
         return flight.task.result()
 
-    def _start(self, digest: bytes, account: Account, timeout: float, place: Place | None = None) -> _Flight:
-        flight = _Flight(digest, self._begin(account, timeout, place), {account.name})
+    def _start(
+        self,
+        digest: bytes,
+        account: Account,
+        timeout: float,
+        place: Place | None,
+        policy: RetryPolicy | None,
+        *,
+        is_refresh: bool = False,
+    ) -> _Flight:
+        flight = _Flight(digest, self._begin(account, timeout, place, policy), {account.name})
+        if (kept := self._kept.get(digest)) is not None:
+            periods = [self._policy.stale_if_error, self._policy.stale_while_revalidate if is_refresh else 0.0]
+            flight.call.record.stands_in = lambda error: self._replaces(kept, error, max(periods))
         self._flights[digest] = flight  # before creating the task, which may start eagerly
         flight.task = asyncio.get_running_loop().create_task(self._fly(flight, account))
         self._tasks.add(flight.task)
@@ -206,8 +248,10 @@ class Cache:
             is_valid = self._land(flight)
         if is_valid and isinstance(result, AudiencesResponse) and flight.call.key is not None:
             answered = flight.call.key.digest(self._salt)  # the key may be a fresh one, after a 401
+            record = flight.call.record
+            call_id = record.call_id if record.is_watched else None
             self._put(self._digests, account, answered)
-            self._put(self._kept, answered, _Kept(result, self._now(), flight.names))
+            self._put(self._kept, answered, _Kept(result, self._now(), flight.names, call_id))
         return result
 
     def _land(self, flight: _Flight) -> bool:

@@ -4,10 +4,15 @@ from collections.abc import Coroutine
 from typing import Any
 from weakref import WeakValueDictionary
 
+from attrs import evolve
+from yarl import URL
+
 from audiences_async._base.deadlines import CallTime, Deadlines
 from audiences_async._call.cache import Cache
 from audiences_async._call.context import CallContext
-from audiences_async._call.run import Call, out_of_time
+from audiences_async._call.record import new_call_id
+from audiences_async._call.run import ASKING, Call, out_of_time
+from audiences_async._http.transport import CustomRequests, Transport
 from audiences_async._http.wire import Result
 from audiences_async._pace.places import Place
 from audiences_async.credentials import ApiKey, KeySource
@@ -20,7 +25,7 @@ from audiences_async.errors import (
 )
 from audiences_async.events import StopReason
 from audiences_async.models import Account
-from audiences_async.policies import CachePolicy
+from audiences_async.policies import CachePolicy, RetryPolicy
 
 
 class Calls:
@@ -45,21 +50,32 @@ class Calls:
         self._deadlines = deadlines
         self._cache: Cache | None = None
         if cache is not None:
-            self._cache = Cache(cache, context.clock, begin=self._begin, run=self._run, timeout=timeout)
+            self._cache = Cache(
+                cache, context.clock, begin=self._begin, run=self._run, timeout=timeout, on_event=context.on_event
+            )
         self._key_sources: WeakValueDictionary[tuple[str, int], KeySource] = WeakValueDictionary()
         self._closing = False
 
-    def answer(self, account: Account, timeout: float, place: Place | None) -> Coroutine[Any, Any, Result]:
+    def answer(
+        self, account: Account, timeout: float, place: Place | None, policy: RetryPolicy | None = None
+    ) -> Coroutine[Any, Any, Result]:
         """Return the account's answer, or the error of its call, to be awaited.
 
         Args:
             account: The account.
             timeout: Seconds for the call.
             place: Its place in a job; ``None`` outside a job.
+            policy: Which failures are retried; ``None`` means as the client says.
         """
         if self._cache is None:
-            return self._run(self._begin(account, timeout, place))
-        return self._cached(self._cache, account, timeout, place)
+            return self._run(self._begin(account, timeout, place, policy))
+        return self._cached(self._cache, account, timeout, place, policy)
+
+    def json(
+        self, url: URL, account: Account, timeout: float, policy: RetryPolicy | None
+    ) -> Coroutine[Any, Any, Result]:
+        """Return the answer to another call of the API, or its error, to be awaited."""
+        return self._run(self._begin(account, timeout, None, policy, url))
 
     def invalidate(self, account: Account) -> None:
         """Discard the account's cached answer."""
@@ -67,19 +83,30 @@ class Calls:
             self._cache.invalidate(account)
 
     async def close(self) -> None:
-        """End all calls, and close the transport."""
+        """End all calls."""
         self._closing = True
-        try:
-            await self._deadlines.end()
-            if self._cache is not None:
-                await self._cache.close()
-        finally:
-            await self.context.transport.close()
+        await self._deadlines.end()
+        if self._cache is not None:
+            await self._cache.close()
 
-    def _begin(self, account: Account, timeout: float, place: Place | None = None) -> Call:
-        now = self.context.clock.monotonic
+    def _begin(
+        self,
+        account: Account,
+        timeout: float,
+        place: Place | None,
+        policy: RetryPolicy | None,
+        url: URL | None = None,
+    ) -> Call:
+        context = self.context
+        if policy is not None and policy is not context.policy:
+            context = evolve(context, policy=policy)
+        call_id: str | None = None
+        if url is not None or context.request_id_header is not None:
+            call_id = new_call_id()
+            context = _customized(context, url, call_id)
+        now = context.clock.monotonic
         time = CallTime(now, self._deadlines.within(timeout), timeout, stands_still=place is not None)
-        return Call(account, self._credential(account), time, self.context, place=place)
+        return Call(account, self._credential(account), time, context, place=place, call_id=call_id)
 
     async def _run(self, call: Call, first: AudiencesError | None = None) -> Result:
         try:
@@ -88,12 +115,14 @@ class Calls:
         except (ConfigurationError, ClientClosedError, DeadlineExceededError) as error:
             return call.cut_off(error, error.stop_reason)
         except TimeoutError:
-            return call.cut_off(*self._out_of_time(call.time.timeout))
+            return call.cut_off(*self._out_of_time(call.time.timeout, call.phase))
         except BaseException as error:
             call.record.abandoned(error)
             raise
 
-    async def _cached(self, cache: Cache, account: Account, timeout: float, place: Place | None) -> Result:
+    async def _cached(
+        self, cache: Cache, account: Account, timeout: float, place: Place | None, policy: RetryPolicy | None
+    ) -> Result:
         credential = self._credential(account)
         calls: list[Call] = []
         try:
@@ -101,22 +130,25 @@ class Calls:
                 key = credential if isinstance(credential, ApiKey) else await credential.get(account=account.name)
                 scope.check()
                 if place is None:
-                    return await cache.get(account, key, timeout, calls.append, place)
+                    return await cache.get(account, key, timeout, calls.append, place, policy=policy)
                 # In a job, the time of the request bounds the wait: it stands still in an outage.
                 with scope.suspended():
-                    return await cache.get(account, key, timeout, calls.append, place)
+                    return await cache.get(account, key, timeout, calls.append, place, policy=policy)
         except TransportError as failure:  # the key function failed, so there is no key to look up
-            return await self._run(self._begin(account, timeout, place), failure.with_traceback(None))
+            return await self._run(self._begin(account, timeout, place, policy), failure.with_traceback(None))
         except TimeoutError:
-            error, reason = self._out_of_time(timeout)
+            error, reason = self._out_of_time(timeout, calls[-1].phase if calls else ASKING)
             error.account, error.elapsed, error.stop_reason = account.name, timeout, reason
-            error.attempts = calls[-1].record.until_now(reason) if calls else ()
+            if calls:
+                record = calls[-1].record
+                error.attempts, error.call_id = record.until_now(reason), record.call_id
+                calls[-1].hint_at_turn(error)
             return cache.in_place_of(error, account)
 
-    def _out_of_time(self, timeout: float) -> tuple[AudiencesError, StopReason]:
+    def _out_of_time(self, timeout: float, phase: str) -> tuple[AudiencesError, StopReason]:
         if self._closing:
             return ClientClosedError("the client was closed while the call ran"), "final"
-        return out_of_time(timeout), "deadline"
+        return out_of_time(timeout, phase), "deadline"
 
     def _credential(self, account: Account) -> ApiKey | KeySource:
         credential = account.credential
@@ -124,3 +156,10 @@ class Calls:
             return credential
         # Kept as long as a call refers to it, so that concurrent calls share one key and one refresh.
         return self._key_sources.setdefault((account.name, id(credential)), KeySource(credential))
+
+
+def _customized(context: CallContext, url: URL | None, call_id: str) -> CallContext:
+    """Return the context of a call that has a URL or a header of its own."""
+    assert isinstance(context.transport, Transport)
+    header = None if context.request_id_header is None else (context.request_id_header, call_id)
+    return evolve(context, transport=CustomRequests(context.transport, url, header))

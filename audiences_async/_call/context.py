@@ -1,9 +1,10 @@
 """What all calls of one client share."""
 
-from attrs import frozen
+from attrs import field, frozen
 
 from audiences_async._call.retrying import RetryTokens
-from audiences_async._http.transport import Transport
+from audiences_async._http.deprecation import Notices
+from audiences_async._http.transport import Sender
 from audiences_async._pace.pacer import Pacer
 from audiences_async.clock import Clock
 from audiences_async.events import EventHook
@@ -12,15 +13,17 @@ from audiences_async.policies import RetryPolicy
 
 @frozen(eq=False)
 class CallContext:
-    """What all calls of one client share.
+    """What all calls of one client share, but for the exceptions below.
 
     Attributes:
-        policy: Which failures are retried, how often and when.
+        policy: Which failures are retried, how often and when; a variant of the client may have another one.
         tokens: The client's retry budget.
         clock: The client's clock.
         on_event: Called with each event.
         pacer: Grants the turns.
-        transport: Sends the requests.
+        transport: Sends the requests; for a call that has its own header or URL, in its own way.
+        request_id_header: Header that carries the identifier of a call; ``None`` means none.
+        notices: Finds the first announcement of the end of the service.
     """
 
     policy: RetryPolicy
@@ -28,4 +31,6 @@ class CallContext:
     clock: Clock
     on_event: EventHook | None
     pacer: Pacer
-    transport: Transport
+    transport: Sender
+    request_id_header: str | None = None
+    notices: Notices = field(factory=Notices)

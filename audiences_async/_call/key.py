@@ -10,11 +10,13 @@ class CallKey:
         credential: The key, or the source of keys.
     """
 
-    __slots__ = ("_refused", "_source", "current")
+    __slots__ = ("_refused", "_source", "current", "is_asked_for")
 
     def __init__(self, credential: ApiKey | KeySource) -> None:
         self.current: ApiKey | None = credential if isinstance(credential, ApiKey) else None
         """The key of the latest attempt; ``None`` before a key function has given one."""
+        self.is_asked_for: bool = False
+        """Whether the call waits for the key function."""
         self._source: KeySource | None = None if isinstance(credential, ApiKey) else credential
         self._refused: ApiKey | None = None
 
@@ -36,7 +38,9 @@ class CallKey:
         """
         if self.current is None or self.current is self._refused:
             assert self._source is not None
+            self.is_asked_for = True
             self.current = await self._source.get(account=account, refused=self._refused)
+            self.is_asked_for = False
         return self.current
 
     def forget_source(self) -> None:

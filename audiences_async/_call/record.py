@@ -1,6 +1,11 @@
 """The record of one call: its attempts and its time, as errors and events report them."""
 
-from audiences_async._http.wire import Result
+from collections.abc import Callable
+from typing import Final, TypeAlias
+from uuid import uuid4
+
+from audiences_async._http.deprecation import Notice
+from audiences_async._http.wire import Answer, JsonAnswer, Result
 from audiences_async.clock import Clock
 from audiences_async.errors import AudiencesError, StatusError
 from audiences_async.events import (
@@ -11,11 +16,22 @@ from audiences_async.events import (
     CallStarted,
     Event,
     EventHook,
+    ServiceDeprecated,
     StopReason,
     emit,
     is_watched,
 )
 from audiences_async.models import AudiencesResponse
+
+StandsIn: TypeAlias = Callable[[BaseException], bool]
+"""Tells whether a cached answer stands in for an error."""
+
+_WITH_STATUS: Final = (AudiencesResponse, JsonAnswer, StatusError)
+
+
+def new_call_id() -> str:
+    """Return a new identifier for a call: a UUID, which most services take as a request's identifier."""
+    return str(uuid4())
 
 
 class CallRecord:
@@ -26,32 +42,48 @@ class CallRecord:
         started: When the call began, on the client's clock.
         clock: The client's clock.
         on_event: Called with what happens.
+        call_id: Identifies the call; ``None`` means that an identifier is made when one is needed.
     """
 
-    __slots__ = ("_account", "_clock", "_elapsed", "_on_event", "_started", "attempts", "is_watched", "sent_at")
+    __slots__ = (
+        "_account", "_call_id", "_clock", "_elapsed", "_on_event", "_started", "attempts", "is_watched", "sent_at",
+        "stands_in",
+    )  # fmt: skip
 
-    def __init__(self, account: str, started: float, clock: Clock, on_event: EventHook | None) -> None:
+    def __init__(
+        self, account: str, started: float, clock: Clock, on_event: EventHook | None, call_id: str | None = None
+    ) -> None:
         self.attempts: tuple[Attempt, ...] = ()
         self.sent_at: float | None = None
         """When the attempt under way was sent; ``None`` if none is."""
         self.is_watched: bool = is_watched(on_event)
         """Whether anybody receives the events; otherwise a call that succeeds needs no records."""
+        self.stands_in: StandsIn | None = None
+        """Set by a cache that has an answer; ``None`` if there is none."""
         self._account = account
+        self._call_id = call_id
         self._started = started
         self._clock = clock
         self._on_event = on_event
         self._elapsed = 0.0  # s; of the latest attempt
 
+    @property
+    def call_id(self) -> str:
+        """What identifies the call in its events and its error."""
+        if self._call_id is None:
+            self._call_id = new_call_id()
+        return self._call_id
+
     def call_started(self) -> None:
         """Emit `CallStarted`."""
         if self.is_watched:
-            self._emit(CallStarted(self._account))
+            self._emit(CallStarted(self._account, call_id=self.call_id))
 
     def attempt_started(self, queued_at: float) -> None:
         """Note that a request goes now, which has waited for its turn since *queued_at*."""
         self.sent_at = sent_at = self._clock.monotonic()
         if self.is_watched:
-            self._emit(AttemptStarted(self._account, self._next_number, sent_at - queued_at))
+            self._emit(AttemptStarted(self._account, self._next_number, sent_at - queued_at, call_id=self.call_id))
 
     def attempt_returned(self) -> None:
         """Note that the request under way has a result, which the next `add` records."""
@@ -65,8 +97,8 @@ class CallRecord:
 
     def add(self, result: Result, wait: float, reason: str) -> None:
         """Record an attempt that is followed by another one after *wait* seconds, or by none, for *reason*."""
-        error = None if isinstance(result, AudiencesResponse) else result.message
-        status = result.status if isinstance(result, AudiencesResponse | StatusError) else None
+        error = result.message if isinstance(result, AudiencesError) else None
+        status = result.status if isinstance(result, _WITH_STATUS) else None
         self._append(Attempt(self._next_number, status, error, self._elapsed, wait, reason))
 
     def until_now(self, reason: StopReason) -> tuple[Attempt, ...]:
@@ -82,7 +114,7 @@ class CallRecord:
             self._append(self.until_now(reason)[-1])
             self.sent_at = None
 
-    def answered(self, result: AudiencesResponse) -> None:
+    def answered(self, result: Answer) -> None:
         """Record the last attempt of a call that is answered, and emit `CallFinished`."""
         if self.is_watched:
             self.add(result, 0.0, "success")
@@ -94,26 +126,37 @@ class CallRecord:
         error.attempts = self.attempts
         error.elapsed = self._clock.monotonic() - self._started
         error.stop_reason = reason
-        self._finished(type(error).__name__)
+        error.call_id = self.call_id
+        self._finished(error)
         return error.with_traceback(None)  # whose frames would hold the call for as long as the error is kept
 
     def abandoned(self, error: BaseException) -> None:
-        """Emit `CallFinished` for a cancelled call."""
-        self._finished(type(error).__name__)
+        """Emit `CallFinished` for a call that was cancelled, or that raised an unexpected exception."""
+        self._finished(error)
 
-    def _finished(self, error: str | None) -> None:
+    def deprecated(self, notice: Notice) -> None:
+        """Emit `ServiceDeprecated`."""
+        self._emit(
+            ServiceDeprecated(self._account, notice.deprecation, notice.sunset, notice.link, call_id=self.call_id)
+        )
+
+    def _finished(self, error: BaseException | None) -> None:
+        if not self.is_watched:
+            return
         elapsed = self._clock.monotonic() - self._started
         count = len(self.attempts) + (self.sent_at is not None)
-        self._emit(CallFinished(self._account, count, elapsed, error))
+        name = None if error is None else type(error).__name__
+        stale = error is not None and self.stands_in is not None and self.stands_in(error)
+        self._emit(CallFinished(self._account, count, elapsed, name, stale, call_id=self.call_id))
 
     def _append(self, attempt: Attempt) -> None:
         self.attempts += (attempt,)
-        self._emit(AttemptFinished(self._account, attempt))
+        if self.is_watched:
+            self._emit(AttemptFinished(self._account, attempt, call_id=self.call_id))
 
     @property
     def _next_number(self) -> int:
         return len(self.attempts) + 1
 
     def _emit(self, event: Event) -> None:
-        if self.is_watched:
-            emit(self._on_event, event)
+        emit(self._on_event, event)

@@ -15,8 +15,10 @@ from audiences_async._pace.places import Place
 from audiences_async.credentials import ApiKey, KeySource
 from audiences_async.errors import AudiencesError, DeadlineExceededError
 from audiences_async.events import StopReason
-from audiences_async.models import Account, AudiencesResponse
+from audiences_async.models import Account
 
+ASKING: Final = "waiting for the API key function"
+"""The phase of a call before its request."""
 _OUT_OF_TIME: Final = Stop("deadline")
 
 
@@ -29,6 +31,7 @@ class Call:
         time: The time that the call has. Only waits are held against it here; its scope cuts off the rest.
         context: What all calls of the client share.
         place: The call's place in a job; ``None`` if it is of no job.
+        call_id: Identifies the call; ``None`` means that an identifier is made when one is needed.
     """
 
     __slots__ = ("_attempts", "_borrows", "_context", "_next", "_place", "_was_stale", "record", "time")
@@ -41,9 +44,10 @@ class Call:
         context: CallContext,
         *,
         place: Place | None,
+        call_id: str | None = None,
     ) -> None:
         self.time: CallTime = time
-        self.record: CallRecord = CallRecord(account.name, time.started, context.clock, context.on_event)
+        self.record: CallRecord = CallRecord(account.name, time.started, context.clock, context.on_event, call_id)
         self._attempts = Attempts(account, credential, time, self.record, context, place=place)
         self._context = context
         self._place = place
@@ -93,12 +97,25 @@ class Call:
         result: Result = await retrying(attempt)
         return result
 
+    @property
+    def phase(self) -> str:
+        """What the call waits for now, for the message of a timeout."""
+        stage = self.time.scope.stage
+        if self.record.sent_at is not None and stage is not None:
+            return stage.phase
+        return ASKING if self._attempts.key.is_asked_for else "waiting for its turn"
+
     def cut_off(self, error: AudiencesError, stop_reason: StopReason) -> AudiencesError:
         """Return the error of a call that ended from outside: by timeout, a closing client or a failed key function."""
-        if self.record.sent_at is None and isinstance(error, DeadlineExceededError) and error.retry_after is None:
-            error.retry_after = self._attempts.expected() or None
+        self.hint_at_turn(error)
         self.record.cut_off(stop_reason)
         return self.record.failed(error, stop_reason)
+
+    def hint_at_turn(self, error: AudiencesError) -> None:
+        """Set the time of the next turn on the error of a caller that had no more time to wait for it."""
+        waits = self.record.sent_at is None and not self._attempts.key.is_asked_for
+        if waits and isinstance(error, DeadlineExceededError) and error.retry_after is None:
+            error.retry_after = self._attempts.expected()
 
     def _decides_to_retry(self, state: RetryCallState) -> bool:
         result = _result_of(state)
@@ -149,10 +166,10 @@ class Call:
 
     def _finish(self, result: Result) -> Result:
         # Decoding may have taken longer than the call had.
-        if isinstance(result, AudiencesResponse) and self._context.clock.monotonic() >= self.time.deadline:
+        if not isinstance(result, AudiencesError) and self._context.clock.monotonic() >= self.time.deadline:
             self._next = _OUT_OF_TIME
-            result = out_of_time(self.time.timeout)
-        if isinstance(result, AudiencesResponse):
+            result = out_of_time(self.time.timeout, "decoding the reply")
+        if not isinstance(result, AudiencesError):
             self._context.tokens.give_back()
             self.record.answered(result)
             return result
@@ -161,9 +178,9 @@ class Call:
         return self.record.failed(result, self._next.reason)
 
 
-def out_of_time(timeout: float) -> DeadlineExceededError:
-    """Return the error of a call that was not answered within its *timeout*, in seconds."""
-    return DeadlineExceededError(f"no answer within timeout={timeout:.6g} s")
+def out_of_time(timeout: float, phase: str) -> DeadlineExceededError:
+    """Return the error of a call that was not answered within its *timeout*, in seconds, but hung in this phase."""
+    return DeadlineExceededError(f"no answer within timeout={timeout:.6g} s, {phase}")
 
 
 def _result_of(state: RetryCallState) -> Result:

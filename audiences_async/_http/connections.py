@@ -27,7 +27,12 @@ from audiences_async._http.direct import DISCONNECTED, ResendError
 from audiences_async._http.resolver import SharedResolver
 
 Phase: TypeAlias = Literal[
-    "connecting", "looking up the name", "in the TLS handshake", "waiting for the reply", "reading the body"
+    "connecting",
+    "looking up the name (DNS)",
+    "in the TLS handshake",
+    "waiting for the reply's headers",
+    "reading the body",
+    "decoding the reply",
 ]
 """A phase of an attempt, for the message of a timeout."""
 
@@ -173,7 +178,7 @@ class Lease:
         """Use a connection."""
         self._line, self._transport = line, transport
         self.reused, line.used = line.used, True
-        self.phase = "waiting for the reply"
+        self.phase = "waiting for the reply's headers"
         line.on_lost = self._lost
 
     async def take_caller_connection(self, connection: Connection) -> None:
@@ -223,7 +228,7 @@ class _Resolver(SharedResolver):
 
     async def resolve(self, *arguments: Any, **named: Any) -> list[ResolveResult]:
         lease = current_lease.get()
-        lease.phase = "looking up the name"
+        lease.phase = "looking up the name (DNS)"
         found = await super().resolve(*arguments, **named)
         lease.phase = "connecting"
         lease.address = found[0]["host"]

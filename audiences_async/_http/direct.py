@@ -132,13 +132,14 @@ class DirectRequests:
         is_untouched = session.request is _REQUEST and getattr(session, "_request", None) is _REQUEST_BEHIND
         return is_untouched and not self._session.trace_configs
 
-    async def send(self, authorization: str) -> aiohttp.ClientResponse:
-        """Send one request, and return the response once its head has arrived.
+    async def send(self, authorization: str, header: tuple[str, str] | None = None) -> aiohttp.ClientResponse:
+        """Send one request, with one more *header* if given, and return the response once its head has arrived.
 
         Raises:
             ResendError: The connection was lost before that.
             aiohttp.ClientError: As from a session.
         """
+        more = "" if header is None else f"\r\n{header[0]}: {header[1]}"
         connection = await self._connector.connect(self._request, [], NO_TIMEOUT)
         response = None
         try:
@@ -146,7 +147,7 @@ class DirectRequests:
             assert protocol is not None
             assert protocol.transport is not None
             protocol.set_response_params(read_until_eof=True, auto_decompress=False)
-            protocol.transport.write(f"{self._head}{authorization}\r\n\r\n".encode())
+            protocol.transport.write(f"{self._head}{authorization}{more}\r\n\r\n".encode())
             response = self._response()
             return await response.start(connection)
         except BaseException as error:

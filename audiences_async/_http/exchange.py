@@ -51,6 +51,7 @@ class Exchange:
         is_below = await reader.read(cap)
         if self.lease.lost_by is not None and not reader.has_end:
             raise aiohttp.ClientPayloadError("the connection was reset before the end of the body")
+        self.lease.phase = "decoding the reply"
         return reader.reply(exceeded=None if is_below else cap)
 
     def outcome(self, error: Exception, key: ApiKey, *, out_of_time: float | None) -> Reply | TransportError:

@@ -2,14 +2,14 @@
 
 import asyncio
 import ssl as tls
-from collections.abc import Awaitable
-from typing import Final
+from collections.abc import Awaitable, Mapping
+from typing import Final, Protocol
 from weakref import WeakKeyDictionary
 
 import aiohttp
 from aiohttp import hdrs
 from aiohttp.abc import AbstractCookieJar
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from yarl import URL
 
 from audiences_async._base import checks
@@ -17,7 +17,8 @@ from audiences_async._base.deadlines import Deadlines, Scope, is_cancelled
 from audiences_async._http.connections import Connector, Trust, send_once
 from audiences_async._http.direct import NO_TIMEOUT, DirectRequests, direct_requests
 from audiences_async._http.exchange import Exchange
-from audiences_async._http.wire import FIXED_HEADERS, Reply, authorization
+from audiences_async._http.mistakes import is_mistake, without_frames
+from audiences_async._http.wire import Reply, authorization, fixed_headers
 from audiences_async.credentials import ApiKey
 from audiences_async.errors import ClientClosedError, ConfigurationError, ConnectionFailedError, TransportError
 from audiences_async.models import Account
@@ -37,6 +38,7 @@ class TransportSettings:
         ssl: TLS context of the client's own session; ``None`` means the system's CAs.
         proxy: Proxy of the client's own session; ``None`` means no proxy.
         session: The caller's session, which is never closed here; ``None`` means a session of the client's own.
+        headers: Headers of every request, besides the key.
     """
 
     endpoint: URL
@@ -46,6 +48,7 @@ class TransportSettings:
     ssl: tls.SSLContext | None
     proxy: URL | None = field(repr=False)  # may hold the proxy's password
     session: aiohttp.ClientSession | None
+    headers: Mapping[str, str] = field(factory=fixed_headers)
 
 
 def check_session(session: aiohttp.ClientSession) -> None:
@@ -84,6 +87,13 @@ def check_cookies(session: aiohttp.ClientSession, account: Account) -> None:
         raise ConfigurationError(message, account=account.name)
 
 
+class Sender(Protocol):
+    """What sends the requests of a call."""
+
+    async def attempt(self, key: ApiKey, call: Scope | None = None) -> Reply | TransportError:
+        """Send the request once and read the whole response. See `Transport.attempt`."""
+
+
 class Transport:
     """One session on one event loop, and the size of its pool."""
 
@@ -101,7 +111,7 @@ class Transport:
             self._session = aiohttp.ClientSession(
                 connector=Connector(settings.ssl, self._trust, is_tls=settings.endpoint.scheme == "https"),
                 cookie_jar=aiohttp.DummyCookieJar(),
-                headers=FIXED_HEADERS,
+                headers=settings.headers,
                 proxy=settings.proxy,
             )
             if settings.proxy is None:
@@ -121,23 +131,30 @@ class Transport:
             await self._session.close()
             await self._trust.resolver.close()
 
-    async def attempt(self, key: ApiKey, call: Scope | None = None) -> Reply | TransportError:
+    async def attempt(
+        self, key: ApiKey, call: Scope | None = None, *, url: URL | None = None, header: tuple[str, str] | None = None
+    ) -> Reply | TransportError:
         """Send the request once and read the whole response.
 
-        Failures are returned as values, without aiohttp's frames, whose locals hold the key.
+        Failures are returned as values, without aiohttp's frames, whose locals hold the key. Programming errors of
+        mocks and middlewares are raised.
 
         Args:
             key: The API key to send.
             call: The scope of the whole call, if any; its end counts as a failure of the connection.
+            url: Another URL of the same origin; ``None`` means the endpoint.
+            header: Name and value of one more header; ``None`` means none.
         """
         if self._session.closed:
             raise ClientClosedError("the session given to the client was closed")
         limit, cap = self._settings.attempt_timeout, self._settings.max_body_bytes
         exchange = Exchange(self._trust)
         scope = self._deadlines.within(limit, exchange.lease.out_of_time)
+        if call is not None:
+            call.stage = exchange.lease
         try:
             with scope:
-                response = await self._send(authorization(key))
+                response = await self._send(authorization(key), url, header)
                 return exchange.begin(response, cap) or await exchange.read(cap)
         except asyncio.CancelledError as cancelled:
             if not is_cancelled():
@@ -147,6 +164,8 @@ class Transport:
             cancelled.__context__ = None
             raise cancelled.with_traceback(None) from None
         except Exception as error:  # noqa: BLE001 - aiohttp raises far more than ClientError, including its own bugs
+            if is_mistake(error):
+                raise without_frames(error, key) from None
             return exchange.outcome(error, key, out_of_time=limit if scope.expired else None)
         finally:
             exchange.close()
@@ -155,19 +174,41 @@ class Transport:
         """Time out every attempt in flight now."""
         self._deadlines.expire_all()
 
-    def _send(self, authorization: str) -> Awaitable[aiohttp.ClientResponse]:
-        if self._direct is not None and self._direct.usable:
-            return self._direct.send(authorization)
+    def _send(
+        self, authorization: str, url: URL | None, header: tuple[str, str] | None
+    ) -> Awaitable[aiohttp.ClientResponse]:
+        if url is None and self._direct is not None and self._direct.usable:
+            return self._direct.send(authorization, header)
         return self._session.request(
             hdrs.METH_GET,
-            self._settings.endpoint,
-            headers={**FIXED_HEADERS, hdrs.AUTHORIZATION: authorization},
+            url or self._settings.endpoint,
+            headers={**self._settings.headers, **dict([header] if header else []), hdrs.AUTHORIZATION: authorization},
             allow_redirects=False,
             raise_for_status=False,
             auto_decompress=False,
             timeout=NO_TIMEOUT,
             middlewares=self._middlewares,
         )
+
+
+@frozen(eq=False)
+class CustomRequests:
+    """A transport whose requests differ from those of all other calls.
+
+    Attributes:
+        transport: Where they are sent.
+        url: The URL of another call of the API; ``None`` means the endpoint.
+        header: Name and value of one more header; ``None`` means none.
+    """
+
+    transport: Transport
+    url: URL | None
+    header: tuple[str, str] | None
+
+    async def attempt(self, key: ApiKey, call: Scope | None = None) -> Reply | TransportError:
+        """Do the same as `Transport.attempt`."""
+        reply = await self.transport.attempt(key, call, url=self.url, header=self.header)
+        return evolve(reply, is_json=True) if isinstance(reply, Reply) and self.url is not None else reply
 
 
 def _limit_of(connector: aiohttp.BaseConnector | None) -> int:

@@ -4,15 +4,18 @@ HTTP follows RFC 9110: https://www.rfc-editor.org/rfc/rfc9110.
 """
 
 import ipaddress
+import re
 from collections.abc import Generator, Mapping
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
-from attrs import field, frozen
-from multidict import CIMultiDict, CIMultiDictProxy
+from attrs import evolve, field, frozen
+from multidict import CIMultiDictProxy
 from yarl import URL
 
 from audiences_async._base.dates import delay_seconds, http_date, sent_at
+from audiences_async._base.display import short
 from audiences_async._fast_path import decode_plain
+from audiences_async._http.headers import ReplyHeaders, redacted, request_id
 from audiences_async._http.quota import announced
 from audiences_async._version import __version__
 from audiences_async.credentials import ApiKey, Secret
@@ -25,15 +28,38 @@ from audiences_async.errors import (
     status_error,
 )
 from audiences_async.models import AudiencesResponse
-from audiences_async.structuring import decode_in_steps, description_of, parse, response_time_of
+from audiences_async.structuring import data_of, decode_in_steps, parse, response_time_of
 
 PRODUCTION: Final = "https://api.commbox.io/"
 """The vendor's published base URL: https://api.commbox.io/."""
 
+# The service's own, RFC 9457's (https://www.rfc-editor.org/rfc/rfc9457#section-3.1), and what gateways send.
+_DESCRIPTIONS: Final = ("description", "detail", "title", "message", "error")
+
+_USED: Final = frozenset({
+    "accept", "accept-encoding", "authorization", "connection", "content-length", "cookie", "expect", "host",
+    "proxy-authorization", "trailer", "transfer-encoding", "upgrade", "user-agent",
+})  # fmt: skip
+
 MAX_ERROR_BODY: Final = 64 * 1024
 """Decompressed bytes read of the body of any response other than a 200."""
 
-Result: TypeAlias = AudiencesResponse | AudiencesError
+
+@frozen
+class JsonAnswer:
+    """The answer to another call of the API.
+
+    Attributes:
+        status: The HTTP status.
+        data: The envelope's ``data``, as plain data.
+    """
+
+    status: int
+    data: Any
+
+
+Answer: TypeAlias = AudiencesResponse | JsonAnswer
+Result: TypeAlias = Answer | AudiencesError
 """Result of an attempt. Errors are values here: an exception that is never raised keeps no frames alive."""
 
 
@@ -46,12 +72,14 @@ class Reply:
         headers: Names are case-insensitive.
         body: Decompressed; at most the first 64 KiB unless the status is 200.
         exceeded: The limit in bytes that the body of a 200 exceeded; ``None`` if the body is complete.
+        is_json: Whether it answers another call of the API, whose data is returned as it is.
     """
 
     status: int
     headers: CIMultiDictProxy[str] = field(repr=False)  # headers and body may echo the key
     body: bytes = field(repr=False)
     exceeded: int | None = None
+    is_json: bool = False
 
 
 def endpoint(base_url: Secret, *, allow_http: bool) -> URL:
@@ -117,12 +145,38 @@ def _is_loopback(host: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
-FIXED_HEADERS: Final[Mapping[str, str]] = {
-    "Accept": "application/json",
-    "Accept-Encoding": "gzip, deflate",
-    "User-Agent": f"audiences_async/{__version__}",
-}
-"""Headers of every request, besides `authorization`."""
+def fixed_headers(app_info: str | None = None) -> dict[str, str]:
+    """Return the headers of every request, besides `authorization`.
+
+    Args:
+        app_info: What follows in the ``User-Agent``, such as ``my-app/1.2``; ``None`` means nothing.
+
+    Raises:
+        ConfigurationError: *app_info* is not one line of visible ASCII text.
+    """
+    if app_info is not None and not (isinstance(app_info, str) and re.fullmatch(r"[!-~]+( [!-~]+)*", app_info)):
+        raise ConfigurationError(f"app_info must be visible ASCII text such as 'my-app/1.2', got {short(app_info)}")
+    agent = f"audiences_async/{__version__}"
+    return {
+        "Accept": "application/json",
+        "Accept-Encoding": "gzip, deflate",
+        "User-Agent": agent if app_info is None else f"{agent} {app_info}",
+    }
+
+
+def header_name(name: str | None) -> str | None:
+    """Return the *name* of a header for an identifier; ``None`` if there is none.
+
+    Raises:
+        ConfigurationError: *name* is not the name of a header (RFC 9110, section 5.6.2), or one that is already used.
+    """
+    if name is None:
+        return None
+    if not isinstance(name, str) or not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+        raise ConfigurationError(f"request_id_header must be the name of a header, got {short(name)}")
+    if name.lower() in _USED:
+        raise ConfigurationError(f"request_id_header must not be {name}, which has a meaning in HTTP")
+    return name
 
 
 def authorization(key: ApiKey) -> str:
@@ -130,12 +184,24 @@ def authorization(key: ApiKey) -> str:
     return f"Bearer {key.reveal()}"
 
 
-def read_plain(reply: Reply) -> AudiencesResponse | None:
-    """Return the audiences of a plain 200; ``None`` if `read` must decide."""
-    return decode_plain(reply.body) if reply.status == 200 and reply.exceeded is None else None
+def read_plain(reply: Reply, key: ApiKey) -> AudiencesResponse | None:
+    """Return the audiences of a plain 200; ``None`` if `read_any` must decide."""
+    if reply.status != 200 or reply.exceeded is not None or reply.is_json:
+        return None
+    return decode_plain(reply.body, ReplyHeaders(reply.headers, key))
 
 
-def read(reply: Reply, key: ApiKey, *, now: float) -> Generator[None, None, Result]:
+def read_any(reply: Reply, key: ApiKey, *, now: float) -> Generator[None, None, Result]:
+    """Return the audiences, or the data of another call; or an error. See `read`."""
+    if not reply.is_json:
+        return (yield from read(reply, key, now=now))
+    try:
+        return _unreadable(reply, key, now) or JsonAnswer(reply.status, data_of(reply.body))
+    except (StatusError, InvalidResponseError) as error:
+        return _without_key(error, reply, key, now)
+
+
+def read(reply: Reply, key: ApiKey, *, now: float) -> Generator[None, None, AudiencesResponse | AudiencesError]:
     """Return the audiences of a response, or its error, without the key; yield as `decode_in_steps` does.
 
     Args:
@@ -143,33 +209,64 @@ def read(reply: Reply, key: ApiKey, *, now: float) -> Generator[None, None, Resu
         key: The key that was sent; masked if the service echoes it.
         now: Seconds since 1970, for a ``Retry-After`` date in a response without a ``Date``.
     """
+    if (unreadable := _unreadable(reply, key, now)) is not None:
+        return unreadable
+    try:
+        response = yield from decode_in_steps(reply.body)
+    except (StatusError, InvalidResponseError) as error:
+        return _without_key(error, reply, key, now)
+    return evolve(response, headers=ReplyHeaders(reply.headers, key))
+
+
+def _unreadable(reply: Reply, key: ApiKey, now: float) -> AudiencesError | None:
+    """Return the error of a response whose body need not be read as JSON; ``None`` for any other one."""
     if reply.status >= 300:
         return _refusal(reply, key, now)
     if reply.status != 200:
-        message = f"HTTP {reply.status} where 200 is documented"
-        return InvalidResponseError(message, body=key.redact_start(reply.body, MAX_ERROR_BODY))
+        return _invalid(f"HTTP {reply.status} where 200 is documented", reply, key)
     if reply.exceeded is not None:
-        body = key.redact_start(reply.body, MAX_ERROR_BODY)
-        return ResponseTooLargeError(f"the body exceeds max_body_bytes={reply.exceeded}", body=body)
-    try:
-        return (yield from decode_in_steps(reply.body))
-    except StatusError as error:
+        return _invalid(f"the body exceeds max_body_bytes={reply.exceeded}", reply, key, kind=ResponseTooLargeError)
+    return None
+
+
+def _without_key(error: StatusError | InvalidResponseError, reply: Reply, key: ApiKey, now: float) -> AudiencesError:
+    """Return the error that stands for what a body could not be read as."""
+    if isinstance(error, StatusError):
         return _refusal(reply, key, now, status=error.status)
-    except InvalidResponseError as error:
-        problems = tuple(key.redact(problem) for problem in error.problems)
-        return InvalidResponseError(error.message, problems=problems, body=key.redact_start(reply.body, MAX_ERROR_BODY))
+    return _invalid(error.message, reply, key, problems=tuple(key.redact(problem) for problem in error.problems))
+
+
+def _invalid(
+    message: str,
+    reply: Reply,
+    key: ApiKey,
+    *,
+    problems: tuple[str, ...] = (),
+    kind: type[InvalidResponseError] = InvalidResponseError,
+) -> InvalidResponseError:
+    # Of a long body a trace is not looked for: it would have to be parsed in one step.
+    envelope = _envelope(reply.body) if len(reply.body) <= MAX_ERROR_BODY else {}
+    body = key.redact_start(reply.body, MAX_ERROR_BODY)
+    return kind(message, problems=problems, body=body, request_id=request_id(reply.headers, envelope, key))
 
 
 def _refusal(reply: Reply, key: ApiKey, now: float, *, status: int | None = None) -> StatusError:
     envelope = _envelope(reply.body)
     return status_error(
         reply.status if status is None else status,
-        key.redact(description_of(envelope)),
+        key.redact(_described(envelope)),
         response_time=response_time_of(envelope),
-        headers=CIMultiDict((key.redact(name), key.redact(value)) for name, value in reply.headers.items()),
+        headers=redacted(reply.headers, key),
         body=key.redact_start(reply.body, MAX_ERROR_BODY),
         retry_after=_wait_asked(reply, now),
+        request_id=request_id(reply.headers, envelope, key),
     )
+
+
+def _described(envelope: Mapping[str, object]) -> str:
+    """Return the description of an error: the service's own, or that of a proxy or a framework in front of it."""
+    texts = (envelope.get(name) for name in _DESCRIPTIONS)
+    return next((text for text in texts if isinstance(text, str) and text), "")
 
 
 def _wait_asked(reply: Reply, now: float) -> float | None:

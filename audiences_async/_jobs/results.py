@@ -17,7 +17,6 @@ from attrs import frozen
 from audiences_async._jobs import compression
 from audiences_async.errors import AudiencesError, ConfigurationError, StatusError, printable
 from audiences_async.models import Fetched, Outcome
-from audiences_async.structuring import record
 
 _LONGEST_NAME: Final = 200  # bytes, of the 255 that a file name may have
 _encode: Final = msgspec.json.Encoder().encode
@@ -41,7 +40,7 @@ def line(outcome: Outcome, *, fetched_at: datetime | None = None) -> bytes:
         "elapsed": round(outcome.elapsed, 6),
         "fetched_at": _utc(fetched_at or datetime.now(UTC)),
         "response_time": _utc(_response_time(outcome)),
-        "audiences": [record(audience) for audience in outcome.response] if isinstance(outcome, Fetched) else [],
+        "audiences": [audience.to_dict() for audience in outcome.response] if isinstance(outcome, Fetched) else [],
         "error": None if isinstance(outcome, Fetched) else _error_record(outcome.error),
     }
     return _encode(fields) + b"\n"

@@ -15,13 +15,14 @@ from yarl import URL
 
 from audiences_async._base.dates import http_date
 from audiences_async._http.transport import Transport, TransportSettings
-from audiences_async._http.wire import Reply, Result, read
+from audiences_async._http.wire import Reply, read
 from audiences_async.accounts import AccountFile
 from audiences_async.cli import summary
 from audiences_async.cli.exits import AUTHENTICATION, DONE, FAILED, PARTIAL, UNAVAILABLE, exit_code
 from audiences_async.client import AudiencesClient
 from audiences_async.credentials import ApiKey
 from audiences_async.errors import AudiencesError, ConfigurationError, printable
+from audiences_async.models import AudiencesResponse
 from audiences_async.structuring import run_to_completion
 
 _SKEW = 5.0  # s; Date has whole seconds, and a response takes time
@@ -181,7 +182,7 @@ async def _request(key: ApiKey, endpoint: URL, timeout: float) -> list[Finding]:
     return [_answer(result), _quota(reply, key), *_clock(reply, started, time.time())]
 
 
-def _answer(result: Result) -> Finding:
+def _answer(result: AudiencesResponse | AudiencesError) -> Finding:
     if isinstance(result, AudiencesError):
         return _refused(result)
     return Finding("request", f"HTTP 200, {len(result):,} audiences")

@@ -15,7 +15,6 @@ from rich.text import Text
 from audiences_async.cli import cells
 from audiences_async.errors import printable
 from audiences_async.models import Audience, AudiencesResponse
-from audiences_async.structuring import record
 
 Format: TypeAlias = Literal["table", "json", "ndjson", "csv"]
 
@@ -28,7 +27,7 @@ def write(response: AudiencesResponse, output: Format | None) -> None:
         Console().print(table(("", response)))
         return
     # Bytes, because data is UTF-8 in any locale.
-    sys.stdout.buffer.write(_FORMATS[output](record(audience) for audience in response))
+    sys.stdout.buffer.write(_FORMATS[output](audience.to_dict() for audience in response))
     sys.stdout.buffer.flush()
 
 
