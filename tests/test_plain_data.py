@@ -1,15 +1,17 @@
 """Audiences as plain data: for JSON, data frames, cattrs, prompts and notebooks; test_web has web frameworks."""
 
 import json
-import os
+import re
 from datetime import UTC, datetime
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import attrs
 import cattrs
 import pytest
 from rich.console import Console
+from services import missing_module
 
 from audiences_async import (
     Account,
@@ -24,6 +26,7 @@ from audiences_async.models import Audience
 from audiences_async.sandbox import EXAMPLE_AUDIENCES, Sandbox
 from audiences_async.structuring import configure_converter, decode
 
+README = Path(__file__).parent.parent / "README.md"
 WHEN = datetime(2025, 10, 1, 9, 10, tzinfo=UTC)
 KEYS = ["id", "name", "created_time", "user_count", "type"]
 STATIC = StaticAudience("1", "one", WHEN, 7, {"owner": "me"})
@@ -32,11 +35,11 @@ UNKNOWN = UnknownAudience("New", raw={"type": "New", "id": 9})
 RESPONSE = AudiencesResponse(200, "OK", None, (DYNAMIC, STATIC, UNKNOWN))
 
 
-def data_library(name: str) -> Any:
-    """Import a library of the dependency group ``frames``; skip the test without it, but never on CI."""
-    if os.environ.get("CI"):
-        return import_module(name)
-    return pytest.importorskip(name, reason=f"{name} is not installed; see the dependency group frames")
+def as_printed(library: str) -> Any:
+    """Return what README's expression for a library gives, of 199 dynamic audiences and a static one."""
+    (expression,) = re.findall(rf"^\| {library} \| `(.*)` \|$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    names = {name: import_module(name) for name in ("duckdb", "pandas", "polars", "pyarrow") if name in expression}
+    return eval(expression, {"response": many(200), **names})
 
 
 def many(count: int) -> AudiencesResponse:
@@ -89,33 +92,38 @@ def test_a_users_converter_writes_and_reads_the_same_records() -> None:
     assert converter.unstructure(many(1))["response_time"] == "2025-10-01T09:10:00Z"
 
 
+def test_the_json_of_readme() -> None:
+    """Write the rows as README's table says."""
+    assert json.loads(as_printed("JSON")) == many(200).to_dicts()
+
+
 @pytest.mark.once
+@pytest.mark.skipif(missing_module("pandas"), reason="pandas is not installed")
 def test_pandas_reads_the_rows() -> None:
-    """Read every column, with types."""
-    pandas = data_library("pandas")
-    frame = pandas.DataFrame(many(200).to_dicts())
+    """Read every column, with types, as README's table says."""
+    frame = as_printed("pandas")
     assert list(frame.columns) == [*KEYS, "owner"]
     assert frame["user_count"].sum() == 7
-    assert pandas.to_datetime(frame["created_time"]).iloc[0] == WHEN
+    assert datetime.fromisoformat(frame["created_time"].iloc[0]) == WHEN
 
 
 @pytest.mark.once
+@pytest.mark.skipif(missing_module("polars"), reason="polars is not installed")
 def test_polars_reads_the_rows() -> None:
     """Read every column, with types, also if the first value comes late."""
-    polars = data_library("polars")
-    frame = polars.DataFrame(many(200).to_dicts(), infer_schema_length=None)
+    frame = as_printed("polars")
     assert frame.columns == [*KEYS, "owner"]
-    assert (frame["user_count"].dtype, frame["user_count"].sum()) == (polars.Int64, 7)
+    assert (str(frame["user_count"].dtype), frame["user_count"].sum()) == ("Int64", 7)
     assert frame["created_time"].str.to_datetime(time_zone="UTC")[0] == WHEN
 
 
 @pytest.mark.once
+@pytest.mark.skipif(missing_module("pyarrow") or missing_module("duckdb"), reason="pyarrow or duckdb is not installed")
 def test_pyarrow_and_duckdb_read_the_rows() -> None:
     """Read every column with types: pyarrow takes them from the first row."""
-    pyarrow, duckdb = data_library("pyarrow"), data_library("duckdb")
-    rows = pyarrow.Table.from_pylist(many(200).to_dicts())
-    assert rows.schema.names == [*KEYS, "owner"]
-    found = duckdb.from_arrow(rows).aggregate("sum(user_count), min(created_time::timestamptz at time zone 'UTC')")
+    table, rows = as_printed("pyarrow"), as_printed("duckdb")
+    assert table.schema.names == rows.columns == [*KEYS, "owner"]
+    found = rows.aggregate("sum(user_count), min(created_time::timestamptz at time zone 'UTC')")
     assert found.fetchall() == [(7, WHEN.replace(tzinfo=None))]
 
 
@@ -158,3 +166,14 @@ def test_a_notebook_shows_a_small_table() -> None:
     assert "<td>&lt;script&gt;x" in shown
     assert len(shown) < 4000
     assert "3 audiences</caption>" in RESPONSE._repr_html_()
+
+
+async def test_a_snapshot_is_json(sandbox: Sandbox) -> None:
+    """Return a client's state as plain data, before its first use and after it; no budget is `None`."""
+    client = AudiencesClient(base_url=sandbox.base_url, budget=None)
+    assert client.snapshot().to_dict() == {"accounts": [], "budget_left": None, "service": None}
+    async with client:
+        await client.get_audiences(sandbox.add_account("north"))
+        shown = client.snapshot().to_dict()
+    assert json.loads(json.dumps(shown, allow_nan=False)) == shown
+    assert (shown["accounts"][0]["account"], shown["service"]["state"]) == ("north", "open")
