@@ -70,4 +70,5 @@ class ClientSnapshot:
 
         ``budget_left`` is ``None`` if the client has no budget.
         """
-        return {**asdict(self), "budget_left": self.budget_left if math.isfinite(self.budget_left) else None}
+        left = self.budget_left if math.isfinite(self.budget_left) else None
+        return {**asdict(self), "accounts": [asdict(account) for account in self.accounts], "budget_left": left}

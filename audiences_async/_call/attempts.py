@@ -90,18 +90,19 @@ class Attempts:
         queued_at = self._context.clock.monotonic() if self._record.is_watched else 0.0
         turn = await self._context.pacer.acquire(self._lane, self._time, self._place)
         witness = self._context.pacer.witness(turn, key) if turn.probe and self._place is not None else None
-        sent_key = witness or key
         result: Result
         report = NOTHING
         try:
             self._record.attempt_started(queued_at)
-            reply = await self._context.transport.attempt(sent_key, self._time.scope)
+            reply = await self._context.transport.attempt(witness or key, self._time.scope)
             if isinstance(reply, Reply):
-                plain = read_plain(reply, sent_key)
-                result = await self._read(reply, sent_key) if plain is None else plain
+                if self._record.is_watched:
+                    self._look_for_notice(reply, witness or key)
+                plain = read_plain(reply, witness or key)
+                result = await self._read(reply, witness or key) if plain is None else plain
             else:
                 result = reply
-            report = self._report(result, reply, sent_key)
+            report = self._report(result, reply)
         finally:
             released = self._context.pacer.release(
                 self._lane, turn, report, is_own=witness is None, in_job=self._place is not None
@@ -116,12 +117,14 @@ class Attempts:
     async def _read(self, reply: Reply, key: ApiKey) -> Result:
         return await _in_turns(read_any(reply, key, now=self._context.clock.wall()))
 
-    def _report(self, result: Result, reply: Reply | TransportError, key: ApiKey) -> Report:
-        if not isinstance(reply, Reply):
-            return report_of(result, None, self._context.policy)
-        if self._record.is_watched and (notice := self._context.notices.first_in(reply.headers, key)) is not None:
+    def _look_for_notice(self, reply: Reply, key: ApiKey) -> None:
+        notice = self._context.notices.first_in(reply.headers, key)
+        if notice is not None:
             self._record.deprecated(notice)
-        return report_of(result, announced(reply.headers, now=self._context.clock.wall()), self._context.policy)
+
+    def _report(self, result: Result, reply: Reply | TransportError) -> Report:
+        quota = announced(reply.headers, now=self._context.clock.wall()) if isinstance(reply, Reply) else None
+        return report_of(result, quota, self._context.policy)
 
     def _counts(self, result: Result, turn: Turn, released: Released, *, is_own: bool) -> bool:
         """Return whether a request without an answer counts as an attempt; if it does not, another one follows."""

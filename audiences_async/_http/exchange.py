@@ -51,7 +51,6 @@ class Exchange:
         is_below = await reader.read(cap)
         if self.lease.lost_by is not None and not reader.has_end:
             raise aiohttp.ClientPayloadError("the connection was reset before the end of the body")
-        self.lease.phase = "decoding the reply"
         return reader.reply(exceeded=None if is_below else cap)
 
     def outcome(self, error: Exception, key: ApiKey, *, out_of_time: float | None) -> Reply | TransportError:
@@ -80,6 +79,8 @@ class Exchange:
         reusable = response is not None and response.connection is None and response.status >= 200
         if response is not None:
             response.close()
+        if reusable:
+            self.lease.phase = "decoding the reply"
         self.lease.release(reusable=reusable)
         self._reader = None
 
