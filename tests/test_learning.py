@@ -119,6 +119,17 @@ def test_a_named_pause_is_left_out_of_the_measurement() -> None:
     assert rate.rate == pytest.approx(10 / 2.0, rel=0.05)
 
 
+def test_a_named_pause_outside_of_a_measurement_shows_nothing() -> None:
+    """Begin the next measurement with its own refusal, whatever was paused before."""
+    rate = LearnedRate()
+    rate.excuse(30.0)
+    assert not rate.throttled(40.0)
+    for _ in range(10):
+        rate.answered(fresh=True)
+    rate.throttled(42.0)
+    assert rate.rate == pytest.approx(10 / 2.0, rel=0.05)
+
+
 def test_refusals_that_name_a_long_pause_become_rare() -> None:
     """Stay below the rate, and grow slowly, if each refusal costs far more than a little of the rate."""
     caller = Caller(TokenBucket(10, 10), pause=10.0, asked=True).send(500)

@@ -34,7 +34,7 @@ class Evidence:
         if verdict != "answered":
             self.is_needed = True
             self._refused += _WEIGHT * ((verdict in REFUSALS) - self._refused)
-        elif self.is_needed:
+        else:
             self._refused -= _WEIGHT * self._refused
             self._recovered += _WEIGHT * (lane.recovers - self._recovered)
             self._accounts.clear()
