@@ -44,7 +44,6 @@ class Evidence:
 
         More must do so if many requests, up to *peak*, were in flight at the same time.
         """
-        self.is_needed = True
         self._accounts.add(lane)
         # Accounts have limits of their own, and few have outages of their own.
         few = _MANY if verdict == "throttled" else _FEW
