@@ -2,8 +2,13 @@
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from array import array
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
+from functools import partial
+from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Final, Literal
 
@@ -101,6 +106,19 @@ class AccountFile:
                 raise ConfigurationError(self._reader.described(account))
             yield account[1]
 
+    def places(self) -> Iterator[tuple[str, int]]:
+        """Yield each account's name and place, for `at`. TOML has no places."""
+        return ((row.fields["name"], row.offset) for row in self._reader.rows() if isinstance(row, Row))
+
+    def at(self, place: int, head: int) -> Account | None:
+        """Return the account at a place; ``None`` if there is none any more, because the file has changed.
+
+        Args:
+            place: The place.
+            head: Place of the first account; what comes before it is the header.
+        """
+        return self._reader.at(place, head)
+
     def key_sources(self, names: Collection[str]) -> dict[str, tuple[Literal["api_key_env", "api_key_from"], str]]:
         """Return a field for each account by which another account file finds its key; it never holds the key.
 
@@ -143,17 +161,30 @@ class _Reader:
 
     def check(self) -> AccountFileReport:
         """Check every account; names must be unique."""
-        seen: dict[str, str] = {}
+        names = _Names()
+        report = self._report(names.add)
+        repeated = names.repeated()
+        return self._report(partial(_duplicate, {}, repeated)) if repeated else report
+
+    def _report(self, problem_of: Callable[[Row, Account], Problem | None]) -> AccountFileReport:
         problems: list[Problem] = []
-        count = 0
+        count = accounts = 0
         for account in self.accounts():
-            problem = account if isinstance(account, Problem) else _duplicate(*account, seen)
-            if problem is not None:
+            problem = account if isinstance(account, Problem) else problem_of(*account)
+            if problem is None:
+                accounts += 1
+            else:
                 count += 1
                 problems += [problem] if count <= MAX_PROBLEMS else []
-        if not seen and not count:
+        if not accounts and not count:
             count, problems = 1, [Problem("", "contains no accounts")]
-        return AccountFileReport(self._layout(), len(seen), count, tuple(map(self.described, problems)))
+        return AccountFileReport(self._layout(), accounts, count, tuple(map(self.described, problems)))
+
+    def at(self, place: int, head: int) -> Account | None:
+        """Return the account at a place; ``None`` if there is none any more."""
+        row = next(self.rows(place, head), None)
+        account = self._account(row) if isinstance(row, Row) else None
+        return account if isinstance(account, Account) else None
 
     def accounts(self) -> Iterator[tuple[Row, Account] | Problem]:
         """Yield each account with its row, or its problem."""
@@ -164,11 +195,13 @@ class _Reader:
                 account = self._account(row)
                 yield account if isinstance(account, Problem) else (row, account)
 
-    def rows(self) -> Iterator[Row | Problem]:
-        """Yield the rows, whatever their fields are."""
+    def rows(self, place: int = 0, head: int = 0) -> Iterator[Row | Problem]:
+        """Yield the rows, whatever their fields are, from a place on; *head* is the place of the first row."""
         try:
             with self.path.open("rb") as file:
-                yield from read(file, self._suffix)
+                header = BytesIO(file.read(head) if place else b"")
+                file.seek(place)
+                yield from read(chain(header, file), self._suffix)
         except OSError as error:
             yield Problem("", f"cannot be read: {error.strerror or error}")
         except ValueError as error:  # a NUL in the path
@@ -244,12 +277,29 @@ def _all_accounts(path: Path) -> dict[str, Account] | str:
     return accounts
 
 
-def _duplicate(row: Row, account: Account, seen: dict[str, str]) -> Problem | None:
-    """Add the account to those *seen*; return a problem if its name is among them."""
+class _Names:
+    """Names of which some may be the same; takes 8 bytes for each, so that millions fit into memory."""
+
+    def __init__(self) -> None:
+        self._hashes = [array("q") for _ in range(256)]
+
+    def add(self, _: Row, account: Account) -> None:
+        """Add the name of an account."""
+        number = hash(account.name)
+        self._hashes[number & 255].append(number)
+
+    def repeated(self) -> set[int]:
+        """Return the hashes that occur more than once; two names may have the same."""
+        return {number for hashes in self._hashes for number, count in Counter(hashes).items() if count > 1}
+
+
+def _duplicate(seen: dict[str, str], hashes: set[int], row: Row, account: Account) -> Problem | None:
+    """Return a problem if the account's name is among those *seen*; add it to them if its hash is one of *hashes*."""
     if account.name in seen:
         text = f"duplicate name '{printable(account.name)}', first defined in {seen[account.name]}"
         return Problem(row.at("name"), text)
-    seen[account.name] = row.place
+    if hash(account.name) in hashes:
+        seen[account.name] = row.place
     return None
 
 

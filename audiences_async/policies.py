@@ -97,7 +97,13 @@ class RateLimit:
 
 @runtime_checkable
 class Limiter(Protocol):
-    """Any object that says when an account may send, such as a limit that several processes share."""
+    """Any object that says when an account may send, such as a limit that several processes share.
+
+    It may also have ``acquire_within(account_name, timeout)``, which is called instead and gets the seconds until the
+    call's deadline, ``inf`` if there is none; and ``limit``, a `RateLimit` that this process cannot exceed. Both let a
+    call whose turn comes too late fail at once. A `DeadlineExceededError` or `TransportError` that it raises is the
+    call's.
+    """
 
     async def acquire(self, account_name: str) -> object:
         """Return when the account may send one request. Called before every attempt, retries included."""

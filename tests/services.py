@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ NGINX = """
 {user} daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/errors;
 events {{ worker_connections 2048; }}
 http {{
-  limit_req_zone $http_authorization zone=keys:10m rate={rate}r/s;
+  limit_req_zone {key} zone=keys:10m rate={rate}r/s;
   log_format seen '$http_authorization $status $msec';
   access_log {folder}/seen seen;
   keepalive_requests 1000000;
@@ -66,13 +67,15 @@ def missing_module(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def nginx(folder: Path, body: bytes, *, rate: int, burst: int) -> Iterator[Nginx]:
-    """Run nginx with `limit_req` and without ``Retry-After`` inside the block."""
+def nginx(folder: Path, body: bytes, *, rate: int, burst: int, key: str = "$http_authorization") -> Iterator[Nginx]:
+    """Run nginx with `limit_req` for each value of *key*, and without ``Retry-After``, inside the block."""
     port = free_port()
     (folder / "audiences.json").write_bytes(body)
     config = folder / "nginx.conf"
     config.write_text(
-        NGINX.format(user="user root;" if os.geteuid() == 0 else "", folder=folder, port=port, rate=rate, burst=burst)
+        NGINX.format(
+            user="user root;" if os.geteuid() == 0 else "", folder=folder, port=port, rate=rate, burst=burst, key=key
+        )
     )
     process = subprocess.Popen(["nginx", "-c", str(config), "-e", str(folder / "errors")])
     try:
@@ -84,9 +87,9 @@ def nginx(folder: Path, body: bytes, *, rate: int, burst: int) -> Iterator[Nginx
 
 
 @contextlib.contextmanager
-def redis_server(folder: Path) -> Iterator[str]:
+def redis_server(folder: Path, port: int | None = None) -> Iterator[str]:
     """Run a Redis inside the block; yield its URL. Everything that is written to it is in the folder."""
-    port = free_port()
+    port = port or free_port()
     options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes", "--dir", str(folder)]
     process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
     try:
@@ -95,6 +98,25 @@ def redis_server(folder: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[str]:
+    """Run moto's S3 inside the block; yield its URL. Every bucket that is asked for must be created first."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
+
+
+def create_bucket(endpoint: str, name: str) -> None:
+    """Create a bucket on moto's S3."""
+    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{name}", method="PUT")).close()
 
 
 def _wait_for(port: int) -> None:

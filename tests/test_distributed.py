@@ -1,27 +1,22 @@
-"""Several workers on a real Redis: every account exactly once, even if a process dies, and no key in Redis."""
+"""Jobs on several machines, by the command line: every account exactly once, even if a process dies."""
 
-import asyncio
 import contextlib
 import json
+import logging
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
-from datetime import timedelta
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from command import COMMAND, KEY, Done, counted, runner
-from docket import Docket, Worker
-from services import free_port, missing, redis_server
+from command import KEY, Done, counted, runner
+from services import create_bucket, missing, nginx, redis_server, s3_server
+from workers import accounts_file, expected, fetch, fetched, opened, ready, started, work
 
-from audiences_async import Account, AudiencesClient, ConfigurationError, RateLimit, RetryPolicy, distributed
-from audiences_async._jobs import results
-from audiences_async._jobs.results import OutcomeFile
-from audiences_async.distributed import DocketError, RedisLimiter
-from audiences_async.sandbox import Answer, Sandbox, many_audiences
+from audiences_async.cli import worker as working
+from audiences_async.sandbox import Answer, Sandbox
 
-A0 = b'{"account": "a0", "ok": true, "audiences": []}\n'
+BODY = b'{"status": "200", "data": []}'
 
 pytestmark = pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed")
 
@@ -34,299 +29,98 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check for parts and lost chunks at every turn."""
-    monkeypatch.setattr(distributed, "_LOOK_EVERY", 0.01)
-    monkeypatch.setattr(distributed, "_ASK_EVERY", 0.02)
-    monkeypatch.setattr(distributed, "_RETRY_AFTER", timedelta(0))
-
-
-def opened(sandbox: Sandbox, count: int) -> dict[str, Account]:
-    """Return *count* accounts by name, with 3 audiences each."""
-    names = [f"a{number}" for number in range(count)]
-    return {
-        name: sandbox.add_account(name, api_key=f"{KEY}-{name}", audiences=many_audiences(name, 3)) for name in names
-    }
-
-
-def expected(count: int) -> dict[str, list[str]]:
-    """Return the audience ids of each account."""
-    return {f"a{number}": [f"a{number}-{audience}" for audience in range(3)] for number in range(count)}
-
-
-def fetched(out: Path) -> dict[str, list[str]]:
-    """Return the ids of each account of an output, in which each occurs once."""
-    told = [json.loads(line) for line in out.read_text().splitlines()]
-    ids = {one["account"]: [audience["id"] for audience in one["audiences"]] for one in told}
-    assert len(ids) == len(told)
-    return ids
-
-
-@contextlib.asynccontextmanager
-async def worker(url: str, accounts: dict[str, Account], out: Path, sandbox: Sandbox) -> AsyncIterator[None]:
-    """Run a worker in this process inside the block."""
-    client = AudiencesClient(base_url=sandbox.base_url, retry=RetryPolicy(max_attempts=1))
-    task = asyncio.create_task(distributed.work(url, accounts, out, client, concurrency=10))
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.wait({task})
-
-
-async def submitted(url: str, names: list[str], parts: Path, out: Path, **settings: Any) -> list[str]:
-    """Submit with *resume*; return the merged accounts."""
-    merged: list[str] = []
-    settings = {"resume": True, "on_idle": lambda: None, **settings}
-    with OutcomeFile(out, resume=settings["resume"]) as file:
-        await distributed.submit(
-            url, names, parts, file, chunk_size=4, on_merged=lambda line: merged.append(line.account), **settings
-        )
-    return merged
-
-
-@contextlib.asynccontextmanager
-async def other_worker(url: str, parts: Path, *wrote: bytes) -> AsyncIterator[None]:
-    """Run a foreign worker: for any chunk, its part has the same lines."""
-
-    async def fetch_chunk(part: str, names: list[str]) -> None:
-        results.write_whole(parts / part, wrote)
-
-    async with Docket("audiences", url) as docket:
-        docket.register(fetch_chunk)
-        async with Worker(docket) as one:
-            task = asyncio.create_task(one.run_forever())
-            yield
-            task.cancel()
-            await asyncio.wait({task})
+def run(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Return a function that runs the command line against the sandbox."""
+    monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
+    return runner(monkeypatch, capsys)
 
 
 @pytest.mark.once
 @pytest.mark.slow
+@pytest.mark.timeout(120)  # six processes start
+@pytest.mark.parametrize("storage", ["directory", "s3"])
 def test_a_killed_worker_is_made_up_for(
-    redis: str, sandbox: Sandbox, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    redis: str,
+    sandbox: Sandbox,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    storage: str,
 ) -> None:
     """Kill one of two workers in the middle of 5,000 accounts: each account once, within 30 s, no key in Redis."""
     opened(sandbox, 5_000)
     sandbox.script("a50", Answer(delay=60.0))  # delays the first chunk, which is still in flight at the kill
-    accounts, out, parts = tmp_path / "accounts.csv", tmp_path / "out.ndjson", tmp_path / "parts"
-    accounts.write_text("name,api_key\n" + "".join(f"a{number},{KEY}-a{number}\n" for number in range(5_000)))
-    common = ["--docket", redis, "--accounts", str(accounts)]
-    work = [*COMMAND, "worker", *common, "--out", str(parts), "--base-url", sandbox.base_url]
-    fetch = [*COMMAND, "fetch", *common, "--out", str(out), "--parts", str(parts)]
+    accounts = accounts_file(tmp_path / "accounts.csv", (f"a{number}" for number in range(5_000)))
+    out = tmp_path / "out.ndjson"
     with contextlib.ExitStack() as stack:
-        submitter = stack.enter_context(started(fetch, stderr=subprocess.PIPE, text=True))
-        doomed = stack.enter_context(started(work))
+        parts = str(tmp_path / "parts") if storage == "directory" else _bucket(stack, monkeypatch)
+        submitter = stack.enter_context(started(fetch(redis, accounts, parts, out), stderr=subprocess.PIPE))
+        doomed = stack.enter_context(ready(work(redis, accounts, parts, sandbox)))
         sandbox.wait_for_requests(100, timeout=30.0)
-        survivor = stack.enter_context(started([*work, "--account-rate", "1000"]))
-        sandbox.wait_for_requests(2_500, timeout=30.0)
+        survivor = stack.enter_context(started(work(redis, accounts, parts, sandbox, "--account-rate", "1000")))
+        sandbox.wait_for_requests(1_500, timeout=30.0)
         doomed.send_signal(signal.SIGKILL)
-        _, told = submitter.communicate(timeout=30)
+        _, told = submitter.communicate(timeout=40)
         survivor.send_signal(signal.SIGTERM)
         assert survivor.wait(timeout=20) == 0
     assert (submitter.returncode, counted(told)) == (0, "5,000 of 5,000 accounts fetched, 0 failed")
     assert fetched(out) == expected(5_000)
     assert len(sandbox.seen("a0")) == len(sandbox.seen("a50")) == 2  # the chunk in flight was taken over
-    assert list(parts.iterdir()) == []
+    assert not (tmp_path / "parts").exists() or list((tmp_path / "parts").iterdir()) == []
     written = b"".join(file.read_bytes() for file in tmp_path_factory.getbasetemp().rglob("*.aof"))
     assert b"a4999" in written
     assert KEY.encode() not in written
 
 
-@contextlib.contextmanager
-def started(command: list[str], **settings: Any) -> Iterator["subprocess.Popen[str]"]:
-    """Start a process that ends with the block."""
-    with subprocess.Popen(command, **settings) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+def _run(command: list[str]) -> str:
+    """Run a command to its end, and return what it writes to stderr."""
+    return subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True).stderr
 
 
+def _bucket(stack: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Start an S3, set the credentials as users do, and return the URL of a bucket."""
+    endpoint = stack.enter_context(s3_server())
+    create_bucket(endpoint, "bucket")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "s3cr3t")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    return "s3://bucket/parts"
+
+
+@pytest.mark.once
 @pytest.mark.slow
-async def test_what_a_worker_cannot_do_is_an_error_of_the_account(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
-    """Write an account that fails, and one missing from the worker's own file, as lines with errors."""
-    accounts = opened(sandbox, 6)
-    sandbox.script("a1", Answer(403))
-    known = {name: account for name, account in accounts.items() if name != "a2"}
-    async with worker(redis, known, tmp_path / "parts", sandbox):
-        merged = await submitted(redis, list(accounts), tmp_path / "parts", tmp_path / "out")
-    assert sorted(merged) == sorted(accounts)
-    lines = {line.account: json.loads(line.text) for line in results.lines(tmp_path / "out")}
-    assert [name for name, told in lines.items() if not told["ok"]] == ["a2", "a1"]
-    assert lines["a1"]["error"]["status"] == 403
-    assert lines["a2"]["error"]["message"] == "account 'a2': missing from the worker's accounts file"
+@pytest.mark.skipif(missing("nginx"), reason="nginx is not installed")
+def test_workers_behind_a_limit_of_their_address(redis: str, tmp_path: Path) -> None:
+    """Three workers with defaults learn a limit that they share: nothing fails, and few requests are refused."""
+    accounts = accounts_file(tmp_path / "accounts.csv", (f"a{number}" for number in range(3_000)))
+    with contextlib.ExitStack() as stack:
+        service = stack.enter_context(nginx(tmp_path, BODY, rate=300, burst=20, key="$binary_remote_addr"))
+        for _ in range(3):
+            stack.enter_context(ready(work(redis, accounts, tmp_path / "parts", service)))
+        told = _run(fetch(redis, accounts, tmp_path / "parts", tmp_path / "out"))
+        assert counted(told) == "3,000 of 3,000 accounts fetched, 0 failed"
+        requests = len(service.log.read_text().splitlines())
+    assert requests <= 1.2 * 3_000
 
 
+@pytest.mark.once
 @pytest.mark.slow
-async def test_resuming_has_only_the_rest_fetched(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
-    """Parts that were written without a submitter are merged, and only the rest is fetched."""
-    accounts = opened(sandbox, 8)
-    sandbox.script("a1", Answer(403))
-    parts, out = tmp_path / "parts", tmp_path / "out"
-    first = asyncio.create_task(submitted(redis, list(accounts), parts, out))
-    async with worker(redis, accounts, parts, sandbox):
-        await asyncio.to_thread(sandbox.wait_for_requests, 1)
-        first.cancel()
-        await asyncio.wait({first})
-        await asyncio.to_thread(sandbox.wait_for_requests, 8)
-    assert sorted(sandbox_names(sandbox)) == sorted(accounts)
-    async with worker(redis, accounts, parts, sandbox):
-        await submitted(redis, list(accounts), parts, out)
-    assert fetched(out) == expected(8)
-    assert sorted(sandbox_names(sandbox)[8:]) == ["a1"]
-    assert list(parts.iterdir()) == []
-
-
-def sandbox_names(sandbox: Sandbox) -> list[str]:
-    """Return the account of each request, in order."""
-    return [str(request.account) for request in sandbox.requests]
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick")
-async def test_a_part_that_is_nowhere_is_asked_for_again(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
-    """If workers write elsewhere, the chunk is repeated, and then its accounts fail with that reason."""
-    accounts = opened(sandbox, 2)
-    async with worker(redis, accounts, tmp_path / "elsewhere", sandbox):
-        await submitted(redis, list(accounts), tmp_path / "parts", tmp_path / "out")
-    lines = [json.loads(line.text) for line in results.lines(tmp_path / "out")]
-    assert [line["account"] for line in lines] == ["a0", "a1"]
-    assert lines[0]["error"]["message"].endswith("no worker could write its chunk: the part is missing")
-    assert len(sandbox.requests) == 2 * 3
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick")
-async def test_a_worker_that_cannot_write(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
-    """Fail a chunk whose part cannot be written after some attempts, and give its accounts the reason."""
-    accounts = opened(sandbox, 1)
-    async with worker(redis, accounts, Path("/proc"), sandbox):  # a directory that cannot hold files
-        await submitted(redis, list(accounts), tmp_path / "parts", tmp_path / "out")
-    (line,) = results.lines(tmp_path / "out")
-    assert "no worker could write its chunk: " in json.loads(line.text)["error"]["message"]
-    assert sandbox.requests == []
-
-
-@pytest.mark.slow
-async def test_a_part_that_lacks_an_account(redis: str, tmp_path: Path) -> None:
-    """Write one line for every account, even if a part lacks it or has it twice."""
-    async with other_worker(redis, tmp_path, A0, A0):
-        await submitted(redis, ["a0", "a1"], tmp_path, tmp_path / "out")
-    first, second = (json.loads(line.text) for line in results.lines(tmp_path / "out"))
-    assert (first["account"], first["ok"]) == ("a0", True)
-    assert second["error"]["message"] == "account 'a1': missing from its chunk's part"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("resume", [True, False])
-async def test_only_a_job_that_goes_on_takes_in_what_is_there(
-    redis: str, sandbox: Sandbox, tmp_path: Path, *, resume: bool
-) -> None:
-    """Merge an earlier job's part with --resume, and ignore it without."""
-    accounts = opened(sandbox, 1)
-    parts = tmp_path / "parts"
-    parts.mkdir()
-    (chunk,) = distributed._chunks(accounts, 4)
-    results.write_whole(parts / chunk.part, [A0])
-    async with worker(redis, accounts, parts, sandbox):
-        await submitted(redis, list(accounts), parts, tmp_path / "out", resume=resume)
-    assert fetched(tmp_path / "out") == ({"a0": []} if resume else expected(1))
-
-
-@pytest.mark.slow
-async def test_what_a_killed_worker_left_half_written_is_removed(redis: str, tmp_path: Path) -> None:
-    """Remove a job's own temporary files at its end, and no others."""
-    (chunk,) = distributed._chunks(["a0"], 4)
-    ours, others = tmp_path / f".{chunk.part}.0123456789abcdef.tmp", tmp_path / ".other.ndjson.0123456789abcdef.tmp"
-    ours.touch()
-    others.touch()
-    async with other_worker(redis, tmp_path, A0):
-        await submitted(redis, ["a0"], tmp_path, tmp_path / "out")
-    assert (ours.exists(), others.exists()) == (False, True)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick")
-async def test_without_a_worker_it_says_so(redis: str, tmp_path: Path) -> None:
-    """Report missing workers once, and keep waiting."""
-    told: list[None] = []
-    waiting = asyncio.Event()
-
-    def idle() -> None:
-        told.append(None)
-        waiting.set()
-
-    job = asyncio.create_task(submitted(redis, ["a0"], tmp_path / "parts", tmp_path / "out", on_idle=idle))
-    await asyncio.wait_for(waiting.wait(), 30)
-    job.cancel()
-    await asyncio.wait({job})
-    assert (job.cancelled(), len(told)) == (True, 1)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick")
-async def test_a_redis_that_goes_away(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """While Redis is down, a submitter waits for parts, and does not end."""
-    asked = asyncio.Event()
-    with redis_server(tmp_path_factory.mktemp("redis")) as url:
-        waiting = {"on_idle": asked.set}
-        job = asyncio.create_task(submitted(url, ["a0"], tmp_path, tmp_path / "out", **waiting))
-        await asyncio.wait_for(asked.wait(), 30)
-    for _ in range(3):
-        assert not job.done()
-        await asyncio.sleep(0.03)
-    (chunk,) = distributed._chunks(["a0"], 4)
-    results.write_whole(tmp_path / chunk.part, [A0])
-    assert await job == ["a0"]
-
-
-@pytest.mark.parametrize("url", ["nonsense", "redis://u:s3cr3t@[/0", "redis://:s3cr3t@127.0.0.1:1/0?max_connections=x"])
-async def test_a_url_that_cannot_be_used(url: str, tmp_path: Path) -> None:
-    """Report an invalid URL as a usage error, without repeating it."""
-    with pytest.raises(ConfigurationError, match="invalid Redis URL") as caught:
-        await submitted(url, ["a0"], tmp_path, tmp_path / "out")
-    assert caught.value.__cause__ is caught.value.__context__ is None
-    with pytest.raises(ConfigurationError, match="invalid Redis URL"):
-        distributed.connect(url, 5)
-
-
-async def test_a_redis_that_is_not_there(tmp_path: Path) -> None:
-    """If Redis does not listen, both sides end with an error and a hint."""
-    url = f"redis://127.0.0.1:{free_port()}/0?max_connections=5"
-    with pytest.raises(DocketError, match="Redis is unavailable: .*check the Redis URL"):
-        await submitted(url, ["a0"], tmp_path, tmp_path / "out")
-    with pytest.raises(DocketError):
-        await distributed.work(url, {}, tmp_path, AudiencesClient())
-
-
-@pytest.mark.slow
-async def test_one_rate_for_all_processes(redis: str) -> None:
-    """Clients that share a Redis share each account's rate, bursts included; other accounts are not delayed."""
-    async with distributed.connect(redis, 10) as one, distributed.connect(redis, 10) as other:
-        limiters = [RedisLimiter(client, RateLimit(rate=5, burst=3)) for client in (one, other)]
-        now = asyncio.get_running_loop().time
-        started = now()
-        times: list[float] = []
-
-        async def ask(number: int) -> None:
-            await limiters[number % 2].acquire("north")
-            times.append(now() - started)
-
-        await asyncio.gather(*map(ask, range(9)))
-        before = now()
-        await limiters[0].acquire("south")
-        assert now() - before < 0.2, "less than north would have to wait"
-    times.sort()
-    assert times[2] < 0.2, "the burst at once"
-    assert all(time >= (number - 2) / 5 - 0.002 for number, time in enumerate(times))
-
-
-@pytest.fixture
-def run(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """Return a function that runs the command line against the sandbox."""
-    monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
-    return runner(monkeypatch, capsys)
+def test_one_rate_of_all_workers(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
+    """With --rate, workers together never send more, whatever second is looked at."""
+    opened(sandbox, 150)
+    accounts = accounts_file(tmp_path / "accounts.csv", (f"a{number}" for number in range(150)))
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(ready(work(redis, accounts, tmp_path / "parts", sandbox, "--rate", "50")))
+        _run(fetch(redis, accounts, tmp_path / "parts", tmp_path / "out"))
+    assert fetched(tmp_path / "out") == expected(150)
+    times = sorted(request.at for request in sandbox.requests)
+    assert len(times) == 150
+    # One request of each worker may be late by a little.
+    assert all(later - earlier >= 0.98 for earlier, later in zip(times, times[53:], strict=False))
+    assert times[-1] - times[0] < 1.2 * 150 / 50
 
 
 @pytest.mark.slow
@@ -339,34 +133,53 @@ def test_the_command_line_of_both_sides(
     sandbox.script("south", Answer(403))
     accounts, out = tmp_path / "accounts.csv", tmp_path / "out"
     accounts.write_text("name,api_key_env\nnorth,NORTH\nsouth,SOUTH\n")
-    work = [*COMMAND, "worker", "--docket", redis, "--accounts", str(accounts), "--out", f"{out}.parts"]
     with monkeypatch.context() as patch:
         patch.setenv("NORTH", f"{KEY}-north")
         patch.setenv("SOUTH", f"{KEY}-south")
-        process = subprocess.Popen(work, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            work(redis, accounts, f"{out}.parts", sandbox, "--queue", "q"), stderr=subprocess.PIPE, text=True
+        )
     with process:
-        done = run("fetch", "--docket", redis, "--accounts", str(accounts), "--out", str(out))
+        done = run("fetch", "--docket", redis, "--queue", "q", "--accounts", str(accounts), "--out", str(out))
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=30)
-    assert (process.returncode, told) == (0, "")
+    assert (process.returncode, told.endswith(f" is ready: queue q, parts go to {out}.parts\n")) == (0, True)
     summary = [line for line in done.stderr.splitlines() if not line.startswith("no worker yet")]
     assert (done.returncode, summary[0]) == (7, "  1 × ForbiddenError (HTTP 403): south")
     assert counted(done.stderr) == "1 of 2 accounts fetched, 1 failed"
+    assert not (tmp_path / ".out.job").exists()
 
 
 @pytest.mark.slow
-def test_the_submitting_side_interrupted(redis: str, tmp_path: Path) -> None:
-    """Print how to start a worker if none runs, and on Ctrl-C how to continue."""
-    accounts = tmp_path / "accounts.csv"
+def test_the_submitting_side_interrupted(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
+    """Print how to start a worker if none runs, and on Ctrl-C how to continue; the job is then the same."""
+    accounts, out = tmp_path / "accounts.csv", tmp_path / "out"
     accounts.write_text("name,api_key_env\nnorth,NORTH\n")
-    fetch = [*COMMAND, "fetch", "--docket", redis, "--accounts", str(accounts), "--out", str(tmp_path / "out")]
-    with started(fetch, stderr=subprocess.PIPE, text=True) as process:
+    command = fetch(redis, accounts, tmp_path / "parts", out)
+    with started(command, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         assert process.stderr.readline().startswith("no worker yet; start one: audiences worker --docket")
         process.send_signal(signal.SIGINT)
         told = process.stderr.read()
         assert process.wait(timeout=30) == 130
     assert "error: interrupted; 0 of 1 accounts are fetched and kept\nhint: run the same command with --resume" in told
+    job = json.loads((tmp_path / ".out.job").read_text())["job"]
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == [job]
+
+
+@pytest.mark.slow
+def test_a_worker_without_redis(sandbox: Sandbox, tmp_path: Path) -> None:
+    """A worker whose Redis goes away writes a line for each failure, without a traceback, and ends on SIGTERM."""
+    accounts = accounts_file(tmp_path / "accounts.csv", ["a0"])
+    with contextlib.ExitStack() as stack:
+        with redis_server(tmp_path) as url:
+            worker = stack.enter_context(ready(work(url, accounts, tmp_path / "parts", sandbox)))
+        assert worker.stderr is not None
+        first = worker.stderr.readline()
+        worker.send_signal(signal.SIGTERM)
+        lines = [first, *worker.communicate(timeout=20)[1].splitlines()]
+    assert worker.returncode == 0
+    assert {line.partition(":")[0] for line in lines} <= {"warning", "error"}
 
 
 def test_a_worker_interrupted_before_it_has_begun(
@@ -386,6 +199,14 @@ def test_a_worker_interrupted_before_it_has_begun(
     ("arguments", "code", "told"),
     [
         (["fetch", "--docket", "nonsense", "--out", "{}/out"], 2, "invalid Redis URL"),
+        (["fetch", "--docket", "redis://h", "--queue", "a b", "--out", "{}/out"], 2, "queue must be"),
+        (
+            ["fetch", "--docket", "redis://h", "--parts", "ftp://h", "--out", "{}/out"],
+            2,
+            "parts must be in a directory",
+        ),
+        (["fetch", "--queue", "q", "--out", "{}/out"], 2, "--queue and --parts need --docket"),
+        (["fetch", "--parts", "p", "--out", "{}/out"], 2, "--queue and --parts need --docket"),
         (
             ["fetch", "--docket", "redis://h", "--out", "{}/out", "--rate", "5"],
             2,
@@ -395,9 +216,12 @@ def test_a_worker_interrupted_before_it_has_begun(
         (["worker", "--docket", "nonsense", "--out", "{}", "--account-rate", "5"], 2, "invalid Redis URL"),
         (["worker", "--docket", "redis://127.0.0.1:1", "--out", "{}"], 5, "Redis is unavailable"),
         (["worker", "--docket", "redis://h", "--out", "{}", "--concurrency", "0"], 2, "concurrency must be"),
+        (["worker", "--docket", "redis://h", "--out", "{}", "--rate", "0"], 2, "rate must be"),
         (["worker", "--docket", "redis://h", "--out", "{}", "--account-rate", "0"], 2, "account_rate must be"),
         (["worker", "--docket", "redis://h", "--out", "{}", "--timeout", "0"], 2, "timeout must be"),
+        (["worker", "--docket", "redis://h", "--out", "{}", "--grace", "-1"], 2, "grace must be"),
         (["worker", "--docket", "redis://h", "--out", "/dev/null/parts"], 1, "cannot write to /dev/null/parts"),
+        (["worker", "--docket", "redis://h", "--out", "ftp://h"], 2, "parts must be in a directory"),
     ],
 )
 def test_wrong_usage(run: Callable[..., Done], tmp_path: Path, arguments: list[str], code: int, told: str) -> None:
@@ -409,7 +233,7 @@ def test_wrong_usage(run: Callable[..., Done], tmp_path: Path, arguments: list[s
     assert told in done.stderr
 
 
-@pytest.mark.parametrize("command", ["fetch", "worker"])
+@pytest.mark.parametrize("command", ["fetch", "worker", "status"])
 def test_without_the_extra(
     run: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -417,6 +241,16 @@ def test_without_the_extra(
     accounts = tmp_path / "accounts.csv"
     accounts.write_text(f"name,api_key\nnorth,{KEY}\n")
     monkeypatch.setattr("audiences_async.cli.app.find_spec", lambda name: None)
-    done = run(command, "--docket", "redis://h", "--accounts", str(accounts), "--out", str(tmp_path / "out"))
+    options = [] if command == "status" else ["--accounts", str(accounts), "--out", str(tmp_path / "out")]
+    done = run(command, "--docket", "redis://h", *options)
     assert done.returncode == 2
     assert "pip install 'audiences_async[docket]'" in done.stderr
+
+
+def test_a_line_for_each_hiccup(capsys: pytest.CaptureFixture[str]) -> None:
+    """Log a failure of Redis on one line, without its traceback."""
+    handler = working.OneLine()
+    logger = logging.getLogger("hiccup")
+    logger.addHandler(handler)
+    logger.error("no heartbeat", exc_info=ConnectionError("refused\nby Redis"))
+    assert capsys.readouterr().err == "error: no heartbeat: ConnectionError: refused\\nby Redis\n"

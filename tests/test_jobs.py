@@ -61,6 +61,23 @@ async def test_every_account_has_its_own_outcome(sandbox: Sandbox, client: Audie
     assert others() == set()
 
 
+async def test_a_source_that_waits(sandbox: Sandbox, client: AudiencesClient) -> None:
+    """While the source waits for its next account, one that retries gets its place back."""
+    first, second = opened(sandbox, 2)
+    sandbox.script("a0", Answer(500))
+    fetched = asyncio.Event()
+
+    async def accounts() -> AsyncIterator[Account]:
+        yield first
+        await fetched.wait()
+        yield second
+
+    async with client.stream(accounts(), concurrency=1) as outcomes, asyncio.timeout(10):
+        assert (await anext(outcomes)).account == first
+        fetched.set()
+        assert (await anext(outcomes)).account == second
+
+
 async def test_a_failed_account_is_an_outcome(sandbox: Sandbox, client: AudiencesClient) -> None:
     """Return the error as the account's outcome, without the frames that it was raised in; it pickles."""
     north = sandbox.add_account("north")

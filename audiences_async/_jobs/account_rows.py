@@ -4,7 +4,7 @@ import csv
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from attrs import field, frozen
@@ -46,12 +46,14 @@ class Row:
         line: Line of the file, from 1; 0 if unknown.
         columns: Line and column of each field, from 1. The column counts characters, or fields in a CSV file.
         fields: Field values; never printed.
+        offset: Byte at which it begins; 0 if unknown.
     """
 
     number: int
     line: int
     columns: Mapping[str, tuple[int, int]]
     fields: Mapping[str, Any] = field(repr=False)
+    offset: int = 0
 
     def at(self, name: str) -> str:
         """Return the place of a field."""
@@ -95,16 +97,16 @@ class Header:
         return f"{expected}, separated by {separators}; {found}"
 
 
-def read(file: BinaryIO, suffix: str) -> Iterator[Row | Problem]:
-    """Yield the rows of a file in the format of the suffix, and each problem in its place."""
-    return _READERS[suffix](file)
+def read(file: Iterable[bytes], suffix: str) -> Iterator[Row | Problem]:
+    """Yield the rows of a file's lines in the format of the suffix, and each problem in its place."""
+    return _READERS[suffix](_Lines(file))
 
 
 def layout(file: BinaryIO, suffix: str) -> str:
     """Return what the file is, for people: its format, and of CSV the separator and the header."""
     if suffix != ".csv":
         return "TOML" if suffix == ".toml" else "NDJSON"
-    return str(_header("".join(_start(_lines(file)))))
+    return str(_header("".join(_start(_Lines(file)))))
 
 
 def suffixes() -> tuple[str, ...]:
@@ -117,10 +119,18 @@ def _shown(name: str) -> str:
     return f"'{name}'" if words and _HEADER_WORDS.issuperset(words) else f"a text of {len(name)} characters"
 
 
-def _lines(file: BinaryIO) -> Iterator[str]:
-    """Yield the lines; bytes that are not UTF-8 are surrogates."""
-    for number, line in enumerate(file):
-        yield line.decode("utf-8" if number else "utf-8-sig", "surrogateescape")
+class _Lines(Iterator[str]):
+    """The lines, of which bytes that are not UTF-8 are surrogates; and the byte at which the next one begins."""
+
+    def __init__(self, lines: Iterable[bytes]) -> None:
+        self.offset = 0
+        self._lines = iter(lines)
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        text = line.decode("utf-8" if self.offset else "utf-8-sig", "surrogateescape")
+        self.offset += len(line)
+        return text
 
 
 def _is_text(text: str) -> bool:
@@ -149,8 +159,7 @@ def _names(text: str, separator: str) -> tuple[str, ...]:
     return tuple(re.sub(r"[\s-]+", "_", cell.strip().casefold()) for cell in cells)
 
 
-def _csv(file: BinaryIO) -> Iterator[Row | Problem]:
-    lines = _lines(file)
+def _csv(lines: _Lines) -> Iterator[Row | Problem]:
     start = list(_start(lines))
     if not any(line.strip() for line in start):
         return
@@ -161,23 +170,23 @@ def _csv(file: BinaryIO) -> Iterator[Row | Problem]:
         return
     columns = {name: number for number, name in enumerate(header.names, 1) if name}
     records = _records(lines, header, len(start))
-    rows = (record for record in records if isinstance(record, Problem) or any(record[1]))
+    rows = (record for record in records if isinstance(record, Problem) or any(record[2]))
     for number, record in enumerate(rows):
         if isinstance(record, Problem):
             yield record
             continue
-        line, cells = record
+        line, offset, cells = record
         # CSV leaves a field out by an empty cell.
         fields = {name: cells[column - 1] or None for name, column in columns.items()}
-        yield Row(number, line, {name: (line, column) for name, column in columns.items()}, fields)
+        yield Row(number, line, {name: (line, column) for name, column in columns.items()}, fields, offset)
 
 
-def _records(lines: Iterator[str], header: Header, line: int) -> Iterator[tuple[int, list[str]] | Problem]:
-    """Yield the first line and the cells of each record after *line*, all of them as many as the header has."""
+def _records(lines: _Lines, header: Header, line: int) -> Iterator[tuple[int, int, list[str]] | Problem]:
+    """Yield line, offset and cells of each record after *line*, as many cells as the header has."""
     reader, above = csv.reader(lines, delimiter=header.separator, strict=True), line
     expected = len(header.names)
     while True:
-        start = line + 1
+        start, offset = line + 1, lines.offset
         try:
             cells = next(reader, None)
         except csv.Error as error:
@@ -194,18 +203,22 @@ def _records(lines: Iterator[str], header: Header, line: int) -> Iterator[tuple[
             place = f"line {start}, column {min(len(cells), expected) + 1}"
             yield Problem(place, f"expected {expected} fields as in the header, got {len(cells)}")
         else:
-            yield start, cells
+            yield start, offset, cells
 
 
-def _ndjson(file: BinaryIO) -> Iterator[Row | Problem]:
-    lines = ((number, line) for number, line in enumerate(_lines(file), 1) if line.strip())
-    for index, (number, line) in enumerate(lines):
+def _ndjson(lines: _Lines) -> Iterator[Row | Problem]:
+    index = offset = 0
+    for number, line in enumerate(lines, 1):
+        start, offset = offset, lines.offset
+        if not line.strip():
+            continue
         fields = _object(number, line)
         if isinstance(fields, Problem):
             yield fields
         else:
             columns = {name: (number, line.find(f'"{name}"') + 1) for name in FIELDS if name in fields}
-            yield Row(index, number, columns, fields)
+            yield Row(index, number, columns, fields, start)
+        index += 1
 
 
 def _object(number: int, line: str) -> dict[str, Any] | Problem:
@@ -226,8 +239,8 @@ def _object(number: int, line: str) -> dict[str, Any] | Problem:
     return fields
 
 
-def _toml(file: BinaryIO) -> Iterator[Row | Problem]:
-    text = "".join(_lines(file))
+def _toml(lines: _Lines) -> Iterator[Row | Problem]:
+    text = "".join(lines)
     accounts = _tables(text)
     if isinstance(accounts, Problem):
         yield accounts
@@ -269,7 +282,7 @@ def _toml_places(text: str) -> list[tuple[int, dict[str, tuple[int, int]]]]:
     return tables
 
 
-_READERS: Final[Mapping[str, Callable[[BinaryIO], Iterator[Row | Problem]]]] = {
+_READERS: Final[Mapping[str, Callable[[_Lines], Iterator[Row | Problem]]]] = {
     ".csv": _csv,
     ".ndjson": _ndjson,
     ".jsonl": _ndjson,

@@ -198,13 +198,11 @@ class Results(AsyncIterator[R], Generic[T, R]):
 
     async def _run(self) -> None:
         while not self._has_been_left() and not self._is_surplus():
-            await self._room.acquire()
-            await self._places.acquire()
             item = await self._next()
             if item is None or self._has_been_left():
-                self._places.release()
-                self._room.release()
                 return
+            await self._room.acquire()
+            await self._places.acquire()
             if len(self._workers) - len(self._surplus) < self._concurrency + self._away:
                 self._start_worker()  # one by one: a job of three accounts does not start a hundred tasks
             place = Place(self, self._patience)
@@ -225,6 +223,8 @@ class Results(AsyncIterator[R], Generic[T, R]):
 
     async def _next(self) -> tuple[T] | None:
         async with self._reading:
+            async with self._room, self._places:
+                pass  # reads when there is room, and keeps none from items that return while it waits for the source
             if not self._exhausted:
                 try:
                     return (await anext(self._items),)

@@ -102,20 +102,25 @@ def lines(path: Path) -> Iterator[Line]:
         OSError: The file cannot be read.
     """
     try:
-        for number, text in enumerate(compression.lines(path), 1):
-            if not text.endswith(b"\n") and _is_torn(text):
-                return
-            head = _head(path, number, text)
-            yield Line(head.account, head.ok, _encode(head) + b"\n")
+        yield from read_lines(compression.lines(path), str(path))
     except compression.UnreadableError as error:
         problem = f"{printable(str(path))} is not compressed as its name says, or is corrupt: {error}"
         raise ConfigurationError(f"{problem}; choose another file") from None
 
 
-def _head(path: Path, number: int, text: bytes) -> _Head:
+def read_lines(texts: Iterable[bytes], name: str) -> Iterator[Line]:
+    """Do the same with the lines of an open file, whose *name* is for messages."""
+    for number, text in enumerate(texts, 1):
+        if not text.endswith(b"\n") and _is_torn(text):
+            return
+        head = _head(name, number, text)
+        yield Line(head.account, head.ok, _encode(head) + b"\n")
+
+
+def _head(name: str, number: int, text: bytes) -> _Head:
     with suppress(msgspec.MsgspecError):
         return _decode(text)
-    where = f"{printable(str(path))}, line {number},"
+    where = f"{printable(name)}, line {number},"
     raise ConfigurationError(f"{where} is not the outcome of an account; choose another file")
 
 

@@ -133,7 +133,7 @@ class Pacer:
                 await place.enter()
         async with lane.head(time.deadline):
             await lane.opened()
-            await lane.ask_limiter("rate_limit", lane.account)
+            await lane.ask_limiter("rate_limit", lane.account, time.deadline - self.clock.monotonic())
             while True:
                 await lane.opened()
                 turn = await (self._single_turn(lane, time) if place is None else self._jobs_turn(lane, time, place))
@@ -145,7 +145,8 @@ class Pacer:
             await self.service.opened_or_out()  # not behind those that wait for the end of the outage
             return self._sent(lane)
         async with self.service.head(time.deadline):
-            await self.service.ask_limiter("service_rate_limit", lane.account)
+            left = time.deadline - self.clock.monotonic()
+            await self.service.ask_limiter("service_rate_limit", lane.account, left)
             await self.service.opened_or_out()
             return self._sent(lane)
 

@@ -99,7 +99,8 @@ class PacedQueue(Queue):
     ) -> None:
         # Not by `isinstance(limit, Limiter)`: checking a protocol takes longer than making a lane.
         super().__init__(clock, deadlines, None if isinstance(limit, RateLimit) else limit)
-        self._known = KnownRate(limit) if isinstance(limit, RateLimit) else None
+        known = limit if isinstance(limit, RateLimit) else getattr(limit, "limit", None)
+        self._known = KnownRate(known) if isinstance(known, RateLimit) else None
         self._learned: LearnedPace | None = None  # from the first refusal on, also below a known rate
         self._allowance: Allowance | None = None  # if the service announces its quota
         self._settings = settings

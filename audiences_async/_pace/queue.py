@@ -107,12 +107,21 @@ class Queue(ABC):
         self._changed.clear()
         await self._changed.wait()
 
-    async def ask_limiter(self, setting: str, account: str) -> None:
-        """Return when the caller's own limiter agrees, if there is one. For the head of the queue."""
+    async def ask_limiter(self, setting: str, account: str, timeout: float = math.inf) -> None:
+        """Return when the caller's own limiter agrees, if there is one. For the head of the queue.
+
+        Args:
+            setting: Name of the limiter's setting, for messages.
+            account: The account's name.
+            timeout: Seconds until the call's deadline, for a limiter that refuses a wait that does not fit.
+        """
         if self.limiter is None:
             return
+        acquire_within = getattr(self.limiter, "acquire_within", None)
         try:
-            await self.limiter.acquire(account)
+            await (self.limiter.acquire(account) if acquire_within is None else acquire_within(account, timeout))
+        except (DeadlineExceededError, TransportError):
+            raise  # of a limiter that uses this package's errors
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and is_cancelled():
                 raise

@@ -22,6 +22,7 @@ from audiences_async.cli import demo as demonstration
 from audiences_async.cli import doctor as diagnosis
 from audiences_async.cli import fetch as fetching
 from audiences_async.cli import signals, summary
+from audiences_async.cli import status as looking
 from audiences_async.cli import worker as working
 from audiences_async.cli.exits import AUTHENTICATION, DONE, FAILED, PARTIAL, USAGE, exit_code
 from audiences_async.cli.log import Log, LogFormat, client_log
@@ -186,7 +187,8 @@ def fetch(
     log_format: LogFormat = "text",
     metrics_file: Path | None = None,
     docket: str | None = None,
-    parts: Path | None = None,
+    queue: str | None = None,
+    parts: str | None = None,
 ) -> int:
     """Fetch every account of a file; write each account's audiences, or its error, to another file.
 
@@ -231,14 +233,19 @@ def fetch(
         File for metrics in the Prometheus text format, written every 30 seconds and at the end.
     docket
         URL of a Redis: `audiences worker` processes fetch the accounts, with their own settings.
+    queue
+        With --docket: name of the queue, if several fleets of workers share the Redis.
     parts
-        With --docket: directory that the workers write to; by default the output's name with .parts appended.
+        With --docket: directory or bucket (s3://, gs:// or az://) that the workers write to; by default the output's
+        name with .parts appended.
     """
     tally, log = summary.Tally(), Log(log_format)
     try:
         limits = fetching.Limits(concurrency, rate, timeout, patience, max_attempts)
         if docket is not None:
             _check_distributed(limits, base_url)
+        elif queue is not None or parts is not None:
+            raise ConfigurationError("--queue and --parts need --docket, the URL of a Redis")
         if check:
             return checking.show(accounts, with_keys=docket is None)
         if out is None:
@@ -248,7 +255,7 @@ def fetch(
         if docket is None:
             fetching.run(job, tally)
         else:
-            fetching.run_distributed(job, tally, docket, parts or out.with_name(f"{out.name}.parts"))
+            fetching.run_distributed(job, tally, docket, queue, parts or str(out.with_name(f"{out.name}.parts")))
     except AudiencesError as error:
         return _report_error(error.summary, error.hint, exit_code(error), log)
     except OSError as error:
@@ -272,15 +279,18 @@ def worker(
     *,
     docket: str,
     accounts: Path,
-    out: Path,
+    out: str,
+    queue: str | None = None,
     concurrency: int = 100,
+    rate: float | None = None,
     account_rate: float | None = None,
     timeout: float = 60.0,
     patience: float = 900.0,
+    grace: float = 20.0,
     max_attempts: int = 5,
     base_url: str | None = None,
 ) -> int:
-    """Fetch accounts for `audiences fetch --docket` until interrupted; accounts in flight are finished first.
+    """Fetch accounts for `audiences fetch --docket` until interrupted; then no further account is started.
 
     Parameters
     ----------
@@ -290,15 +300,22 @@ def worker(
         TOML, CSV or NDJSON file with the name and the api_key, or api_key_env, of each account; keys stay on this
         machine.
     out
-        Directory shared by all workers and the submitting machine.
+        Directory shared by all workers and the submitting machine; or a bucket: s3://, gs:// or az://, with the
+        credentials in the environment.
+    queue
+        Name of the queue, if several fleets of workers share the Redis.
     concurrency
         Maximum number of accounts in flight in this process.
+    rate
+        Requests per second of all workers of the queue together; by default the service's limit is learned.
     account_rate
         Requests per second of each account, over all workers; by default each account's rate is learned.
     timeout
         Seconds for each account, including its attempts and its own waits.
     patience
         Longest outage in seconds: after that long without an answer to any account, the remaining accounts fail.
+    grace
+        Seconds for accounts in flight after SIGTERM or Ctrl-C; the others go back to the queue at once.
     max_attempts
         Maximum number of requests per account, the first included.
     base_url
@@ -306,17 +323,38 @@ def worker(
     """
     try:
         _require_docket()
-        known = {account.name: account for account in AccountFile(accounts)}
+        file = AccountFile(accounts)
         settings = working.Settings(
-            docket, known, out, concurrency, account_rate, timeout, patience, max_attempts, base_url
+            docket, file, out, queue, concurrency, rate, account_rate, timeout, patience, grace, max_attempts, base_url
         )
         asyncio.run(working.run(settings))
     except AudiencesError as error:
         return _report_error(error.summary, error.hint, exit_code(error))
-    except OSError as error:
-        return _report_error(f"cannot write to {out}: {error.strerror or error}", "", FAILED)
     except KeyboardInterrupt:
         pass  # Ctrl-C is the normal end of a worker
+    return DONE
+
+
+@app.command
+def status(*, docket: str, queue: str | None = None, json: _Flag = False) -> int:
+    """Show the workers and jobs of a queue: chunks, accounts, rates and errors; on a terminal until Ctrl-C.
+
+    Parameters
+    ----------
+    docket
+        URL of the Redis.
+    queue
+        Name of the queue, if several fleets of workers share the Redis.
+    json
+        Print one line of JSON instead.
+    """
+    try:
+        _require_docket()
+        asyncio.run(looking.run(docket, queue, as_json=json))
+    except AudiencesError as error:
+        return _report_error(error.summary, error.hint, exit_code(error))
+    except KeyboardInterrupt:
+        pass  # Ctrl-C is the normal end
     return DONE
 
 

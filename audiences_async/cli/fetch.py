@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from attrs import field, frozen, validators
 
@@ -19,8 +19,6 @@ from audiences_async.cli.target import Target
 from audiences_async.client import AudiencesClient
 from audiences_async.errors import ConfigurationError, printable
 from audiences_async.policies import RateLimit, RetryPolicy
-
-_NO_WORKER: Final = "no worker yet; start one: audiences worker --docket URL --accounts FILE --out DIRECTORY"
 
 
 @frozen
@@ -99,8 +97,8 @@ def run(job: Job, tally: Tally) -> None:
     _run(job, tally, fetch)
 
 
-def run_distributed(job: Job, tally: Tally, url: str, parts: Path) -> None:
-    """Do the same as `run` with the workers of a docket, which write to the directory *parts*."""
+def run_distributed(job: Job, tally: Tally, url: str, queue: str | None, parts: str) -> None:
+    """Do the same as `run` with the workers of a queue, which write to the directory or bucket *parts*."""
     from audiences_async import distributed  # noqa: PLC0415 - of an optional extra
 
     names = (account.name for account in job.accounts)
@@ -112,10 +110,18 @@ def run_distributed(job: Job, tally: Tally, url: str, parts: Path) -> None:
                 tally.count_line(line)
                 show()
 
-            def idle() -> None:
-                job.log.write("waiting", _NO_WORKER)
-
-            await distributed.submit(url, names, parts, file, resume=job.resume, on_merged=merged, on_idle=idle)
+            with distributed.recorded(job.target.checkpoint, resume=job.resume) as identity:
+                await distributed.submit(
+                    url,
+                    names,
+                    parts,
+                    file,
+                    job=identity,
+                    queue=queue or distributed.QUEUE,
+                    total=tally.total - tally.earlier,
+                    on_merged=merged,
+                    on_notice=lambda text: job.log.write("waiting", text),
+                )
 
     _run(job, tally, submit)
 

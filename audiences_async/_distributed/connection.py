@@ -1,0 +1,128 @@
+"""Connections to Redis, and the error that all its failures become."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
+from typing import Any, Final, cast
+from urllib.parse import parse_qs, urlsplit
+
+from docket import Docket
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.exceptions import RedisError
+
+from audiences_async.errors import ConfigurationError, TransportError, printable
+
+QUEUE: Final = "audiences"
+"""Name of the queue that is used if none is given."""
+
+_QUEUE_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,100}")
+_TIMEOUT: Final = 5.0  # s for an exchange with Redis, and for a free connection of a pool
+_CONNECTIONS: Final = 16  # the maximum for a docket's own loops
+_KEPT: Final = timedelta(seconds=30)  # a finished chunk's state; submitters look for late chunks more often
+
+
+class DocketError(TransportError):
+    """Redis is unreachable, full or unusable."""
+
+    hint = "check the Redis URL, and that Redis is running"
+
+
+def connect(url: str, connections: int) -> Redis:
+    """Return a client of the Redis, for `RedisLimiter`; the caller closes it.
+
+    An exchange that takes longer than 5 s fails. If all connections are in use, the next exchange waits up to 5 s for
+    one.
+
+    Args:
+        url: URL of the Redis.
+        connections: Maximum number of connections, unless the URL has ``max_connections``.
+
+    Raises:
+        ConfigurationError: The URL is invalid.
+    """
+    with suppress(ValueError):
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=connections,
+            timeout=_TIMEOUT,
+            socket_timeout=_TIMEOUT,
+            socket_connect_timeout=_TIMEOUT,
+        )
+        return Redis.from_pool(pool)
+    raise _invalid_url()
+
+
+@asynccontextmanager
+async def opened(url: str, queue: str, connections: int = 0) -> AsyncIterator[Docket]:
+    """Yield a connected docket.
+
+    Args:
+        url: URL of the Redis. If it has ``max_connections``, that is the size of the pool.
+        queue: Name of the queue.
+        connections: Connections needed beyond the docket's own.
+
+    Raises:
+        ConfigurationError: The URL or the name is invalid.
+        DocketError: Redis is unreachable.
+    """
+    if not _QUEUE_NAME.fullmatch(queue):
+        raise ConfigurationError(f"queue must be 1 to 100 letters, digits, dots, hyphens or underscores, got {queue!r}")
+    docket = None
+    with suppress(ValueError):
+        async with reached():
+            docket = await Docket(queue, _sized(url, connections), execution_ttl=_KEPT).__aenter__()
+    if docket is None:
+        raise _invalid_url()
+    try:
+        async with reached():
+            await docket.workers()
+        yield docket
+    finally:
+        await docket.__aexit__(None, None, None)
+
+
+def _sized(url: str, connections: int) -> str:
+    query = urlsplit(url).query
+    if "max_connections" in parse_qs(query):
+        return url
+    return f"{url}{'&' if query else '?'}max_connections={_CONNECTIONS + connections}"
+
+
+def _invalid_url() -> ConfigurationError:
+    # Without the original message, which may repeat a password.
+    return ConfigurationError("invalid Redis URL; expected a form such as redis://host:6379/0")
+
+
+@asynccontextmanager
+async def reached() -> AsyncIterator[None]:
+    """Bound the block by a few seconds, and turn the failures of Redis into one error.
+
+    Raises:
+        DocketError: Redis is unreachable, does not answer, or refuses.
+    """
+    try:
+        async with asyncio.timeout(_TIMEOUT):  # the docket's own connections wait for ever
+            yield
+    except (RedisError, OSError) as error:
+        raise unavailable(error) from error
+
+
+def unavailable(error: BaseException | None) -> DocketError:
+    """Return the error that stands for a failure of Redis."""
+    return DocketError(f"Redis is unavailable: {printable(str(error or '') or type(error).__name__)}")
+
+
+async def exchange(docket: Docket, commands: Callable[[Any], object]) -> list[Any]:
+    """Return the replies to the commands that *commands* adds to a pipeline; one round trip.
+
+    Raises:
+        DocketError: Redis is unreachable, does not answer, or refuses.
+    """
+    async with reached(), docket.redis() as client:
+        pipeline = cast("Redis", client).pipeline(transaction=False)
+        async with pipeline:
+            commands(pipeline)
+            replies: list[Any] = await pipeline.execute()
+    return replies

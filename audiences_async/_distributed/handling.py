@@ -1,0 +1,297 @@
+"""The chunks that a worker has in hand: from the queue, through the client, into the store."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import timedelta
+from tempfile import SpooledTemporaryFile
+from typing import IO, Any, Final, TypeVar
+
+from docket import Execution, Worker
+from docket.dependencies import AdmissionBlocked
+
+from audiences_async._distributed.chunks import CHUNK_SIZE, failed, job_of
+from audiences_async._distributed.connection import DocketError
+from audiences_async._distributed.ledger import Ledger, Start
+from audiences_async._distributed.parts import IN_MEMORY, PartsError, PartStore
+from audiences_async._distributed.slots import Slots
+from audiences_async._jobs import results
+from audiences_async.errors import ConfigurationError, printable
+from audiences_async.models import Account, Outcome
+
+MARKER: Final = "job.json"
+"""Name of the file by which a worker recognizes that it shares the store with the submitter of a job."""
+
+_T = TypeVar("_T")
+_log: Final = logging.getLogger("audiences_async")
+_AT_ONCE: Final = timedelta(0)
+_SOON: Final = timedelta(seconds=1)  # until a chunk is offered again that Redis or the store kept from its end
+_ELSEWHERE: Final = timedelta(seconds=0.5)  # until a chunk of another fleet is offered again
+_MOST_OFFERS: Final = 3600  # of a chunk that no worker is right for: half an hour
+_DEATHS: Final = 2  # workers that died with a chunk, before its accounts are fetched one by one
+_HOLD: Final = 30.0  # s for which a worker tries to write a part before it gives up
+_FIRST_WAIT: Final = 0.1  # s between two of these, doubled each time
+_LONGEST_WAIT: Final = 5.0  # s
+_RATE_OVER: Final = 10.0  # s over which accounts per second are counted
+
+
+class Desk:
+    """The chunks that a worker has in hand.
+
+    Args:
+        accounts: Accounts by name.
+        store: Store of the parts.
+        slots: Where accounts are fetched.
+        concurrency: Maximum number of accounts in flight.
+    """
+
+    def __init__(self, accounts: Mapping[str, Account], store: PartStore, slots: Slots, concurrency: int) -> None:
+        self.fault: asyncio.Future[PartsError] = asyncio.get_running_loop().create_future()
+        """Set if the store could not be written for too long."""
+        self._accounts = accounts
+        self._store = store
+        self._slots = slots
+        self._concurrency = concurrency
+        self._worker: Worker | None = None
+        self._ledger: Ledger
+        self._chunks = 0
+        self._empty = asyncio.Event()
+        self._failing = 0  # chunks that wait for the store
+        self._closing = asyncio.Event()
+        self._alone = asyncio.Lock()
+        self._ours: set[str] = set()  # jobs whose submitter shares the store
+        self._others: set[str] = set()  # jobs of which a chunk was refused
+        self._count = _Count()
+        slots.on_change = self._adjust
+
+    def serve(self, worker: Worker) -> None:
+        """Take chunks for a worker of the queue."""
+        self._worker, self._ledger = worker, Ledger(worker.docket)
+        self._adjust()
+
+    def report(self) -> dict[str, Any]:
+        """Return what the other workers and `audiences status` are told."""
+        return {
+            "waiting": self._slots.waiting,
+            "in_flight": self._slots.in_flight,
+            "chunks": self._chunks,
+            **self._count.report(),
+        }
+
+    def close(self) -> None:
+        """Take no chunk, and start no account."""
+        self._closing.set()
+        self._slots.stop()
+        self._adjust()
+
+    async def emptied(self, seconds: float) -> None:
+        """Wait until no chunk is in hand, for at most *seconds*."""
+        if self._chunks:
+            self._empty.clear()
+            await _wait(self._empty, seconds)
+
+    async def fetch_chunk(self, part: str, names: list[str], execution: Execution) -> None:
+        """Fetch the accounts, and write their outcomes.
+
+        Raises:
+            AdmissionBlocked: The chunk goes back to the queue; that is no attempt.
+        """
+        self._chunks += 1
+        self._adjust()
+        try:
+            delay = await self._fetch(part, names, is_again=execution.redelivered)
+        except (DocketError, PartsError) as error:
+            _log.warning("a chunk goes back to the queue: %s", error.summary)
+            delay = _SOON
+        finally:
+            self._chunks -= 1
+            self._adjust()
+            if not self._chunks:
+                self._empty.set()
+        if delay is not None:
+            raise AdmissionBlocked(execution, "this worker", retry_delay=delay)
+
+    async def _fetch(self, part: str, names: list[str], *, is_again: bool) -> timedelta | None:
+        """Return when the chunk goes back to the queue; ``None`` if it is done with."""
+        if not await self._is_ours(part):
+            return await self._refuse(part)
+        start = await self._ledger.started(part)
+        if is_again and await self._is_written(part):
+            await self._ledger.finished(part)
+            return None
+        try:
+            is_done = await self._put(part, names, start)
+        except BaseException:
+            await self._ledger.returned(part)
+            raise
+        if not is_done:  # the worker is closing
+            await self._ledger.returned(part)
+            return _AT_ONCE
+        await self._ledger.finished(part)
+        return None
+
+    async def _put(self, part: str, names: list[str], start: Start) -> bool:
+        """Put the outcomes into the store; return whether there are any."""
+        with SpooledTemporaryFile(IN_MEMORY) as file:
+            written = await self._write(file, part, names, start)
+            if written and not await self._ledger.has_ended(part):
+                await self._persist(lambda: self._store.put(part, file))
+        return written > 0
+
+    async def _write(self, file: IO[bytes], part: str, names: list[str], start: Start) -> int:
+        """Write the outcomes of the accounts; return how many there are."""
+        known: list[Account] = []
+        written = 0
+        for name in names:
+            account = self._known(name)
+            if isinstance(account, Account):
+                known.append(account)
+            else:
+                file.write(account.text)
+                written += 1
+        if start.count > _DEATHS:
+            return written + await self._write_one_by_one(file, part, known, start)
+        return written + await self._write_outcomes(file, known)
+
+    async def _write_outcomes(self, file: IO[bytes], accounts: list[Account]) -> int:
+        written = 0
+        async for outcome in self._slots.fetch(accounts):
+            try:
+                file.write(results.line(outcome))
+            except OSError as error:
+                raise self._give_up(PartsError(f"cannot write to the temporary directory: {error.strerror}")) from error
+            self._count.add(outcome)
+            written += 1
+        return written
+
+    async def _write_one_by_one(self, file: IO[bytes], part: str, accounts: list[Account], start: Start) -> int:
+        """Fetch the accounts of a chunk with which workers have died, so that it shows which account is the cause."""
+        fatal = start.fatal if start.alone is None else [*start.fatal, start.alone]
+        _log.warning("%d workers died with one chunk; its accounts are fetched one by one", start.count - 1)
+        written = 0
+        async with self._alone:
+            for account in accounts:
+                if account.name in fatal:
+                    file.write(failed(account.name, "the worker died each time that it fetched this account").text)
+                    written += 1
+                else:
+                    await self._ledger.fetches_alone(part, account.name, fatal)
+                    written += await self._write_outcomes(file, [account])
+        return written
+
+    def _known(self, name: str) -> Account | results.Line:
+        try:
+            return self._accounts[name]
+        except KeyError:
+            return failed(name, "missing from the worker's accounts file")
+        except ConfigurationError as error:
+            return failed(name, error.message)
+
+    async def _is_ours(self, part: str) -> bool:
+        """Return whether this worker writes to the store from which the job's submitter reads."""
+        job = job_of(part)
+        if job not in self._ours:
+            file = await self._persist(lambda: self._store.get(f"{job}/{MARKER}"))
+            if file is None:
+                return False
+            file.close()
+            self._ours.add(job)
+        return True
+
+    async def _is_written(self, part: str) -> bool:
+        file = await self._persist(lambda: self._store.get(part))
+        if file is not None:
+            file.close()
+        return file is not None
+
+    async def _refuse(self, part: str) -> timedelta | None:
+        """Return a chunk to the workers of another fleet, unless its job is over."""
+        if await self._ledger.has_ended(part) or await self._ledger.misplaced(part) > _MOST_OFFERS:
+            return None
+        job = job_of(part)
+        if job not in self._others:
+            self._others.add(job)
+            _log.warning("job %s is left to other workers: its parts do not go to %s", job, self._store.place)
+        return _ELSEWHERE
+
+    async def _persist(self, doing: Callable[[], Awaitable[_T]]) -> _T:
+        """Use the store; if it fails, take no chunks, and try again for a while.
+
+        Raises:
+            PartsError: The store failed for too long, or fails while the worker is closing.
+        """
+        try:
+            return await doing()
+        except PartsError as error:
+            _log.warning("%s; this worker takes no chunks while it tries again", error.summary)
+        self._failing += 1
+        self._adjust()
+        try:
+            return await self._try_again(doing)
+        finally:
+            self._failing -= 1
+            self._adjust()
+
+    async def _try_again(self, doing: Callable[[], Awaitable[_T]]) -> _T:
+        now = asyncio.get_running_loop().time
+        until, wait = now() + _HOLD, _FIRST_WAIT
+        while True:
+            await _wait(self._closing, wait)
+            try:
+                return await doing()
+            except PartsError as error:
+                if self._closing.is_set() or now() > until:
+                    raise self._give_up(error) from None
+            wait = min(2 * wait, _LONGEST_WAIT)
+
+    def _give_up(self, error: PartsError) -> PartsError:
+        """Have the worker end, because its machine or its store is at fault; return the error."""
+        if not self.fault.done():
+            self.fault.set_result(error)
+        return error
+
+    def _adjust(self) -> None:
+        """Set the number of chunks that the worker has in hand: as many as keep all slots busy, and no more."""
+        if self._worker is None:
+            return
+        if self._closing.is_set() or self._failing:
+            self._worker.concurrency = 0
+            return
+        missing = 2 * self._concurrency - self._slots.waiting
+        more = max(0, -(-missing // CHUNK_SIZE))
+        self._worker.concurrency = min(self._chunks + more, self._concurrency + 1)
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    """Wait for an event, for at most *seconds*."""
+    waiting = asyncio.ensure_future(event.wait())
+    await asyncio.wait({waiting}, timeout=seconds)
+    waiting.cancel()
+
+
+class _Count:
+    """Accounts that a worker has done."""
+
+    def __init__(self) -> None:
+        self._fetched = self._failed = 0
+        self._error = ""
+        self._recent: deque[tuple[float, int]] = deque()
+
+    def add(self, outcome: Outcome) -> None:
+        """Count an outcome."""
+        if outcome.ok:
+            self._fetched += 1
+        else:
+            self._failed += 1
+            self._error = printable(outcome.error.summary)
+
+    def report(self) -> dict[str, Any]:
+        """Return the counts, and the accounts per second since the reports of the last seconds."""
+        now, done = asyncio.get_running_loop().time(), self._fetched + self._failed
+        self._recent.append((now, done))
+        while now - self._recent[0][0] > _RATE_OVER:
+            self._recent.popleft()
+        since, before = self._recent[0]
+        rate = (done - before) / (now - since) if now > since else 0.0
+        return {"fetched": self._fetched, "failed": self._failed, "per_second": rate, "error": self._error}

@@ -1,0 +1,224 @@
+"""What the workers of a queue learn of the service, and report of themselves, twice a second through Redis."""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+from docket import Docket
+
+from audiences_async._distributed.connection import DocketError, exchange
+from audiences_async.errors import TransportError
+from audiences_async.events import (
+    AttemptFinished,
+    Event,
+    ServicePaused,
+    ServiceRateLearned,
+    ServiceResumed,
+)
+from audiences_async.policies import Limiter, RateLimit
+
+KEY: Final = "reports"
+"""Name of the hash with the reports, below the queue's prefix."""
+FRESH: Final = 3.0
+"""Seconds for which a report counts."""
+
+_EVERY: Final = 0.5  # s between two reports
+_KEPT: Final = 60.0  # s after which somebody removes the report of a worker that died
+_TURN: Final = 2.0  # s for which a worker is the one that probes
+_SETTLED: Final = 1.0  # s; a shorter pause for which the service named no time belongs to learning its rate
+_START: Final = 10.0  # s in which a new worker keeps to the rate of the others
+
+
+class Report(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a worker tells the others.
+
+    Attributes:
+        at: Time of the report, in seconds by the clock of Redis.
+        state: ``"open"``, ``"limited"`` if all accounts are refused for longer, or ``"out"``.
+        closed_for: Seconds since the service was last open for it.
+        answered: Seconds since its last answer; ``None`` if it has had none.
+        rate: Requests per second that it has learned for itself; ``None`` if it has learned no limit.
+        waiting: Accounts in hand that have not been started.
+        in_flight: Accounts in flight.
+        chunks: Chunks in hand.
+        fetched: Accounts fetched since it was started.
+        failed: Accounts that failed.
+        per_second: Accounts per second, over the last seconds.
+        error: Its last failure; empty if it had none.
+    """
+
+    at: float = 0.0
+    state: str = "open"
+    closed_for: float = 0.0
+    answered: float | None = None
+    rate: float | None = None
+    waiting: int = 0
+    in_flight: int = 0
+    chunks: int = 0
+    fetched: int = 0
+    failed: int = 0
+    per_second: float = 0.0
+    error: str = ""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the worker has accounts to fetch."""
+        return self.waiting + self.in_flight > 0
+
+
+def fresh(reports: dict[bytes, bytes], now: float, seconds: float = FRESH) -> dict[str, Report]:
+    """Return the reports that are not older than *seconds*, by the worker's name."""
+    decoded = {name.decode(): msgspec.json.decode(report, type=Report) for name, report in reports.items()}
+    return {name: report for name, report in decoded.items() if now - report.at <= seconds}
+
+
+class Peers:
+    """A `Limiter` for ``AudiencesClient(service_rate_limit=...)`` by which workers act as one.
+
+    If the service answers none of them, one worker at a time sends a probe, and the others wait. A new worker begins at
+    the rate that the others have learned.
+
+    Args:
+        patience: Seconds that an account waits during an outage.
+        limiter: A limit of all workers together; ``None`` if none is known.
+    """
+
+    def __init__(self, patience: float, limiter: Limiter | None = None) -> None:
+        self.limit: RateLimit | None = getattr(limiter, "limit", None)
+        self._limiter = limiter
+        self._patience = patience
+        self._state = "open"
+        self._closed_at = self._answered_at = -math.inf
+        self._matters = False  # whether the others should know of a short pause, too
+        self._rate: float | None = None
+        self._name = ""
+        self._reports: dict[str, Report] = {}
+        self._offset = 0.0  # of the clock of Redis
+        self._held_since: float | None = None
+        self._probed = -1  # number of the last turn as the one that probes
+        self._started_at: float | None = None
+        self._next_at = -math.inf
+        self._changed = asyncio.Event()
+
+    def __call__(self, event: Event) -> None:
+        """Learn from an event of the client."""
+        now = time.monotonic()
+        match event:
+            case AttemptFinished(attempt=attempt):
+                if attempt.status is not None and attempt.status < 500 and attempt.status != 429:
+                    self._answered_at = now
+            case ServicePaused(state=state, asked=asked):
+                self._closed_at = now if self._state == "open" else self._closed_at
+                self._state = state
+                self._matters = asked or state == "out"
+            case ServiceResumed():
+                self._state = "open"
+            case ServiceRateLearned(rate=rate):
+                self._rate = rate
+
+    async def acquire(self, account_name: str) -> None:
+        """Wait for the other workers, and for the limit of all."""
+        await self.acquire_within(account_name, math.inf)
+
+    async def acquire_within(self, account_name: str, timeout: float) -> None:
+        """Do the same, for a call with a deadline in *timeout* seconds.
+
+        Raises:
+            TransportError: No worker has had an answer for as long as the patience.
+            DeadlineExceededError: The turn comes later.
+            DocketError: The limit of all is out of reach.
+        """
+        while self._is_held():
+            self._changed.clear()
+            await self._changed.wait()
+        await self._begin_slowly()
+        if self._limiter is not None:
+            within = getattr(self._limiter, "acquire_within", None)
+            await (self._limiter.acquire(account_name) if within is None else within(account_name, timeout))
+
+    async def run(self, docket: Docket, name: str, own: Callable[[], dict[str, Any]]) -> None:
+        """Report and read the others' reports until cancelled.
+
+        Args:
+            docket: The queue.
+            name: This worker's name.
+            own: Returns more fields of the report.
+        """
+        self._name = name
+        while True:
+            try:
+                await self._exchange(docket, own())
+            except DocketError:
+                self._reports = {}  # each for itself
+            self._changed.set()
+            await asyncio.sleep(_EVERY)
+
+    async def leave(self, docket: Docket) -> None:
+        """Remove the report."""
+        await exchange(docket, lambda pipeline: pipeline.hdel(docket.key(KEY), self._name))
+
+    async def _exchange(self, docket: Docket, own: dict[str, Any]) -> None:
+        now = time.monotonic()
+        closed_for = 0.0 if self._state == "open" else now - self._closed_at
+        report = Report(
+            at=now + self._offset,
+            state=self._state if self._matters or closed_for > _SETTLED else "open",
+            closed_for=closed_for,
+            answered=None if self._answered_at == -math.inf else now - self._answered_at,
+            rate=self._rate,
+            **own,
+        )
+        key = docket.key(KEY)
+
+        def commands(pipeline: Any) -> None:
+            if self._offset:
+                pipeline.hset(key, self._name, msgspec.json.encode(report))
+            pipeline.time()
+            pipeline.hgetall(key)
+
+        *_, clock, found = await exchange(docket, commands)
+        server = clock[0] + clock[1] / 1e6
+        self._offset = server - time.monotonic()
+        self._reports = fresh(found, server)
+        dead = found.keys() - {name.encode() for name in fresh(found, server, _KEPT)}
+        if dead:
+            await exchange(docket, lambda pipeline: pipeline.hdel(key, *dead))
+
+    def _is_held(self) -> bool:
+        """Return whether a request has to wait because another worker probes a closed service."""
+        busy = sorted(name for name, report in self._reports.items() if report.is_busy)
+        if len(busy) < 2 or not self._is_closed():
+            self._held_since = None
+            return False
+        now = time.monotonic()
+        self._held_since = now if self._held_since is None else self._held_since
+        if now - self._held_since >= self._patience:
+            silent = now - self._held_since
+            message = f"the service has answered no worker for {silent:.3g} s, longer than the patience"
+            raise TransportError(f"{message} of {self._patience:g} s allows", stop_reason="patience")
+        turn = int((now + self._offset) / _TURN)
+        if busy[turn % len(busy)] != self._name or turn == self._probed:
+            return True
+        self._probed = turn
+        return False
+
+    def _is_closed(self) -> bool:
+        """Return whether the service is closed for a worker, and no worker has had an answer since."""
+        closed = [report.closed_for for report in self._reports.values() if report.state != "open"]
+        if not closed:
+            return False
+        now = time.monotonic()
+        answered = [report.answered for report in self._reports.values() if report.answered is not None]
+        return min([now - self._answered_at, *answered]) >= min(closed)
+
+    async def _begin_slowly(self) -> None:
+        now = time.monotonic()
+        self._started_at = now if self._started_at is None else self._started_at
+        rates = [report.rate for report in self._reports.values() if report.rate is not None]
+        if self._rate is not None or not rates or now - self._started_at > _START:
+            return
+        self._next_at = max(now, self._next_at + len(rates) / sum(rates))
+        await asyncio.sleep(self._next_at - now)
