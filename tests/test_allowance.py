@@ -8,7 +8,7 @@ import pytest
 from audiences_async._http.quota import Quota
 from audiences_async._pace.allowance import Allowance, QuotaScope
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.simulated]
 
 
 def test_what_is_in_flight_is_taken_off() -> None:

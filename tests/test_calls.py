@@ -22,7 +22,7 @@ from audiences_async._call.context import CallContext
 from audiences_async._call.retrying import RetryTokens
 from audiences_async._pace.pacer import Pacer
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.simulated]
 
 NORTH = Account("north", "key-north")
 CACHES = pytest.mark.parametrize("cache", [None, CachePolicy(ttl=60)], ids=["without a cache", "with one"])

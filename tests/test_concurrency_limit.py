@@ -6,7 +6,7 @@ import pytest
 
 from audiences_async._pace.concurrency import LearnedConcurrency
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.simulated]
 
 
 def recognized(*, limit: int = 10, refusals: int = 4, refused_after: float = 0.01) -> LearnedConcurrency:

@@ -10,7 +10,7 @@ import virtual
 
 from audiences_async._base.deadlines import CallTime, Deadlines
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.simulated]
 
 
 async def ended(work: Coroutine[object, object, object]) -> float:

@@ -8,7 +8,7 @@ from audiences_async._pace.lanes import Lane
 from audiences_async._pace.pacing import PauseSettings, Verdict
 from audiences_async.clock import Clock
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.simulated]
 
 
 @pytest.fixture

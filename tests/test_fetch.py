@@ -222,6 +222,7 @@ def test_ctrl_c_keeps_what_is_done(sandbox: Sandbox, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_kill_9_at_any_moment_loses_and_doubles_nothing(sandbox: Sandbox, tmp_path: Path) -> None:
     """Killed three times during 5,000 accounts, and resumed, it writes every account exactly once."""
     accounts, out = opened(sandbox, tmp_path, 5_000), tmp_path / "out.ndjson"

@@ -26,6 +26,7 @@ from audiences_async._jobs import results
 from audiences_async.distributed import DocketError, PartsError
 
 pytestmark = [
+    pytest.mark.once,
     pytest.mark.slow,
     pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed"),
 ]

@@ -181,6 +181,7 @@ def programs(tmp_path: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("checker", ["pyright", "mypy"])
+@pytest.mark.once
 def test_type_checkers_accept_the_programs_of_readme(programs: Path, checker: str) -> None:
     """Pyright, basic and strict, and mypy accept README's programs; mypy refuses each wrong call of typing_api.py."""
     if find_spec(checker) is None and not os.environ.get("CI"):

@@ -138,6 +138,7 @@ def test_the_page_has_every_key_and_column() -> None:
 # Parquet.
 
 
+@pytest.mark.once
 @needs_pyarrow
 def test_parquet_has_types_and_can_be_resumed(job: Job) -> None:
     """Write typed columns with times in UTC; continue from the checkpoint beside it."""
@@ -160,6 +161,7 @@ def test_parquet_has_types_and_can_be_resumed(job: Job) -> None:
     assert datetime.now(UTC) >= rows[0]["fetched_at"]
 
 
+@pytest.mark.once
 @needs_pyarrow
 def test_parquet_is_written_in_row_groups(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write a row group for each so many rows, so that memory does not grow with the job."""
@@ -172,6 +174,7 @@ def test_parquet_is_written_in_row_groups(job: Job, monkeypatch: pytest.MonkeyPa
     assert pyarrow.parquet.ParquetFile(job.folder / "out.parquet").num_row_groups == 2
 
 
+@pytest.mark.once
 @needs_pyarrow
 @pytest.mark.parametrize("content", [b"precious", b"PAR1 precious"])
 def test_parquet_of_others_is_never_replaced(job: Job, content: bytes) -> None:
@@ -194,6 +197,7 @@ def test_parquet_needs_an_extra(job: Job, monkeypatch: pytest.MonkeyPatch) -> No
     assert job.sandbox.requests == []
 
 
+@pytest.mark.once
 @needs_pyarrow
 @needs_polars
 def test_polars_reads_the_types(job: Job) -> None:
@@ -209,6 +213,7 @@ def test_polars_reads_the_types(job: Job) -> None:
     assert frame["user_count"].to_list() == [EXAMPLE_AUDIENCES[0]["user_count"], None, None]
 
 
+@pytest.mark.once
 @needs_polars
 def test_polars_keeps_a_count_that_comes_late(job: Job) -> None:
     """Read NDJSON rows in polars without losing a count that only late accounts have; every line has the column."""
@@ -222,6 +227,7 @@ def test_polars_keeps_a_count_that_comes_late(job: Job) -> None:
     assert frame["user_count"].drop_nulls().to_list() == [EXAMPLE_AUDIENCES[0]["user_count"]]
 
 
+@pytest.mark.once
 @needs_pyarrow
 @needs_duckdb
 def test_duckdb_reads_the_types(job: Job) -> None:

@@ -15,7 +15,7 @@ from audiences_async.clock import Clock
 from audiences_async.events import AccountPaused, AccountResumed, RateLearned
 from audiences_async.snapshots import AccountPace
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.simulated]
 
 
 class Account:

@@ -6,7 +6,7 @@ import pytest
 
 from audiences_async._pace.windows import LearnedWindow
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.simulated]
 
 
 def recognized(*, granted: int = 5, opened: float = 2.1) -> LearnedWindow:

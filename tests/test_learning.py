@@ -8,7 +8,7 @@ from virtual import LeakyBucket, TokenBucket
 
 from audiences_async._pace.learning import LearnedRate, Strays
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.simulated]
 
 
 class Caller:

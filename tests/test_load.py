@@ -7,7 +7,7 @@ import pytest
 from audiences_async._pace.load import Load
 from audiences_async._pace.pacing import Turn, Verdict
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.simulated]
 
 
 class Requests:

@@ -5,7 +5,7 @@ import pytest
 from audiences_async._pace.outage import Outage
 from audiences_async.clock import Clock
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.simulated]
 
 
 def test_silence_begins_with_the_first_failure() -> None:

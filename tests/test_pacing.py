@@ -35,7 +35,7 @@ from audiences_async.clock import Clock
 from audiences_async.events import AccountPaused, AccountResumed, AttemptFinished, RateLearned
 from audiences_async.snapshots import AccountPace
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.simulated]
 
 NORTH, SOUTH = Account("north", "key-north"), Account("south", "key-south")
 

@@ -11,7 +11,7 @@ from audiences_async import ConfigurationError, DeadlineExceededError, Transport
 from audiences_async._base.deadlines import Deadlines
 from audiences_async._pace.queue import Queue
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.simulated]
 
 
 class Line(Queue):

@@ -8,7 +8,7 @@ from audiences_async import ConfigurationError, RateLimit
 from audiences_async._pace.rates import KnownRate
 from audiences_async.policies import Limiter
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.simulated]
 
 
 def sent_at(rate: KnownRate, start: float, count: int) -> list[float]:

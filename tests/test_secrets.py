@@ -234,6 +234,7 @@ def echoes(secret: str) -> dict[str, Answer]:
 @pytest.mark.slow
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("name", KEYS)
+@pytest.mark.once
 async def test_no_echo_of_the_key_gets_through(
     sandbox: Sandbox, caplog: pytest.LogCaptureFixture, debug: None, name: str, spelling: str
 ) -> None:

@@ -37,7 +37,7 @@ from audiences_async.events import (
 )
 from audiences_async.snapshots import ServicePace
 
-pytestmark = [pytest.mark.once, pytest.mark.slow]
+pytestmark = [pytest.mark.once, pytest.mark.simulated, pytest.mark.slow]
 
 
 @define

@@ -17,6 +17,7 @@ from audiences_async.distributed import DocketError, JobStatus, QueueStatus, Wor
 from audiences_async.sandbox import Answer, Sandbox
 
 pytestmark = [
+    pytest.mark.once,
     pytest.mark.slow,
     pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed"),
 ]

@@ -26,6 +26,7 @@ A0 = b'{"account": "a0", "ok": true, "audiences": []}\n'
 JOB = "20261128T000000Z-0123456789abcdef"
 
 pytestmark = [
+    pytest.mark.once,
     pytest.mark.slow,
     pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed"),
 ]

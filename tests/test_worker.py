@@ -27,6 +27,7 @@ from audiences_async.distributed import DocketError, PartsError, RedisLimiter
 from audiences_async.sandbox import Answer, Sandbox
 
 pytestmark = [
+    pytest.mark.once,
     pytest.mark.slow,
     pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed"),
 ]
