@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from command import COMMAND, KEY, Done, runner
 
+import audiences_async
 from audiences_async.cli import main
 from audiences_async.cli.exits import exit_code
 from audiences_async.errors import ClientClosedError, DeadlineExceededError, InvalidResponseError, status_error
@@ -279,3 +280,19 @@ def test_the_rest_of_the_exit_codes() -> None:
     """Return the exit codes of the other errors too."""
     met = [DeadlineExceededError("x"), InvalidResponseError("x"), ClientClosedError("x"), status_error(302, "")]
     assert [exit_code(error) for error in met] == [5, 1, 1, 1]
+
+
+def test_help_lists_the_pages_and_prints_one(run: Callable[..., Done]) -> None:
+    """List the pages with their titles; print a page as it is if piped, and formatted on a terminal."""
+    assert "exit-codes     Exit codes\n" in run("help").stdout
+    page = (Path(audiences_async.__file__).parent / "help" / "exit-codes.md").read_text(encoding="utf-8")
+    assert run("help", "exit-codes").stdout == page
+    formatted = run("help", "exit-codes", FORCE_COLOR="1").stdout
+    assert "Exit codes" in formatted
+    assert "# Exit" not in formatted
+
+
+def test_help_of_an_unknown_topic_names_the_others(run: Callable[..., Done]) -> None:
+    """Exit with 2, and list the topics."""
+    done = run("help", "nothing")
+    assert (done.returncode, "the pages are agents, architecture" in done.stderr) == (2, True)

@@ -1,6 +1,7 @@
-"""README: its programs run, its tables are true, and its commands are the ones that CI runs."""
+"""README and the pages: their programs run, and their tables are true."""
 
 import inspect
+import json
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from services import missing, redis_server
 
 import audiences_async
 from audiences_async import AudiencesClient, CachePolicy, RetryBudget, RetryPolicy, errors, events
+from audiences_async.cli import exits
 from audiences_async.errors import AudiencesError
 from audiences_async.events import Event
 from audiences_async.sandbox import Sandbox
@@ -22,18 +24,28 @@ from audiences_async.sandbox import Sandbox
 pytestmark = pytest.mark.once
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.stem: path.read_text(encoding="utf-8")
+    for path in (Path(audiences_async.__file__).parent / "help").glob("*.md")
+}
 PROGRAM = re.compile(r"```python\n(.*?)```", re.DOTALL)
 TABLE_ROW = re.compile(r"^\| `(\w+)` \| ([^|]+) \|", re.MULTILINE)
 
 
-def section(title: str) -> str:
-    """Return the text of a section of README."""
-    return README.split(f"# {title}\n")[1].split("\n## ")[0]
+def section(title: str, text: str = README) -> str:
+    """Return the text of a section of README, or of another text."""
+    return text.split(f"# {title}\n")[1].split("\n## ", maxsplit=1)[0]
 
 
-def program(title: str, number: int = 0) -> str:
-    """Return a program of a section, by its number."""
+def program(title: str) -> str:
+    """Return the program of a section of README."""
     programs: list[str] = PROGRAM.findall(section(title))
+    return programs[0]
+
+
+def program_of(topic: str, number: int = 0) -> str:
+    """Return a program of a page, by its number."""
+    programs: list[str] = PROGRAM.findall(PAGES[topic])
     return programs[number]
 
 
@@ -104,7 +116,7 @@ def test_a_client_in_a_docket_worker_runs_as_printed(monkeypatch: pytest.MonkeyP
     folder.mkdir()
     with redis_server(folder) as url:
         monkeypatch.setenv("REDIS_URL", url)
-        done = run(program("In a worker", 0), tmp_path)
+        done = run(program("In a worker"), tmp_path)
     assert (sorted(done.stdout.splitlines()), done.stderr) == (["north 2", "south 2"], "")
 
 
@@ -112,25 +124,27 @@ def test_a_client_in_a_docket_worker_runs_as_printed(monkeypatch: pytest.MonkeyP
 @pytest.mark.usefixtures("two_accounts")
 def test_a_client_in_a_taskiq_worker_runs_as_printed(tmp_path: Path) -> None:
     """Under taskiq's hooks one client serves the tasks of a worker and is closed with it."""
-    done = run(program("In a worker", 1), tmp_path)
+    done = run(program_of("workers", 1), tmp_path)
     assert (done.stdout, done.stderr) == ("[2, 2]\n", "")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed")
 def test_several_machines_as_printed(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The first command starts a worker, the second one has it fetch every account of the file."""
-    (commands,) = re.findall(r"```sh\n(audiences worker.*?)```", README, re.DOTALL)
+    """The first command starts a worker, the second one has it fetch every account of the file; the third one looks."""
+    (commands,) = re.findall(r"```sh\n.*?\n(audiences worker.*?)```", PAGES["many-machines"], re.DOTALL)
     account = sandbox.add_account("north")
     (tmp_path / "accounts.csv").write_text(f"name,api_key\nnorth,{account.api_key}\n")
     monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     with redis_server(tmp_path) as url:
-        printed = commands.replace("redis://host:6379", url).replace("/shared", str(tmp_path))
-        worker, fetch = (shlex.split(line) for line in printed.splitlines())
+        printed = commands.replace("redis://host:6379", url).replace("s3://bucket", str(tmp_path))
+        worker, fetch, status = (shlex.split(line) for line in printed.splitlines())
         with subprocess.Popen(worker, cwd=tmp_path) as process:
             done = subprocess.run(fetch, cwd=tmp_path, capture_output=True, text=True, timeout=50, check=False)
+            shown = subprocess.run([*status, "--json"], capture_output=True, text=True, timeout=50, check=True)
             process.terminate()
+    assert len(json.loads(shown.stdout)["workers"]) == 1
     assert (done.returncode, counted(done.stderr)) == (0, "1 of 1 accounts fetched, 0 failed")
     assert '"account":"north","ok":true' in (tmp_path / "audiences.ndjson").read_text()
 
@@ -138,7 +152,7 @@ def test_several_machines_as_printed(sandbox: Sandbox, monkeypatch: pytest.Monke
 @pytest.mark.slow
 def test_the_program_of_rate_limits_runs_as_printed(tmp_path: Path) -> None:
     """The program learns a rate with few extra requests."""
-    done = run(program("Rate limits"), tmp_path)
+    done = run(program_of("limits"), tmp_path)
     requests, snapshot = done.stdout.splitlines()
     assert done.stderr == ""
     assert 100 <= int(requests.split()[0]) <= 130
@@ -158,15 +172,18 @@ def test_the_program_of_rate_limits_runs_as_printed(tmp_path: Path) -> None:
 def test_the_tests_run_as_printed(pytester: pytest.Pytester, plugins: tuple[str, ...], before: str) -> None:
     """README's examples of a user's tests pass, with each of the plugins in use."""
     pytester.makeconftest("import pytest\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'\n")
-    pytester.makepyfile(before + program("Testing your own code"))
+    pytester.makepyfile(test_readme=before + program("Testing your own code"), test_page=before + program_of("testing"))
     unused = [f"-pno:{name}" for name in ("cacheprovider", "faker", "hypothesispytest", "schemathesis", "xdist")]
     result = pytester.runpytest_subprocess(*unused, *plugins)
-    result.assert_outcomes(passed=3)
+    result.assert_outcomes(passed=2 + 3)
 
 
 def test_every_program_is_run() -> None:
-    """Every program in README is tested above."""
-    assert len(PROGRAM.findall(README)) == 8 + 1  # FastAPI's in test_web.py
+    """Every program of README and the pages is tested here, or in test_web.py."""
+    here = {"agents": 1, "limits": 1, "many-machines": 1, "telemetry": 1, "testing": 1, "workers": 2}
+    assert {topic: count for topic, text in PAGES.items() if (count := len(PROGRAM.findall(text)))} == here | {"web": 8}
+    assert len(PROGRAM.findall(README)) == 5
+    assert program("In a worker") == program_of("workers")
 
 
 def test_the_defaults_are_true() -> None:
@@ -175,9 +192,13 @@ def test_the_defaults_are_true() -> None:
     parameters = inspect.signature(AudiencesClient).parameters
     policy = {field.name: field.default for field in attrs.fields(RetryPolicy)}
     assert set(shown) == set(parameters) - {"allow_http", "clock"} | {"RetryPolicy"} | set(policy)
-    budget = {name: float(value) for name, value in TABLE_ROW.findall(section("Rate limits")) if value.isdigit()}
+    budget = {
+        name: float(value)
+        for name, value in TABLE_ROW.findall(section("The retry budget", PAGES["limits"]))
+        if value.isdigit()
+    }
     assert budget == {field.name: field.default for field in attrs.fields(RetryBudget)}
-    cache = dict(TABLE_ROW.findall(section("A cache")))
+    cache = dict(TABLE_ROW.findall(section("A cache", PAGES["web"])))
     for field in attrs.fields(CachePolicy):
         assert cache[field.name] == ("required" if field.default is attrs.NOTHING else str(field.default))
     assert len(cache) == 1 + len(attrs.fields(CachePolicy))
@@ -189,16 +210,21 @@ def test_the_defaults_are_true() -> None:
 
 
 def test_the_table_of_replies_names_real_errors() -> None:
-    """Each error that README names exists, and none that a response can raise is missing."""
-    named = set(re.findall(r"`(\w+Error)`", section("How responses are handled")))
-    assert all(issubclass(getattr(audiences_async, name), AudiencesError) for name in named)
+    """README has each error that a response can raise, with the error's own hint."""
+    rows = re.findall(r"^\| .+ \| `(\w+Error)`[^|]* \| .* \| (.+) \|$", section("What can go wrong"), re.MULTILINE)
     every = {name for name in audiences_async.__all__ if name.endswith("Error")}
-    assert every - named == {"ConfigurationError", "ClientClosedError", "TransportError"}
+    assert every - {name for name, _ in rows} == {
+        "AudiencesError", "ConfigurationError", "ClientClosedError", "TransportError"
+    }  # fmt: skip
+    for name, advice in rows:
+        hint = getattr(errors, name).hint
+        assert issubclass(getattr(audiences_async, name), AudiencesError)
+        assert advice == (hint or advice)
 
 
 def test_what_can_go_wrong_is_the_whole_tree() -> None:
-    """README has each error once, in the order of the tree, with the error's own hint."""
-    shown = section("What can go wrong, and what you get")
+    """The page has each error once, in the order of the tree, with the error's own hint."""
+    shown = section("What can go wrong, and what you get", PAGES["errors"])
     rows = re.findall(r"^\| `(\w+)` \| .+ \| (.+) \|$", shown, re.MULTILINE)
     public = [name for name in audiences_async.__all__ if name.endswith("Error") and name != "AudiencesError"]
     tree = str(errors.__doc__)
@@ -210,7 +236,7 @@ def test_what_can_go_wrong_is_the_whole_tree() -> None:
 @pytest.mark.slow
 def test_the_program_of_the_cache_runs_as_printed(tmp_path: Path) -> None:
     """500 concurrent calls make one request."""
-    done = run(program("A cache"), tmp_path)
+    done = run(PROGRAM.findall(section("A cache", PAGES["web"]))[0], tmp_path)
     assert (done.stdout, done.stderr) == ("1 request for 500 answers\n", "")
 
 
@@ -221,13 +247,13 @@ def test_the_program_of_telemetry_runs_as_printed(
     """The instrumented program prints the answer."""
     monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
     monkeypatch.setenv("AUDIENCES_API_KEY", str(sandbox.add_account().api_key))
-    done = run(program("Events, logs and telemetry"), tmp_path)
+    done = run(program_of("telemetry"), tmp_path)
     assert (done.stdout, done.stderr) == ("2\n", "")
 
 
 def test_every_event_is_named() -> None:
-    """README names every event."""
-    named = re.findall(r"`(\w+)`", section("Events, logs and telemetry").split("\n\n")[0])
+    """The page about telemetry names every event."""
+    named = re.findall(r"`(\w+)`", PAGES["telemetry"].split("\n\n")[1])
     every = {kind.__name__ for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, Event)}
     assert every - {"Event"} <= set(named)
 
@@ -237,3 +263,49 @@ def test_the_table_of_fields_is_true() -> None:
     for name, fields in TABLE_ROW.findall(section("What you get")):
         real = [field.name for field in attrs.fields(getattr(audiences_async, name))]
         assert re.findall(r"`(\w+)`", fields) == real
+
+
+@pytest.mark.slow
+def test_the_program_for_assistants_runs_as_printed(tmp_path: Path) -> None:
+    """The program prints an answer, and an outcome."""
+    done = run(program_of("agents"), tmp_path)
+    assert (done.stdout.splitlines()[-1], done.stderr) == ("north 2", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed")
+def test_the_program_of_many_machines_runs_as_printed(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The program prints an answer that it waited for in Redis."""
+    monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
+    monkeypatch.setenv("AUDIENCES_API_KEY", str(sandbox.add_account().api_key))
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    with redis_server(folder) as url:
+        monkeypatch.setenv("REDIS_URL", url)
+        done = run(program_of("many-machines"), tmp_path)
+    assert (done.stdout, done.stderr) == ("2\n", "")
+
+
+def test_every_exit_code_is_explained() -> None:
+    """The page about exit codes has those of the code, and README too."""
+    signals = {exits.SIGNALLED + number for number in (1, 2, 15)}
+    real = {exits.DONE, exits.FAILED, exits.USAGE, exits.AUTHENTICATION, exits.UNAVAILABLE, exits.PARTIAL} | signals
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", PAGES["exit-codes"], re.MULTILINE)} == real
+    shown = README.split("Exit codes: ")[1].split("\n\n")[0].replace("5xx", "")
+    assert {int(code) for code in re.findall(r"(?:^|; |\n)(\d+)\s", shown)} == real
+
+
+def test_every_environment_variable_is_named() -> None:
+    """The page about the environment has each variable that the package reads."""
+    code = "".join(path.read_text(encoding="utf-8") for path in Path(audiences_async.__file__).parent.rglob("*.py"))
+    assert set(re.findall(r"`(AUDIENCES_[A-Z_]+)`", PAGES["environment"])) == set(
+        re.findall(r"AUDIENCES_[A-Z_]+", code)
+    )
+
+
+def test_readme_is_short_and_links_every_page() -> None:
+    """README has at most 330 lines, and a link to each page."""
+    assert len(README.splitlines()) <= 330
+    assert {f"audiences_async/help/{topic}.md" for topic in PAGES} <= set(re.findall(r"\]\(([^)]+)\)", README))

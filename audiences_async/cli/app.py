@@ -21,7 +21,7 @@ from audiences_async.cli import check as checking
 from audiences_async.cli import demo as demonstration
 from audiences_async.cli import doctor as diagnosis
 from audiences_async.cli import fetch as fetching
-from audiences_async.cli import signals, summary
+from audiences_async.cli import pages, signals, summary
 from audiences_async.cli import status as looking
 from audiences_async.cli import worker as working
 from audiences_async.cli.exits import AUTHENTICATION, DONE, FAILED, PARTIAL, USAGE, exit_code
@@ -78,6 +78,18 @@ def demo(*, seed: int | None = None) -> None:
     chosen = random.SystemRandom().randrange(10_000) if seed is None else seed
     notify(f"starting a sandbox with faults and a limit of 1 request/s per account (--seed {chosen}) …")
     demonstration.run(chosen, Console())
+
+
+@app.command(name="help")
+def show_page(topic: str | None = None, /) -> None:
+    """Show a page about a topic, such as limits, errors or many-machines; without one, list the pages.
+
+    Parameters
+    ----------
+    topic
+        Name of the page.
+    """
+    pages.show(topic)
 
 
 @app.command(name="list")
