@@ -1,12 +1,14 @@
 """Jobs on several machines, by the command line: every account exactly once, even if a process dies."""
 
 import contextlib
+import itertools
 import json
 import logging
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import KEY, Done, counted, runner
@@ -38,7 +40,7 @@ def run(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 @pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.timeout(120)  # six processes start
-@pytest.mark.parametrize("storage", ["directory", "s3"])
+@pytest.mark.parametrize("storage", ["directory", "s3", "s3 that refuses every tenth put"])
 def test_a_killed_worker_is_made_up_for(
     redis: str,
     sandbox: Sandbox,
@@ -54,6 +56,7 @@ def test_a_killed_worker_is_made_up_for(
     out = tmp_path / "out.ndjson"
     with contextlib.ExitStack() as stack:
         parts = str(tmp_path / "parts") if storage == "directory" else _bucket(stack, monkeypatch)
+        refused = _refuse_every_tenth_put(monkeypatch) if "refuses" in storage else ["no put"]
         submitter = stack.enter_context(started(fetch(redis, accounts, parts, out), stderr=subprocess.PIPE))
         doomed = stack.enter_context(ready(work(redis, accounts, parts, sandbox)))
         sandbox.wait_for_requests(100, timeout=30.0)
@@ -65,6 +68,7 @@ def test_a_killed_worker_is_made_up_for(
         assert survivor.wait(timeout=20) == 0
     assert (submitter.returncode, counted(told)) == (0, "5,000 of 5,000 accounts fetched, 0 failed")
     assert fetched(out) == expected(5_000)
+    assert refused
     assert len(sandbox.seen("a0")) == len(sandbox.seen("a50")) == 2  # the chunk in flight was taken over
     assert not (tmp_path / "parts").exists() or list((tmp_path / "parts").iterdir()) == []
     written = b"".join(file.read_bytes() for file in tmp_path_factory.getbasetemp().rglob("*.aof"))
@@ -87,6 +91,23 @@ def _bucket(stack: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch) -> str
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
     return "s3://bucket/parts"
+
+
+def _refuse_every_tenth_put(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Have moto answer 503 to every tenth PUT; return their paths, which grow."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication
+
+    answer, numbers, refused = DomainDispatcherApplication.__call__, itertools.count(1), []
+
+    def refusing(self: Any, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        if environ["REQUEST_METHOD"] != "PUT" or next(numbers) % 10:
+            return answer(self, environ, start_response)
+        refused.append(environ["PATH_INFO"])
+        start_response("503 Service Unavailable", [("Content-Length", "0")])
+        return [b""]
+
+    monkeypatch.setattr(DomainDispatcherApplication, "__call__", refusing)
+    return refused
 
 
 @pytest.mark.once
