@@ -167,7 +167,7 @@ def programs(tmp_path: Path) -> Path:
     found = [text for page in pages for text in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)]
     texts: list[str] = []
     for text in found:
-        is_addition = text.startswith("@")  # to the program before
+        is_addition = "@app." in text and "app = " not in text  # to the program before
         texts.append(texts[-1] + text if is_addition else text)
     for mode, (number, text) in itertools.product(("basic", "strict"), enumerate(texts)):
         (tmp_path / mode).mkdir(exist_ok=True)

@@ -8,18 +8,19 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import attrs
 import pytest
-from command import counted
+from command import counted, runner
 from services import missing, redis_server
 
 import audiences_async
-from audiences_async import AudiencesClient, CachePolicy, RetryBudget, RetryPolicy, errors, events
+from audiences_async import AudiencesClient, CachePolicy, RetryBudget, RetryPolicy, errors, events, telemetry
 from audiences_async.cli import exits
 from audiences_async.errors import AudiencesError
 from audiences_async.events import Event
-from audiences_async.sandbox import Sandbox
+from audiences_async.sandbox import Answer, Sandbox
 
 pytestmark = pytest.mark.once
 
@@ -29,6 +30,7 @@ PAGES = {
     for path in (Path(audiences_async.__file__).parent / "help").glob("*.md")
 }
 PROGRAM = re.compile(r"```python\n(.*?)```", re.DOTALL)
+MEASURED = [("Rate limits",), ("How near it comes", PAGES["limits"])]
 TABLE_ROW = re.compile(r"^\| `(\w+)` \| ([^|]+) \|", re.MULTILINE)
 
 
@@ -175,13 +177,13 @@ def test_the_tests_run_as_printed(pytester: pytest.Pytester, plugins: tuple[str,
     pytester.makepyfile(test_readme=before + program("Testing your own code"), test_page=before + program_of("testing"))
     unused = [f"-pno:{name}" for name in ("cacheprovider", "faker", "hypothesispytest", "schemathesis", "xdist")]
     result = pytester.runpytest_subprocess(*unused, *plugins)
-    result.assert_outcomes(passed=2 + 3)
+    result.assert_outcomes(passed=2 + 5)
 
 
 def test_every_program_is_run() -> None:
     """Every program of README and the pages is tested here, or in test_web.py."""
-    here = {"agents": 1, "limits": 1, "many-machines": 1, "telemetry": 1, "testing": 1, "workers": 2}
-    assert {topic: count for topic, text in PAGES.items() if (count := len(PROGRAM.findall(text)))} == here | {"web": 8}
+    here = {"agents": 1, "limits": 1, "many-machines": 1, "telemetry": 2, "testing": 1, "workers": 2}
+    assert {topic: count for topic, text in PAGES.items() if (count := len(PROGRAM.findall(text)))} == here | {"web": 9}
     assert len(PROGRAM.findall(README)) == 5
     assert program("In a worker") == program_of("workers")
 
@@ -247,15 +249,69 @@ def test_the_program_of_telemetry_runs_as_printed(
     """The instrumented program prints the answer."""
     monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
     monkeypatch.setenv("AUDIENCES_API_KEY", str(sandbox.add_account().api_key))
-    done = run(program_of("telemetry"), tmp_path)
+    done = run(program_of("telemetry", 1), tmp_path)
     assert (done.stdout, done.stderr) == ("2\n", "")
 
 
-def test_every_event_is_named() -> None:
-    """The page about telemetry names every event."""
-    named = re.findall(r"`(\w+)`", PAGES["telemetry"].split("\n\n")[1])
+@pytest.mark.slow
+def test_the_program_that_counts_events_runs_as_printed(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The program prints one answer and the two requests that it took."""
+    monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
+    monkeypatch.setenv("AUDIENCES_API_KEY", str(sandbox.add_account("north").api_key))
+    sandbox.script("north", Answer(503))
+    done = run(program_of("telemetry"), tmp_path)
+    assert (done.stdout, done.stderr) == ("{'requests': 2, 'answers': 1}\n", "")
+
+
+def test_the_table_of_events_is_true() -> None:
+    """The page about telemetry has every event, with its own fields in order."""
+    shown: dict[str, list[str]] = {}
+    for kinds, fields in re.findall(r"^\| (`[A-Z].*?) \|(.*)\|$", PAGES["telemetry"], re.MULTILINE):
+        for kind in re.findall(r"`(\w+)`", kinds):
+            shown[kind] = re.findall(r"`(\w+)`", fields)
     every = {kind.__name__ for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, Event)}
-    assert every - {"Event"} <= set(named)
+    assert shown.keys() == every - {"Event"}
+    assert shown.pop("AttemptFinished") == ["attempt", *(field.name for field in attrs.fields(events.Attempt))]
+    for kind, names in shown.items():
+        own = [field.name for field in attrs.fields(getattr(events, kind)) if not field.inherited]
+        assert [name for name in names if name in own] == own
+
+
+def test_the_metrics_are_named() -> None:
+    """The page about telemetry names each metric."""
+    named = set(re.findall(r"`(audiences\.client\.[a-z.]+)`", PAGES["telemetry"]))
+    assert named == set(re.findall(r"``(audiences\.client\.[a-z.]+)``", str(telemetry.OpenTelemetry.__doc__)))
+
+
+def test_every_stop_reason_is_named() -> None:
+    """The page about errors explains each reason to stop."""
+    assert set(get_args(events.StopReason)) <= set(re.findall(r'`"(\w+)"`', PAGES["errors"]))
+
+
+def test_the_measured_table_is_the_same_on_the_page() -> None:
+    """README and the page about limits have the same figures."""
+    tables = [re.findall(r"^\| .*", section(*where), re.MULTILINE) for where in MEASURED]
+    assert len(tables[0]) == 6
+    assert tables[0] == tables[1]
+
+
+def test_failed_accounts_are_fetched_as_printed(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The first command lists the account that failed; once its key is valid, the second one fetches it."""
+    (commands,) = re.findall(r"```sh\n(.*?)```", PAGES["jobs"], re.DOTALL)
+    first, second = (shlex.split(line)[1:] for line in commands.splitlines())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AUDIENCES_BASE_URL", sandbox.base_url)
+    sandbox.add_account("north", api_key="key-of-north")
+    Path("accounts.csv").write_text("name,api_key\nnorth,key-of-north\nsouth,key-of-south\n")
+    command = runner(monkeypatch, capsys)
+    assert command(*first).returncode == 7
+    sandbox.add_account("south", api_key="key-of-south")
+    assert command(*second).returncode == 0
+    assert [json.loads(line)["account"] for line in Path("more.ndjson").read_text().splitlines()] == ["south"]
 
 
 def test_the_table_of_fields_is_true() -> None:

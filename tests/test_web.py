@@ -232,6 +232,15 @@ async def test_a_health_endpoint(sandbox: Sandbox, tmp_path: Path) -> None:
     assert ([pace["account"] for pace in health["accounts"]], health["service"]["state"]) == (["default"], "open")
 
 
+async def test_several_accounts(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tenant gets its own account's audiences, and an unknown one a 404."""
+    for name, audiences in (("north", []), ("south", EXAMPLE_AUDIENCES)):
+        monkeypatch.setenv(f"{name.upper()}_KEY", str(sandbox.add_account(name, audiences=audiences).api_key))
+    async with running("FastAPI", tmp_path, sandbox.base_url, after=below("Several accounts")) as app:
+        got = [await app.get(f"tenants/{name}/audiences") for name in ("north", "south", "nobody")]
+    assert [(one.status, len(one.body)) for one in got] == [(200, 0), (200, 2), (404, 1)]
+
+
 def test_the_recipes_are_short() -> None:
     """Each has at most 30 lines, and README's is the page's."""
     assert all(len(below(framework).strip().splitlines()) <= 30 for framework in FRAMEWORKS)
