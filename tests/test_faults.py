@@ -124,6 +124,7 @@ async def test_peak_memory(fault: Fault, thread: ServerThread, request: pytest.F
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", LONG, ids=lambda fault: fault.name)
+@pytest.mark.timed
 async def test_no_stall(fault: Fault, thread: ServerThread, request: pytest.FixtureRequest) -> None:
     """Block the event loop for 50 ms at most with a long body, by a 10 ms ticker in the same loop."""
     # On a shared machine the work may take twice as long, but not five times in a row.

@@ -18,6 +18,7 @@ from audiences_async.events import AttemptFinished, ServicePaused, ServiceRateLe
 from audiences_async.sandbox import Answer, Sandbox
 
 pytestmark = [
+    pytest.mark.timed,
     pytest.mark.once,
     pytest.mark.slow,
     pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed"),

@@ -35,6 +35,8 @@ async def redis(url: str) -> AsyncIterator[Redis]:
         yield client
 
 
+@pytest.mark.once
+@pytest.mark.timed
 async def test_one_rate_for_all_processes(url: str, redis: Redis) -> None:
     """Clients that share a Redis share each account's rate, bursts included; other accounts are not delayed."""
     async with distributed.connect(url, 10) as other:
@@ -56,6 +58,8 @@ async def test_one_rate_for_all_processes(url: str, redis: Redis) -> None:
     assert all(time >= (number - 2) / 10 - 0.002 for number, time in enumerate(times))
 
 
+@pytest.mark.once
+@pytest.mark.timed
 async def test_one_rate_for_all_accounts(redis: Redis) -> None:
     """A limit with a name is shared by all accounts."""
     limiter = RedisLimiter(redis, RateLimit(rate=20), name="service")
@@ -66,6 +70,8 @@ async def test_one_rate_for_all_accounts(redis: Redis) -> None:
 
 
 @pytest.mark.parametrize("patience", [0.02, 0.3])
+@pytest.mark.once
+@pytest.mark.timed
 async def test_callers_that_give_up_take_nothing_from_others(redis: Redis, patience: float) -> None:
     """Of many callers that time out, as many have their turn as the rate allows, to the end."""
     limiter = RedisLimiter(redis, RateLimit(rate=10))

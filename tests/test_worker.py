@@ -62,6 +62,7 @@ async def test_what_a_worker_cannot_do_is_an_error_of_the_account(redis: str, sa
     assert failed["a2"] == "account 'a2': missing from the worker's accounts file"
 
 
+@pytest.mark.timed
 async def test_slow_accounts_hold_up_no_others(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
     """If the last account of each chunk is slow, the slots are used for other chunks meanwhile."""
     accounts = opened(sandbox, 48)
@@ -74,6 +75,7 @@ async def test_slow_accounts_hold_up_no_others(redis: str, sandbox: Sandbox, tmp
     assert fetched(tmp_path / "out") == expected(48)
 
 
+@pytest.mark.timed
 async def test_a_worker_is_ended(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
     """A worker that ends starts no account, writes those that are done, and leaves the others to the next one."""
     accounts = opened(sandbox, 12)
