@@ -6,7 +6,6 @@ from importlib.resources import files
 from typing import Final
 
 from rich.console import Console
-from rich.markdown import Markdown
 
 from audiences_async.errors import ConfigurationError
 
@@ -42,6 +41,8 @@ def show(topic: str | None) -> None:
     text = (_FOLDER / f"{topic}.md").read_text(encoding="utf-8")
     console = Console()
     if console.is_terminal:
+        from rich.markdown import Markdown  # noqa: PLC0415 - which no other command needs to wait for
+
         console.print(Markdown(text))
     else:
         sys.stdout.write(text)
