@@ -12,7 +12,7 @@ import pytest
 
 from audiences_async import AudiencesResponse, InvalidResponseError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.once, pytest.mark.slow]
 
 SEED = 20_251_001
 PART = min(5_000, 10 * int(os.environ.get("AUDIENCES_FUZZ_EXAMPLES", "100")) or 5_000)

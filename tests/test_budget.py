@@ -129,6 +129,7 @@ def test_429s_of_many_accounts_fail_no_call(client: MakeClient, way: str) -> Non
     assert virtual.run(main()) == FULL
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("way", ["get_audiences", "fetch_all"])
 async def test_rotated_keys_fail_no_call(sandbox: Sandbox, way: str) -> None:
     """Answer 500 accounts whose functions return the old key first, and the new one when called again."""

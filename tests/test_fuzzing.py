@@ -329,6 +329,7 @@ def check(body: bytes) -> AudiencesResponse | AudiencesError:
 # --- bodies
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @given(mutated_bodies())
 @fuzzed(400)
@@ -337,6 +338,7 @@ def test_mutated_bodies(body: bytes) -> None:
     check(body)
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @given(bodies())
 @example(
@@ -377,6 +379,7 @@ def test_times(text: str) -> None:
         assert result.data[0].created_time == expected
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @given(st.dictionaries(NAMES, VALUES, max_size=6), st.sampled_from(["Static", "Dynamic"]))
 @fuzzed(300)
@@ -439,6 +442,7 @@ HEADERS = st.lists(
 ANY_BODY = bodies() | mutated_bodies() | st.binary(max_size=60) | st.just(b"<html>" + b"x" * 70_000)
 
 
+@pytest.mark.once
 @pytest.mark.slow
 @given(st.integers(100, 999) | st.just(200), HEADERS, ANY_BODY, st.none() | st.just(100))
 @fuzzed(700)

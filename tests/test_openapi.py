@@ -104,6 +104,7 @@ def asked(sandbox: Sandbox) -> Iterator[None]:
     assert {"GET", *OTHER_METHODS} <= {request.method for request in sandbox.seen("north")}
 
 
+@pytest.mark.once
 @contract.parametrize()
 @pytest.mark.usefixtures("asked")
 @reproducible
@@ -119,6 +120,7 @@ def test_every_check_of_schemathesis_passes(case: AnyCase, sandbox: Sandbox, acc
         assert len(again) >= 2
 
 
+@pytest.mark.once
 @contract.parametrize()
 @reproducible
 def test_made_up_keys_are_refused(case: AnyCase, sandbox: Sandbox, account: Account) -> None:
@@ -131,6 +133,7 @@ def test_made_up_keys_are_refused(case: AnyCase, sandbox: Sandbox, account: Acco
         assert response.json()["description"] == EXAMPLES[401]["description"]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("status", [400, 404, 429, 500])
 @contract.parametrize()
 @pytest.mark.usefixtures("asked")
