@@ -16,9 +16,24 @@ from command import counted, runner
 from services import missing, redis_server
 
 import audiences_async
-from audiences_async import AudiencesClient, CachePolicy, RetryBudget, RetryPolicy, errors, events, telemetry
-from audiences_async.cli import exits
-from audiences_async.errors import AudiencesError
+from audiences_async import (
+    Account,
+    AudiencesClient,
+    CachePolicy,
+    Failed,
+    RetryBudget,
+    RetryPolicy,
+    errors,
+    events,
+    telemetry,
+)
+from audiences_async._jobs.account_rows import KEY_FIELDS
+from audiences_async._jobs.results import line
+from audiences_async.cli import app, exits
+from audiences_async.cli.rows import COLUMNS, TIMES
+from audiences_async.cli.target import FileFormat
+from audiences_async.distributed import QUEUE
+from audiences_async.errors import AudiencesError, status_error
 from audiences_async.events import Event
 from audiences_async.sandbox import Answer, Sandbox
 
@@ -283,6 +298,31 @@ def test_the_metrics_are_named() -> None:
     """The page about telemetry names each metric."""
     named = set(re.findall(r"`(audiences\.client\.[a-z.]+)`", PAGES["telemetry"]))
     assert named == set(re.findall(r"``(audiences\.client\.[a-z.]+)``", str(telemetry.OpenTelemetry.__doc__)))
+
+
+def test_the_tables_of_job_files_are_true() -> None:
+    """The page about jobs has the formats, the keys of an account and of a line, and the columns with their types."""
+    page = PAGES["jobs"]
+    assert {*re.findall(r"^\| `(\w+)(?: --rows)?` \|", page, re.MULTILINE)} >= {*get_args(FileFormat)}
+    assert tuple(re.findall(r"^- `(\w+)`: ", page, re.MULTILINE)) == KEY_FIELDS
+    shown = json.loads(line(Failed(Account("north", "key"), 0.0, status_error(500, ""))))
+    keys = re.findall(r"^\| `(\w+)` \|", page.split("| key |")[1].split("\n\n")[0], re.MULTILINE)
+    assert keys == list(shown)
+    assert set(shown["error"]) == set(re.findall(r"`(\w+)`", page.split("an object with")[1].split(" |")[0]))
+    types = dict.fromkeys(COLUMNS, "string") | dict.fromkeys(TIMES, "timestamp") | {"user_count": "64-bit integer"}
+    assert dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", page.split("| column |")[1], re.MULTILINE)) == types
+
+
+def test_the_options_of_a_worker_are_true() -> None:
+    """The page about many machines has the real default of each option of a worker."""
+    parameters = inspect.signature(app.worker).parameters
+    rows = re.findall(r"^\| `worker` \| `--([\w-]+)` \| (.*?) ?\|", PAGES["many-machines"], re.MULTILINE)
+    assert len(rows) == 6
+    special = {inspect.Parameter.empty: "", None: "learned"}
+    for option, default in rows:
+        real = parameters[option.replace("-", "_")].default
+        assert default == (f"{real:g} s" if isinstance(real, float) else special.get(real, str(real)))
+    assert f"| `{QUEUE}` |" in PAGES["many-machines"]
 
 
 def test_every_stop_reason_is_named() -> None:

@@ -1,8 +1,8 @@
 """``audiences help``: the pages that come with the package."""
 
 import sys
-from collections.abc import Iterator
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from typing import Final
 
 from rich.console import Console
@@ -14,15 +14,11 @@ _FOLDER: Final = files("audiences_async") / "help"
 
 def topics() -> dict[str, str]:
     """Return the title of each page, by its topic, in alphabetical order."""
-    return dict(sorted(_titles()))
+    return dict(sorted((page.name.removesuffix(".md"), _title(page)) for page in _FOLDER.iterdir()))
 
 
-def _titles() -> Iterator[tuple[str, str]]:
-    for page in _FOLDER.iterdir():
-        topic, _, extension = page.name.rpartition(".")
-        if extension == "md":
-            title = page.read_text(encoding="utf-8").partition("\n")[0]
-            yield topic, title.removeprefix("# ")
+def _title(page: Traversable) -> str:
+    return page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
 
 
 def show(topic: str | None) -> None:
