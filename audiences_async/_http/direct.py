@@ -141,18 +141,16 @@ class DirectRequests:
         """
         more = "" if header is None else f"\r\n{header[0]}: {header[1]}"
         connection = await self._connector.connect(self._request, [], NO_TIMEOUT)
-        response = None
+        response = self._response()
         try:
             protocol = connection.protocol
             assert protocol is not None
             assert protocol.transport is not None
             protocol.set_response_params(read_until_eof=True, auto_decompress=False)
             protocol.transport.write(f"{self._head}{authorization}{more}\r\n\r\n".encode())
-            response = self._response()
             return await response.start(connection)
         except BaseException as error:
-            if response is not None:
-                response.close()
+            response.close()
             connection.close()
             if isinstance(error, aiohttp.ClientOSError | aiohttp.ServerDisconnectedError):
                 raise ResendError(DISCONNECTED) from None
