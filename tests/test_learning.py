@@ -119,6 +119,16 @@ def test_a_named_pause_is_left_out_of_the_measurement() -> None:
     assert rate.rate == pytest.approx(10 / 2.0, rel=0.05)
 
 
+def test_a_pause_within_another_one_excuses_nothing() -> None:
+    """Measure all of the time if the pause that a refusal names was over when it came."""
+    rate = LearnedRate()
+    rate.throttled(1.0, asked=True)
+    for _ in range(10):
+        rate.answered(fresh=True)
+    assert rate.throttled(3.0, asked=True)
+    assert rate.rate == pytest.approx(10 / 2.0)
+
+
 def test_a_named_pause_outside_of_a_measurement_shows_nothing() -> None:
     """Begin the next measurement with its own refusal, whatever was paused before."""
     rate = LearnedRate()
