@@ -3,6 +3,7 @@
 import sqlite3
 from collections.abc import Iterator, Mapping
 from typing import Final
+from weakref import finalize
 
 from audiences_async.accounts import AccountFile
 from audiences_async.errors import ConfigurationError, printable
@@ -26,7 +27,8 @@ class AccountIndex(Mapping[str, Account]):
     def __init__(self, file: AccountFile) -> None:
         self._file = file
         self._head = next(file.places())[1]
-        self._index = sqlite3.connect("")  # a private file, which SQLite removes
+        self._index = sqlite3.connect("", check_same_thread=False)  # a private file, which SQLite removes
+        finalize(self, self._index.close)
         try:
             self._fill()
         except sqlite3.Error as error:
