@@ -205,6 +205,7 @@ class Pool:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize("calls", [1, 10])
 @pytest.mark.parametrize("how", [reset, hang])
 async def test_a_pool_of_dead_connections_costs_a_call_one_request(

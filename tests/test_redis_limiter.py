@@ -184,6 +184,8 @@ async def test_a_turn_that_is_far_away(redis: Redis, monkeypatch: pytest.MonkeyP
     assert 0.18 <= time.monotonic() - started < 0.4
 
 
+@pytest.mark.once
+@pytest.mark.timed
 async def test_a_turn_that_was_missed(redis: Redis) -> None:
     """A process that is too busy to use its turn in time asks for another one."""
     limiter = RedisLimiter(redis, RateLimit(rate=100))
