@@ -39,6 +39,7 @@ def run(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 @pytest.mark.once
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.timeout(120)  # six processes start
 @pytest.mark.parametrize("storage", ["directory", "s3", "s3 that refuses every tenth put"])
 def test_a_killed_worker_is_made_up_for(

@@ -242,6 +242,7 @@ def test_kill_9_at_any_moment_loses_and_doubles_nothing(sandbox: Sandbox, tmp_pa
 
 @pytest.mark.once
 @pytest.mark.slow
+@pytest.mark.timeout(180)  # with coverage, beside other tests
 def test_ten_thousand_accounts_with_faults(tmp_path: Path) -> None:
     """Write 10,000 lines, each with its own audiences, for 10,000 accounts with a tenth of all answers wrong."""
     accounts, out = account_file(tmp_path, [f"a{number}" for number in range(10_000)]), tmp_path / "out.ndjson"
