@@ -17,7 +17,7 @@ Receive: TypeAlias = Callable[[], Awaitable[Mapping[str, object]]]
 
 
 class DisconnectedError(AudiencesError):
-    """The web app's own client has gone, so the call was cancelled; nobody reads the response."""
+    """The web app's own client has gone, so the call was cancelled; the response is not read."""
 
     @property
     def gateway_status(self) -> int:

@@ -17,6 +17,7 @@ import aioresponses.core
 import pytest
 from attrs import define
 from hypothesis import settings
+from services import redis_server
 
 from audiences_async import Account, RetryPolicy
 from audiences_async.sandbox import Sandbox, SteppedTime
@@ -167,3 +168,20 @@ def eager_task_factory() -> Any:
     if factory is None:
         pytest.skip("eager tasks came with CPython 3.12")
     return factory
+
+
+@pytest.fixture(scope="module")
+def redis_of_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start a Redis and return its URL."""
+    with redis_server(tmp_path_factory.mktemp("redis")) as url:
+        yield url
+
+
+@pytest.fixture
+async def redis(redis_of_module: str) -> str:
+    """Return the URL of an empty Redis, which the tests of a module share."""
+    from redis.asyncio import Redis
+
+    async with Redis.from_url(redis_of_module) as client:
+        await client.flushall()
+    return redis_of_module

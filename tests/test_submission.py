@@ -32,21 +32,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Start a Redis and return its URL."""
-    with redis_server(tmp_path_factory.mktemp("redis")) as url:
-        yield url
-
-
-@pytest.fixture
-async def redis(server: str) -> str:
-    """Return the URL of an empty Redis."""
-    async with Redis.from_url(server) as client:
-        await client.flushall()
-    return server
-
-
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look for parts and late chunks at every turn."""

@@ -2,7 +2,6 @@
 
 import asyncio
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +30,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(missing("redis-server"), reason="redis-server is not installed"),
 ]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Start a Redis and return its URL."""
-    with redis_server(tmp_path_factory.mktemp("redis")) as url:
-        yield url
-
-
-@pytest.fixture
-async def redis(server: str) -> str:
-    """Return the URL of an empty Redis."""
-    async with Redis.from_url(server) as client:
-        await client.flushall()
-    return server
 
 
 async def test_what_a_worker_cannot_do_is_an_error_of_the_account(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class Deadlines:
 
 
 class Stage(Protocol):
-    """What a task does inside a scope."""
+    """The current phase of a task inside a scope."""
 
     @property
     def phase(self) -> str:
@@ -116,7 +116,7 @@ class Scope:
         self.ends_at: float = ends_at
         self.expired: bool = False
         self.stage: Stage | None = None
-        """What the task does, if it tells."""
+        """The task's phase; ``None`` if it reports none."""
 
     def __enter__(self) -> Self:
         task = asyncio.current_task(self._deadlines.loop)

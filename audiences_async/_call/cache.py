@@ -37,7 +37,7 @@ _MAX_NAMES: Final = 10_000  # names kept with one answer; if it has more, it is 
 class _Kept:
     """A cached answer, the time it arrived, the names of the accounts that asked for it, and the call's identifier.
 
-    The identifier is ``None`` if nobody received the call's events.
+    The identifier is ``None`` if the call's events were not observed.
     """
 
     response: AudiencesResponse

@@ -1,4 +1,4 @@
-"""What a client and its variants share: the event loop, the pool, the pace and the cache, from first use to the end."""
+"""The parts that a client and its variants share: event loop, pool, pace and cache, from first use to the end."""
 
 import asyncio
 

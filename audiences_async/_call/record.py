@@ -57,7 +57,7 @@ class CallRecord:
         self.sent_at: float | None = None
         """When the attempt under way was sent; ``None`` if none is."""
         self.is_watched: bool = is_watched(on_event)
-        """Whether anybody receives the events; otherwise a call that succeeds needs no records."""
+        """Whether the events are observed; otherwise a call that succeeds needs no records."""
         self.stands_in: StandsIn | None = None
         """Set by a cache that has an answer; ``None`` if there is none."""
         self._account = account

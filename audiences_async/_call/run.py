@@ -99,7 +99,7 @@ class Call:
 
     @property
     def phase(self) -> str:
-        """What the call waits for now, for the message of a timeout."""
+        """The current phase of the call, for the message of a timeout."""
         stage = self.time.scope.stage
         if self.record.sent_at is not None and stage is not None:
             return stage.phase

@@ -45,7 +45,7 @@ class Chunk:
         return f"{self.job}/{self.digest}-{self.number}{_SUFFIX}"
 
     def rest(self, names: list[str], *, brought: bool) -> "Chunk":
-        """Return the chunk of the accounts that a part lacks; *brought* tells whether it had others."""
+        """Return the chunk of the accounts that a part lacks; *brought* if the part had others."""
         failures = 0 if brought else self.failures + 1
         return evolve(self, names=names, number=self.number + 1, failures=failures)
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from datetime import timedelta
 from tempfile import SpooledTemporaryFile
 from typing import IO, Any, Final, TypeVar
@@ -71,7 +72,7 @@ class Desk:
         self._adjust()
 
     def report(self) -> dict[str, Any]:
-        """Return what the other workers and `audiences status` are told."""
+        """Return the fields of the report that the other workers and `audiences status` read."""
         return {
             "waiting": self._slots.waiting,
             "in_flight": self._slots.in_flight,
@@ -265,9 +266,9 @@ class Desk:
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:
     """Wait for an event, for at most *seconds*."""
-    waiting = asyncio.ensure_future(event.wait())
-    await asyncio.wait({waiting}, timeout=seconds)
-    waiting.cancel()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
 
 
 class _Count:

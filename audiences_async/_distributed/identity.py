@@ -40,7 +40,7 @@ def recorded(output: Path, *, resume: bool) -> Iterator[str]:
 
 
 def _read(path: Path) -> str | None:
-    """Return the recorded id; ``None`` if there is none, or it is damaged."""
+    """Return the recorded id; ``None`` if it is missing or damaged."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         job = json.loads(path.read_bytes())["job"]
         if isinstance(job, str) and _JOB.fullmatch(job):

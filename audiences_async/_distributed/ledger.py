@@ -1,4 +1,4 @@
-"""What workers and submitters of a queue tell each other through Redis, beside the chunks themselves."""
+"""Records that workers and submitters of a queue share through Redis, beside the chunks themselves."""
 
 import json
 from collections.abc import Collection
@@ -11,13 +11,13 @@ from docket import Docket, ExecutionState
 from audiences_async._distributed.chunks import job_of
 from audiences_async._distributed.connection import exchange
 
-_KEPT: Final = 7 * 86_400  # s after the last change, for the keys of a job that nobody resumes
+_KEPT: Final = 7 * 86_400  # s after the last change, for the keys of a job that is not resumed
 _AT_ONCE: Final = 1000  # notices that are taken in one round trip
 
 
 @frozen
 class News:
-    """What a submitter learns in one look.
+    """Changes since a submitter last looked.
 
     Attributes:
         parts: Parts that were written since the last look.
@@ -34,7 +34,7 @@ class News:
 
 @frozen
 class State:
-    """What Redis knows of a chunk.
+    """The state of a chunk in Redis.
 
     Attributes:
         under_way: Whether it waits or is being fetched.
@@ -49,11 +49,11 @@ class State:
 
 @frozen
 class Start:
-    """What was known of a chunk when a worker took it in hand.
+    """The history of a chunk when a worker takes it.
 
     Attributes:
         count: How many workers have taken it without an end, this one included.
-        alone: The account that was fetched alone when the last of them died; ``None`` if there was none.
+        alone: The account that was fetched alone when the last of them died; ``None`` if no account was.
         fatal: Accounts that workers had died with before.
     """
 
@@ -121,7 +121,7 @@ class Ledger:
         await exchange(self._docket, commands)
 
     async def has_ended(self, part: str) -> bool:
-        """Return whether the part's job is complete, so that nobody wants the part."""
+        """Return whether the part's job is complete, so that the part is not needed."""
         (found,) = await exchange(self._docket, lambda pipeline: pipeline.exists(self._key(part, "ended")))
         return bool(found)
 

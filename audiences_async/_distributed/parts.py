@@ -58,7 +58,7 @@ class PartStore(Protocol):
         """Write a part atomically: readers see all of it or nothing. An existing part is replaced."""
 
     async def get(self, name: str) -> IO[bytes] | None:
-        """Open a part; ``None`` if there is none. The caller closes it."""
+        """Open a part; ``None`` if it is missing. The caller closes it."""
 
     async def names(self, job: str) -> list[str]:
         """Return the names of all parts of a job."""
@@ -121,7 +121,7 @@ class Directory:
         await self._run("write to", _write, self.path / name, content)
 
     async def get(self, name: str) -> IO[bytes] | None:
-        """Open a part; ``None`` if there is none."""
+        """Open a part; ``None`` if it is missing."""
         return await self._run("read", _open, self.path / name)
 
     async def names(self, job: str) -> list[str]:

@@ -26,14 +26,14 @@ FRESH: Final = 3.0
 """Seconds for which a report counts."""
 
 _EVERY: Final = 0.5  # s between two reports
-_KEPT: Final = 60.0  # s after which somebody removes the report of a worker that died
+_KEPT: Final = 60.0  # s after which another worker removes the report of one that died
 _TURN: Final = 2.0  # s for which a worker is the one that probes
 _SETTLED: Final = 1.0  # s; a shorter pause for which the service named no time belongs to learning its rate
 _START: Final = 10.0  # s in which a new worker keeps to the rate of the others
 
 
 class Report(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a worker tells the others.
+    """A worker's report to the others.
 
     Attributes:
         at: Time of the report, in seconds by the clock of Redis.
