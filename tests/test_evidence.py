@@ -38,14 +38,29 @@ def test_one_account_is_no_evidence(lanes: list[Lane]) -> None:
     assert not any(evidence.suffices("failed", lanes[0], 1) for _ in range(100))
 
 
-def test_an_answer_starts_the_count_again(lanes: list[Lane]) -> None:
-    """Count only failures without an answer to any account between them."""
+def test_an_answer_makes_up_for_two_accounts(lanes: list[Lane]) -> None:
+    """Count accounts that are refused more often than twice for each answer; start again once they suffice."""
     evidence = Evidence()
     for lane in lanes[:2]:
         assert not evidence.suffices("failed", lane, 1)
-    evidence.returned("answered", lanes[9])
+    evidence.returned("answered", lanes[19])
     assert needed(evidence, "failed", lanes) == 3
-    assert needed(evidence, "failed", lanes) == 3, "and it starts again once it has sufficed"
+    for lane in lanes[:7]:
+        assert not evidence.suffices("throttled", lane, 1)
+    evidence.returned("answered", lanes[19])
+    assert needed(evidence, "throttled", lanes[7:]) == 3
+    assert needed(evidence, "throttled", lanes) == 8
+
+
+def test_a_flood_that_is_partly_granted_is_recognized(lanes: list[Lane]) -> None:
+    """Recognize a limit that answers one request in five, and never eight refusals in a row."""
+    evidence, found = Evidence(), 0
+    for number in range(3 * len(lanes)):
+        if number % 5 == 4:
+            evidence.returned("answered", lanes[number % 20])
+        else:
+            found += evidence.suffices("throttled", lanes[number % 20], 100)
+    assert found >= 2
 
 
 def test_accounts_that_are_refused_and_then_answered_share_a_limit(lanes: list[Lane]) -> None:

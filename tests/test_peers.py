@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from docket import Docket
+from paces import LearnedPace
 from services import missing, redis_server
 from workers import expected, fetched, opened, submitted, worker
 
@@ -14,7 +15,7 @@ from audiences_async import Attempt, AudiencesClient, RateLimit, RetryPolicy, Tr
 from audiences_async._distributed import peers as module
 from audiences_async._distributed.peers import Peers
 from audiences_async.distributed import RedisLimiter
-from audiences_async.events import AttemptFinished, ServicePaused, ServiceRateLearned, ServiceResumed
+from audiences_async.events import AttemptFinished, ServicePaused, ServiceResumed
 from audiences_async.sandbox import Answer, Sandbox
 
 pytestmark = [
@@ -110,13 +111,12 @@ async def test_patience(fleet: list[Peers]) -> None:
 
 
 async def test_a_rate_is_shared(fleet: list[Peers]) -> None:
-    """A new worker begins at the mean of the rates that others have learned, until it has its own."""
-    fleet[0](ServiceRateLearned("", 10.0))
-    fleet[1](ServiceRateLearned("", 30.0))
-    await asyncio.sleep(0.1)
-    assert await turns(fleet[2], 0.5) in range(9, 13)
-    fleet[2](ServiceRateLearned("", 100.0))
-    assert await turns(fleet[2], 0.5) > 14
+    """A worker that was never refused keeps to the mean of the rates that others have learned."""
+    paces = [LearnedPace(rate) for rate in (10.0, 30.0, None)]
+    for one, pace in zip(fleet, paces, strict=True):
+        one.attach(pace)
+    await asyncio.sleep(0.2)
+    assert [pace.learned_rate for pace in paces] == [10.0, 30.0, 20.0]
 
 
 async def test_one_limit_of_all(redis: str) -> None:

@@ -25,6 +25,7 @@ from audiences_async import (
     RetryPolicy,
     ServerError,
 )
+from audiences_async._distributed.shares import Pace
 from audiences_async._http.wire import Reply
 from audiences_async.credentials import ApiKey
 from audiences_async.errors import AttemptTimeoutError, ConnectionFailedError, TransportError
@@ -313,6 +314,27 @@ def test_a_limiter_of_all_accounts_together(run: RunJob) -> None:
     assert (sorted(asked), not done.reasons) == ([f"good-{number}" for number in range(5)], True)
     with pytest.raises(ConfigurationError, match="service_rate_limit"):
         AudiencesClient(service_rate_limit=5)  # type: ignore[arg-type]
+
+
+def test_a_rate_that_is_known_from_others(run: RunJob) -> None:
+    """A limiter that knows the pace from elsewhere sets it; refusals teach the rest."""
+
+    class Limiter:
+        def attach(self, pace: Pace) -> None:
+            assert pace.learned_rate is None
+            pace.adopt(40.0)
+            assert pace.learned_rate == 40.0
+
+        async def acquire(self, account_name: str) -> None: ...
+
+    learned: list[Event] = []
+    alone = run(Service(shared(LeakyBucket(50, 5)), round_trip=0.02), 500)
+    service = Service(shared(LeakyBucket(50, 5)), round_trip=0.02)
+    done = run(service, 500, service_rate_limit=Limiter(), on_event=learned.append)
+    assert not done.reasons
+    assert done.took <= 1.15 * 500 / 50
+    assert done.requests - 500 <= (alone.requests - 500) / 2, "no flood at the start"
+    assert next(event for event in learned if isinstance(event, ServiceRateLearned)).rate == 40.0
 
 
 def test_limits_of_accounts_are_no_shared_limit(run: RunJob) -> None:

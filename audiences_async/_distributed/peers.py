@@ -10,14 +10,9 @@ import msgspec
 from docket import Docket
 
 from audiences_async._distributed.connection import DocketError, exchange
+from audiences_async._distributed.shares import Pace, Share
 from audiences_async.errors import TransportError
-from audiences_async.events import (
-    AttemptFinished,
-    Event,
-    ServicePaused,
-    ServiceRateLearned,
-    ServiceResumed,
-)
+from audiences_async.events import AttemptFinished, Event, ServicePaused, ServiceResumed
 from audiences_async.policies import Limiter, RateLimit
 
 KEY: Final = "reports"
@@ -29,7 +24,6 @@ _EVERY: Final = 0.5  # s between two reports
 _KEPT: Final = 60.0  # s after which another worker removes the report of one that died
 _TURN: Final = 2.0  # s for which a worker is the one that probes
 _SETTLED: Final = 1.0  # s; a shorter pause for which the service named no time belongs to learning its rate
-_START: Final = 10.0  # s in which a new worker keeps to the rate of the others
 
 
 class Report(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -40,7 +34,7 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
         state: ``"open"``, ``"limited"`` if all accounts are refused for longer, or ``"out"``.
         closed_for: Seconds since the service was last open for it.
         answered: Seconds since its last answer; ``None`` if it has had none.
-        rate: Requests per second that it has learned for itself; ``None`` if it has learned no limit.
+        rate: Requests per second to which it keeps; ``None`` if it has learned no limit.
         waiting: Accounts in hand that have not been started.
         in_flight: Accounts in flight.
         chunks: Chunks in hand.
@@ -75,11 +69,44 @@ def fresh(reports: dict[bytes, bytes], now: float, seconds: float = FRESH) -> di
     return {name: report for name, report in decoded.items() if now - report.at <= seconds}
 
 
+class Seen:
+    """What a worker's own requests show of the service."""
+
+    def __init__(self) -> None:
+        self.answered_at: float = -math.inf
+        """When the last answer came."""
+        self._state = "open"
+        self._closed_at = -math.inf
+        self._matters = False  # whether the others should know of a short pause, too
+
+    def note(self, now: float, event: Event) -> None:
+        """Learn from an event of the client."""
+        match event:
+            case AttemptFinished(attempt=attempt):
+                if attempt.status is not None and attempt.status < 500 and attempt.status != 429:
+                    self.answered_at = now
+            case ServicePaused(state=state, asked=asked):
+                self._closed_at = now if self._state == "open" else self._closed_at
+                self._state = state
+                self._matters = asked or state == "out"
+            case ServiceResumed():
+                self._state = "open"
+
+    def report(self, now: float) -> dict[str, Any]:
+        """Return the fields of the report to the others."""
+        closed_for = 0.0 if self._state == "open" else now - self._closed_at
+        return {
+            "state": self._state if self._matters or closed_for > _SETTLED else "open",
+            "closed_for": closed_for,
+            "answered": None if self.answered_at == -math.inf else now - self.answered_at,
+        }
+
+
 class Peers:
     """A `Limiter` for ``AudiencesClient(service_rate_limit=...)`` by which workers act as one.
 
-    If the service answers none of them, one worker at a time sends a probe, and the others wait. A new worker begins at
-    the rate that the others have learned.
+    If the service answers none of them, one worker at a time sends a probe, and the others wait. A limit that they have
+    learned is divided among those that have accounts to fetch.
 
     Args:
         patience: Seconds that an account waits during an outage.
@@ -90,34 +117,22 @@ class Peers:
         self.limit: RateLimit | None = getattr(limiter, "limit", None)
         self._limiter = limiter
         self._patience = patience
-        self._state = "open"
-        self._closed_at = self._answered_at = -math.inf
-        self._matters = False  # whether the others should know of a short pause, too
-        self._rate: float | None = None
+        self._seen = Seen()
         self._name = ""
         self._reports: dict[str, Report] = {}
         self._offset = 0.0  # of the clock of Redis
         self._held_since: float | None = None
         self._probed = -1  # number of the last turn as the one that probes
-        self._started_at: float | None = None
-        self._next_at = -math.inf
         self._changed = asyncio.Event()
+        self._share: Share | None = None
+
+    def attach(self, pace: Pace) -> None:
+        """Divide the limit that a client learns; called by the client."""
+        self._share = Share(pace)
 
     def __call__(self, event: Event) -> None:
         """Learn from an event of the client."""
-        now = time.monotonic()
-        match event:
-            case AttemptFinished(attempt=attempt):
-                if attempt.status is not None and attempt.status < 500 and attempt.status != 429:
-                    self._answered_at = now
-            case ServicePaused(state=state, asked=asked):
-                self._closed_at = now if self._state == "open" else self._closed_at
-                self._state = state
-                self._matters = asked or state == "out"
-            case ServiceResumed():
-                self._state = "open"
-            case ServiceRateLearned(rate=rate):
-                self._rate = rate
+        self._seen.note(time.monotonic(), event)
 
     async def acquire(self, account_name: str) -> None:
         """Wait for the other workers, and for the limit of all."""
@@ -134,7 +149,6 @@ class Peers:
         while self._is_held():
             self._changed.clear()
             await self._changed.wait()
-        await self._begin_slowly()
         if self._limiter is not None:
             within = getattr(self._limiter, "acquire_within", None)
             await (self._limiter.acquire(account_name) if within is None else within(account_name, timeout))
@@ -162,15 +176,8 @@ class Peers:
 
     async def _exchange(self, docket: Docket, own: dict[str, Any]) -> None:
         now = time.monotonic()
-        closed_for = 0.0 if self._state == "open" else now - self._closed_at
-        report = Report(
-            at=now + self._offset,
-            state=self._state if self._matters or closed_for > _SETTLED else "open",
-            closed_for=closed_for,
-            answered=None if self._answered_at == -math.inf else now - self._answered_at,
-            rate=self._rate,
-            **own,
-        )
+        rate = None if self._share is None else self._share.rate
+        report = Report(at=now + self._offset, rate=rate, **self._seen.report(now), **own)
         key = docket.key(KEY)
 
         def commands(pipeline: Any) -> None:
@@ -183,6 +190,8 @@ class Peers:
         server = clock[0] + clock[1] / 1e6
         self._offset = server - time.monotonic()
         self._reports = fresh(found, server)
+        if self._share is not None:
+            self._share.adjust(self._name, {name: each.rate for name, each in self._reports.items() if each.is_busy})
         dead = found.keys() - {name.encode() for name in fresh(found, server, _KEPT)}
         if dead:
             await exchange(docket, lambda pipeline: pipeline.hdel(key, *dead))
@@ -212,13 +221,4 @@ class Peers:
             return False
         now = time.monotonic()
         answered = [report.answered for report in self._reports.values() if report.answered is not None]
-        return min([now - self._answered_at, *answered]) >= min(closed)
-
-    async def _begin_slowly(self) -> None:
-        now = time.monotonic()
-        self._started_at = now if self._started_at is None else self._started_at
-        rates = [report.rate for report in self._reports.values() if report.rate is not None]
-        if self._rate is not None or not rates or now - self._started_at > _START:
-            return
-        self._next_at = max(now, self._next_at + len(rates) / sum(rates))
-        await asyncio.sleep(self._next_at - now)
+        return min([now - self._seen.answered_at, *answered]) >= min(closed)

@@ -1,26 +1,27 @@
-"""What different accounts meet in a row: whether a refusal or a failure is the service's."""
+"""What different accounts meet one after another: whether a refusal or a failure is the service's."""
 
 from typing import Final
 
 from audiences_async._pace.lanes import Lane
 from audiences_async._pace.pacing import REFUSALS, Verdict
 
-_FEW: Final = 3  # accounts that fail in a row while few requests are in flight
+_FEW: Final = 3  # accounts that fail while few requests are in flight
 _MANY: Final = 8
 _PER_ACCOUNT: Final = 4  # requests in flight for each account that must fail
+_PER_ANSWER: Final = 2  # accounts that no longer count after an answer; a limit goes on granting some requests
 _WEIGHT: Final = 1 / 16  # of the latest request, in the shares of the latest ones
 _HALF: Final = 0.5
 
 
 class Evidence:
-    """Accounts that are refused or fail, without an answer to any account in between."""
+    """Accounts that are refused or fail, while few are answered."""
 
     __slots__ = ("_accounts", "_recovered", "_refused", "is_needed")
 
     def __init__(self) -> None:
         self.is_needed: bool = False
         """Whether an answer matters: there was a refusal or a failure before."""
-        self._accounts: set[Lane] = set()
+        self._accounts: list[Lane] = []  # each once
         self._refused = 0.0  # share of the latest requests
         self._recovered = 0.0  # share of the latest answers, of accounts that had been refused or had failed
 
@@ -37,14 +38,15 @@ class Evidence:
         else:
             self._refused -= _WEIGHT * self._refused
             self._recovered += _WEIGHT * (lane.recovers - self._recovered)
-            self._accounts.clear()
+            del self._accounts[-_PER_ANSWER:]
 
     def suffices(self, verdict: Verdict, lane: Lane, peak: int) -> bool:
         """Note that an account was refused or failed; return whether enough did, so that the service is the cause.
 
         More must do so if many requests, up to *peak*, were in flight at the same time.
         """
-        self._accounts.add(lane)
+        if lane not in self._accounts:
+            self._accounts.append(lane)
         # Accounts have limits of their own, and few have outages of their own.
         few = _MANY if verdict == "throttled" else _FEW
         if len(self._accounts) < min(max(few, peak // _PER_ACCOUNT), _MANY):

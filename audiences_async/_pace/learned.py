@@ -97,6 +97,10 @@ class LearnedPace:
         """Note the end of a pause."""
         self._rate.paused_until(now)
 
+    def adopt(self, now: float, rate: float) -> None:
+        """Keep to *rate* requests per second; a window that is recognized holds as well."""
+        self._rate.adopt(now, rate)
+
     def restart(self, now: float) -> None:
         """Begin the measurement anew."""
         self._rate.restart(now)

@@ -184,6 +184,13 @@ class LearnedRate:
         self.rate = max(_MIN_RATE, new if restored is None else restored)
         self._since_cut = 0
 
+    def adopt(self, now: float, rate: float) -> None:
+        """Go on at *rate* requests per second, and begin a measurement."""
+        self._strays = None
+        self._begin_at(rate)
+        self._since_cut, self._growth = 0.0, _MIN_GROWTH
+        self.restart(now)
+
     def forget(self) -> None:
         """Forget the rate: the limit is of another kind."""
         self.rate = None

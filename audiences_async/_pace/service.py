@@ -75,6 +75,9 @@ class ServiceLane(PacedQueue):
         self._emit = emit
         self._state: State = "open"
         self._unrefused = 0  # answers since the latest refusal
+        attach = getattr(limit, "attach", None)
+        if attach is not None:
+            attach(self)
 
     @property
     def refuses_many(self) -> bool:
@@ -188,6 +191,14 @@ class ServiceLane(PacedQueue):
             return is_shared and self._is_service(now, turn, verdict, report.pause, lane)
         finally:
             self.changed()
+
+    def adopt(self, rate: float) -> None:
+        """Keep to *rate* requests per second, as if it had been learned."""
+        now = self.clock.monotonic()
+        self._learner(now).adopt(now, rate)
+        self._state = "limited" if self._state == "open" else self._state
+        self._on_rate(rate, None)
+        self.changed()
 
     def shrink(self) -> bool:
         """Lower the limit of requests in flight below the current number; return whether one will come back.
