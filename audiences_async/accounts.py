@@ -236,7 +236,7 @@ class _Reader:
             return Account(fields["name"], no_key)
         sources = [name for name in KEY_FIELDS if name in fields]
         if len(sources) != 1:
-            return Problem(row.at(KEY_FIELDS[0]), "an account needs one of api_key and api_key_env")
+            return Problem(row.at(KEY_FIELDS[0]), "an account needs one of api_key, api_key_env and api_key_from")
         account = self._with_key(sources[0], fields["name"], fields[sources[0]])
         return Problem(row.at(sources[0]), account) if isinstance(account, str) else account
 

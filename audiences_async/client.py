@@ -219,7 +219,7 @@ class AudiencesClient:
         calls = self._engine.open()
         account = self._checked(account)
         url = url_below(self._engine.settings.transport.endpoint, path, params)
-        result = await calls.json(url, account, self._limit(timeout), self._retry)
+        result = await calls.json(path, url, account, self._limit(timeout), self._retry)
         if isinstance(result, AudiencesError):
             try:
                 raise result
@@ -400,6 +400,7 @@ def _unexpected(error: Exception, account: Account) -> AudiencesError:
     """Return the `AudiencesError` that stands for an unexpected exception."""
     failure = AudiencesError(f"the call raised {type(error).__name__}; see its cause", account=account.name)
     failure.__cause__ = error
+    failure.call_id = getattr(error, "call_id", None)
     return failure
 
 

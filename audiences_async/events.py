@@ -67,7 +67,12 @@ class CallStarted(Event):
     """A call begins. This and the call's later events are emitted inside the task that makes the call.
 
     That task is the caller's own; with a `CachePolicy`, it is one of the client's, in the context of the first caller.
+
+    Attributes:
+        path: Path of a call of `get_json`, as it was passed; ``None`` means `get_audiences`.
     """
+
+    path: str | None = None
 
 
 @frozen

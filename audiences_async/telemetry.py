@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
 _NAME: Final = "audiences_async"
 _SPAN: Final = "get_audiences"
+_JSON_SPAN: Final = "get_json"
 _ACCOUNT: Final = "audiences.account.name"
 _CACHE_RESULT: Final = "audiences.cache.result"
 _CALL_ID: Final = "audiences.call.id"
+_PATH: Final = "audiences.path"
 _ERROR_TYPE: Final = "error.type"
 _RESEND_COUNT: Final = "http.request.resend_count"
 # The default boundaries are meant for milliseconds. These are those of `http.client.request.duration`, plus two for
@@ -52,8 +54,9 @@ _resend: ContextVar[int] = ContextVar("audiences_async_resend", default=0)
 class OpenTelemetry:
     """Record spans and metrics from a client's events: ``AudiencesClient(on_event=OpenTelemetry())``.
 
-    Each call has an INTERNAL span ``get_audiences``, which is current while the call runs, with an event per attempt.
-    The span names the account and the ``call_id``, never the key. The metrics measure times in seconds:
+    Each call has an INTERNAL span ``get_audiences`` or ``get_json``, which is current while the call runs, with an
+    event per attempt. The span names the account and the ``call_id``, never the key. The metrics measure times in
+    seconds:
 
     - ``audiences.client.call.duration``, a histogram, with ``error.type`` if the call failed;
     - ``audiences.client.pacing.wait``, a histogram of each attempt's wait for its turn;
@@ -114,7 +117,9 @@ class OpenTelemetry:
 
     def _start(self, event: CallStarted) -> None:
         attributes = {_ACCOUNT: event.account, _CALL_ID: event.call_id or ""}
-        span = self._tracer.start_span(_SPAN, attributes=attributes)
+        if event.path is not None:
+            attributes[_PATH] = event.path
+        span = self._tracer.start_span(_SPAN if event.path is None else _JSON_SPAN, attributes=attributes)
         _open.set(_Open(span, context.attach(trace.set_span_in_context(span))))
 
     def _finish(self, event: CallFinished) -> None:

@@ -59,7 +59,7 @@ def test_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
         ("a.txt", b"", "unsupported file type; the name must end in one of .csv, .ndjson, .jsonl, .toml"),
         ("a.csv", b"", "a.csv: contains no accounts"),
         ("a.csv", b"name,api_key\n", "a.csv: contains no accounts"),
-        ("a.csv", b"north,%k\n", "line 1: the header must name the columns name and api_key or api_key_env"),
+        ("a.csv", b"north,%k\n", "line 1: the header must name the column name, and one of api_key, api_key_env"),
         ("a.csv", b"name,api_key,name\n", "line 1: duplicate column name in the header"),
         ("a.csv", b"name,api_key\nn,k\nn,%k\n", "line 3, column 1 (name): duplicate name 'n', first defined in line 2"),
         ("a.csv", b"name,api_key\nn,%k,\n", "line 2, column 3: expected 2 fields as in the header, got 3"),
@@ -68,7 +68,7 @@ def test_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
         ("a.csv", b'name,api_key\nn,k\nm,"%k\n\n', "line 3: unexpected end of data"),
         ("a.csv", b"name,api_key\n\xff,%k\n", "line 2, column 1: is not UTF-8 text"),
         ("a.csv", "name,api_key\nn,k\n".encode("utf-16"), "line 1: is not UTF-8 text"),
-        ("a.csv", b"name,api_key\nn,\n", "line 2, column 2 (api_key): an account needs one of api_key and api_key_env"),
+        ("a.csv", b"name,api_key\nn,\n", "(api_key): an account needs one of api_key, api_key_env and api_key_from"),
         ("a.csv", b"name,api_key,api_key_env\nn,%k,E\n", "column 2 (api_key): an account needs one of"),
         ("a.csv", b"name,api_key_env\nn,%k\n", "(api_key_env): names an environment variable that is not set"),
         ("a.csv", b"name,api_key_env\nn,EMPTY\n", "line 2, column 2 (api_key_env): the API key is empty"),
@@ -172,8 +172,8 @@ def test_the_header_that_was_found(tmp_path: Path, header: str, told: str) -> No
     assert report.problems == bool(told)
     assert KEY not in str(report)
     if told:
-        expected = "the header must name the columns name and api_key or api_key_env, separated by commas, semicolons"
-        assert report.described[0].endswith(f"line 1: {expected} or tabs; {told}")
+        expected = "line 1: the header must name the column name, and one of api_key, api_key_env and api_key_from, "
+        assert report.described[0].endswith(f"{expected}separated by commas, semicolons or tabs; {told}")
     else:
         assert list(AccountFile(file)) == [Account("north", KEY)]
 

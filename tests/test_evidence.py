@@ -38,13 +38,19 @@ def test_one_account_is_no_evidence(lanes: list[Lane]) -> None:
     assert not any(evidence.suffices("failed", lanes[0], 1) for _ in range(100))
 
 
-def test_an_answer_makes_up_for_two_accounts(lanes: list[Lane]) -> None:
-    """Count accounts that are refused more often than twice for each answer; start again once they suffice."""
+def test_an_answer_starts_the_count_again(lanes: list[Lane]) -> None:
+    """Count only failures without an answer to any account between them."""
     evidence = Evidence()
     for lane in lanes[:2]:
         assert not evidence.suffices("failed", lane, 1)
-    evidence.returned("answered", lanes[19])
+    evidence.returned("answered", lanes[9])
     assert needed(evidence, "failed", lanes) == 3
+    assert needed(evidence, "failed", lanes) == 3, "and it starts again once it has sufficed"
+
+
+def test_an_answer_makes_up_for_two_refusals(lanes: list[Lane]) -> None:
+    """Count accounts that are refused more often than twice for each answer; start again once they suffice."""
+    evidence = Evidence()
     for lane in lanes[:7]:
         assert not evidence.suffices("throttled", lane, 1)
     evidence.returned("answered", lanes[19])

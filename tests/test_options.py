@@ -161,6 +161,8 @@ async def test_a_jobs_mistake_is_that_accounts_outcome(
         (outcome,) = await client.fetch_all([north])
     assert not outcome.ok
     assert isinstance(outcome.error.__cause__, NameError)
+    assert outcome.error.call_id is not None
+    assert outcome.error.call_id == outcome.error.__cause__.call_id  # type: ignore[attr-defined]
 
 
 async def test_a_mistake_of_aiohttps_own_is_a_failed_connection(

@@ -31,9 +31,9 @@ class Told:
     tracers: TracerProvider
     hook: OpenTelemetry
 
-    def calls(self) -> list[ReadableSpan]:
+    def calls(self, name: str = "get_audiences") -> list[ReadableSpan]:
         """Return the spans of calls."""
-        return [span for span in self.spans.get_finished_spans() if span.name == "get_audiences"]
+        return [span for span in self.spans.get_finished_spans() if span.name == name]
 
     def metrics(self) -> dict[str, list[Any]]:
         """Return the data points of each metric."""
@@ -92,6 +92,14 @@ async def test_a_failed_call(sandbox: Sandbox, north: Account, told: Told) -> No
     for span, name in ((failed, "NotFoundError"), (cancelled, "CancelledError")):
         assert (span.status.status_code, span.status.description) == (StatusCode.ERROR, name)
         assert (span.attributes or {})["error.type"] == name
+
+
+async def test_another_call_of_the_api(sandbox: Sandbox, north: Account, told: Told) -> None:
+    """A call of `get_json` has a span of that name, with its path."""
+    async with AudiencesClient(base_url=sandbox.base_url, on_event=told.hook) as client:
+        await client.get_json("audiences", north)
+    (span,) = told.calls("get_json")
+    assert (span.attributes or {})["audiences.path"] == "audiences"
 
 
 async def test_concurrent_calls_keep_their_own_spans(sandbox: Sandbox, told: Told) -> None:

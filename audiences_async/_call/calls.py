@@ -72,10 +72,10 @@ class Calls:
         return self._cached(self._cache, account, timeout, place, policy)
 
     def json(
-        self, url: URL, account: Account, timeout: float, policy: RetryPolicy | None
+        self, path: str, url: URL, account: Account, timeout: float, policy: RetryPolicy | None
     ) -> Coroutine[Any, Any, Result]:
         """Return the answer to another call of the API, or its error, to be awaited."""
-        return self._run(self._begin(account, timeout, None, policy, url))
+        return self._run(self._begin(account, timeout, None, policy, (path, url)))
 
     def invalidate(self, account: Account) -> None:
         """Discard the account's cached answer."""
@@ -95,15 +95,15 @@ class Calls:
         timeout: float,
         place: Place | None,
         policy: RetryPolicy | None,
-        url: URL | None = None,
+        other: tuple[str, URL] | None = None,
     ) -> Call:
         context = self.context
         if policy is not None and policy is not context.policy:
             context = evolve(context, policy=policy)
         call_id: str | None = None
-        if url is not None or context.request_id_header is not None:
+        if other is not None or context.request_id_header is not None:
             call_id = new_call_id()
-            context = _customized(context, url, call_id)
+            context = _customized(context, other or (None, None), call_id)
         now = context.clock.monotonic
         time = CallTime(now, self._deadlines.within(timeout), timeout, stands_still=place is not None)
         return Call(account, self._credential(account), time, context, place=place, call_id=call_id)
@@ -158,8 +158,9 @@ class Calls:
         return self._key_sources.setdefault((account.name, id(credential)), KeySource(credential))
 
 
-def _customized(context: CallContext, url: URL | None, call_id: str) -> CallContext:
-    """Return the context of a call that has a URL or a header of its own."""
+def _customized(context: CallContext, other: tuple[str, URL] | tuple[None, None], call_id: str) -> CallContext:
+    """Return the context of a call that has a path and a URL, or a header of its own."""
     assert isinstance(context.transport, Transport)
     header = None if context.request_id_header is None else (context.request_id_header, call_id)
-    return evolve(context, transport=CustomRequests(context.transport, url, header))
+    path, url = other
+    return evolve(context, path=path, transport=CustomRequests(context.transport, url, header))

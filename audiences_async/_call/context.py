@@ -23,6 +23,7 @@ class CallContext:
         pacer: Grants the turns.
         transport: Sends the requests; for a call that has its own header or URL, in its own way.
         request_id_header: Header that carries the identifier of a call; ``None`` means none.
+        path: Path of `get_json`; ``None`` means GET /audiences.
         notices: Finds the first announcement of the end of the service.
     """
 
@@ -33,4 +34,5 @@ class CallContext:
     pacer: Pacer
     transport: Sender
     request_id_header: str | None = None
+    path: str | None = None
     notices: Notices = field(factory=Notices)

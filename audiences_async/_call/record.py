@@ -1,6 +1,7 @@
 """The record of one call: its attempts and its time, as errors and events report them."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, TypeAlias
 from uuid import uuid4
 
@@ -74,10 +75,10 @@ class CallRecord:
             self._call_id = new_call_id()
         return self._call_id
 
-    def call_started(self) -> None:
+    def call_started(self, path: str | None) -> None:
         """Emit `CallStarted`."""
         if self.is_watched:
-            self._emit(CallStarted(self._account, call_id=self.call_id))
+            self._emit(CallStarted(self._account, path, call_id=self.call_id))
 
     def attempt_started(self, queued_at: float) -> None:
         """Note that a request goes now, which has waited for its turn since *queued_at*."""
@@ -131,8 +132,11 @@ class CallRecord:
         return error.with_traceback(None)  # whose frames would hold the call for as long as the error is kept
 
     def abandoned(self, error: BaseException) -> None:
-        """Emit `CallFinished` for a call that was cancelled, or that raised an unexpected exception."""
+        """Emit `CallFinished` for a call that was cancelled, or that raised an unexpected exception; mark that one."""
         self._finished(error)
+        if isinstance(error, Exception):
+            with suppress(Exception):  # a class of exceptions may forbid it
+                error.call_id = self.call_id  # type: ignore[attr-defined]
 
     def deprecated(self, notice: Notice) -> None:
         """Emit `ServiceDeprecated`."""

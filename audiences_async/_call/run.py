@@ -68,7 +68,7 @@ class Call:
         """
         self._attempts.begin()
         try:
-            self.record.call_started()
+            self.record.call_started(self._context.path)
             result = await self._attempts.next() if first is None else first
             if isinstance(result, AudiencesError):
                 result = await self._after(result)

@@ -91,7 +91,7 @@ class Header:
             return "duplicate column name in the header"
         if "name" in named and set(KEY_FIELDS) & set(named):
             return ""
-        expected = "the header must name the columns name and api_key or api_key_env"
+        expected = "the header must name the column name, and one of api_key, api_key_env and api_key_from"
         separators = "commas, semicolons or tabs"
         found = f"found {', '.join(map(_shown, self.names))}, separated by {_SEPARATORS[self.separator]}"
         return f"{expected}, separated by {separators}; {found}"

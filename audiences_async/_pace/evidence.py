@@ -5,51 +5,55 @@ from typing import Final
 from audiences_async._pace.lanes import Lane
 from audiences_async._pace.pacing import REFUSALS, Verdict
 
-_FEW: Final = 3  # accounts that fail while few requests are in flight
+_FEW: Final = 3  # accounts that fail in a row while few requests are in flight
 _MANY: Final = 8
 _PER_ACCOUNT: Final = 4  # requests in flight for each account that must fail
-_PER_ANSWER: Final = 2  # accounts that no longer count after an answer; a limit goes on granting some requests
+_PER_ANSWER: Final = 2  # refused accounts that no longer count after an answer: a limit goes on granting some requests
 _WEIGHT: Final = 1 / 16  # of the latest request, in the shares of the latest ones
 _HALF: Final = 0.5
 
 
 class Evidence:
-    """Accounts that are refused or fail, while few are answered."""
+    """Accounts that fail, without an answer to any account in between, or that are refused while few are answered."""
 
-    __slots__ = ("_accounts", "_recovered", "_refused", "is_needed")
+    __slots__ = ("_failing", "_recovered", "_refusals", "_refused", "is_needed")
 
     def __init__(self) -> None:
         self.is_needed: bool = False
         """Whether an answer matters: there was a refusal or a failure before."""
-        self._accounts: list[Lane] = []  # each once
-        self._refused = 0.0  # share of the latest requests
+        self._failing: set[Lane] = set()  # without an answer to any account since the first of them
+        self._refused: list[Lane] = []  # each once; fewer after each answer
+        self._refusals = 0.0  # share of the latest requests
         self._recovered = 0.0  # share of the latest answers, of accounts that had been refused or had failed
 
     @property
     def shows_refusals(self) -> bool:
         """Whether most requests are refused, and most refused accounts are answered later."""
-        return self._refused >= _HALF and self._recovered >= _HALF
+        return self._refusals >= _HALF and self._recovered >= _HALF
 
     def returned(self, verdict: Verdict, lane: Lane) -> None:
         """Note the reply to a request of an account."""
         if verdict != "answered":
             self.is_needed = True
-            self._refused += _WEIGHT * ((verdict in REFUSALS) - self._refused)
+            self._refusals += _WEIGHT * ((verdict in REFUSALS) - self._refusals)
         else:
-            self._refused -= _WEIGHT * self._refused
+            self._refusals -= _WEIGHT * self._refusals
             self._recovered += _WEIGHT * (lane.recovers - self._recovered)
-            del self._accounts[-_PER_ANSWER:]
+            self._failing.clear()
+            del self._refused[-_PER_ANSWER:]
 
     def suffices(self, verdict: Verdict, lane: Lane, peak: int) -> bool:
         """Note that an account was refused or failed; return whether enough did, so that the service is the cause.
 
         More must do so if many requests, up to *peak*, were in flight at the same time.
         """
-        if lane not in self._accounts:
-            self._accounts.append(lane)
+        self._failing.add(lane)
+        if verdict in REFUSALS and lane not in self._refused:
+            self._refused.append(lane)
         # Accounts have limits of their own, and few have outages of their own.
         few = _MANY if verdict == "throttled" else _FEW
-        if len(self._accounts) < min(max(few, peak // _PER_ACCOUNT), _MANY):
+        if len(self._failing) < min(max(few, peak // _PER_ACCOUNT), _MANY) and len(self._refused) < _MANY:
             return False
-        self._accounts.clear()
+        self._failing.clear()
+        self._refused.clear()
         return True

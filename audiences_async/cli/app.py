@@ -207,7 +207,7 @@ def fetch(
     Parameters
     ----------
     accounts
-        TOML, CSV or NDJSON file with the name and the api_key, or api_key_env, of each account.
+        TOML, CSV or NDJSON file with the name and the api_key, api_key_env or api_key_from of each account.
     out
         File to write; .gz and .zst at the end of its name compress it. NDJSON is appended account by account, and is
         the checkpoint for --resume.
@@ -309,8 +309,8 @@ def worker(
     docket
         URL of the Redis. Anyone who can write to it can run code in this process.
     accounts
-        TOML, CSV or NDJSON file with the name and the api_key, or api_key_env, of each account; keys stay on this
-        machine.
+        TOML, CSV or NDJSON file with the name and the api_key, api_key_env or api_key_from of each account; keys stay
+        on this machine.
     out
         Directory shared by all workers and the submitting machine; or a bucket: s3://, gs:// or az://, with the
         credentials in the environment.
