@@ -40,7 +40,7 @@ class Caller:
     def _wait(self) -> None:
         self.rate.throttled(self.now, asked=self._asked)
         if self._asked:
-            self.rate.excuse(self._pause)
+            self.rate.measurement.excuse(self._pause)
         self.now += self._pause
         self.rate.paused_until(self.now)
 
@@ -79,7 +79,7 @@ def test_idle_time_is_no_measurement() -> None:
     """Drop a measurement that went on while nothing was held back."""
     rate = LearnedRate()
     rate.throttled(1.0)
-    rate.idle()
+    rate.measurement.stop()
     rate.answered(fresh=True)
     assert not rate.throttled(1000.0)
     assert rate.rate is None
@@ -112,7 +112,7 @@ def test_a_named_pause_is_left_out_of_the_measurement() -> None:
     """Count only the time in which requests could go."""
     rate = LearnedRate()
     rate.throttled(1.0)
-    rate.excuse(30.0)
+    rate.measurement.excuse(30.0)
     for _ in range(10):
         rate.answered(fresh=True)
     rate.throttled(33.0)
@@ -132,7 +132,7 @@ def test_a_pause_within_another_one_excuses_nothing() -> None:
 def test_a_named_pause_outside_of_a_measurement_shows_nothing() -> None:
     """Begin the next measurement with its own refusal, whatever was paused before."""
     rate = LearnedRate()
-    rate.excuse(30.0)
+    rate.measurement.excuse(30.0)
     assert not rate.throttled(40.0)
     for _ in range(10):
         rate.answered(fresh=True)

@@ -71,7 +71,6 @@ class Attempts:
 
     async def next(self) -> Result:
         """Return the result of the next attempt."""
-        self._record.nothing_sent()
         try:
             key = await self.key.get(self._account.name)
             self._time.scope.check()

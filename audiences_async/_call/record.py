@@ -15,7 +15,6 @@ from audiences_async.events import (
     AttemptStarted,
     CallFinished,
     CallStarted,
-    Event,
     EventHook,
     ServiceDeprecated,
     StopReason,
@@ -78,13 +77,16 @@ class CallRecord:
     def call_started(self, path: str | None) -> None:
         """Emit `CallStarted`."""
         if self.is_watched:
-            self._emit(CallStarted(self._account, path, call_id=self.call_id))
+            emit(self._on_event, CallStarted(self._account, path, call_id=self.call_id))
 
     def attempt_started(self, queued_at: float) -> None:
         """Note that a request goes now, which has waited for its turn since *queued_at*."""
         self.sent_at = sent_at = self._clock.monotonic()
         if self.is_watched:
-            self._emit(AttemptStarted(self._account, self._next_number, sent_at - queued_at, call_id=self.call_id))
+            emit(
+                self._on_event,
+                AttemptStarted(self._account, self._next_number, sent_at - queued_at, call_id=self.call_id),
+            )
 
     def attempt_returned(self) -> None:
         """Note that the request under way has a result, which the next `add` records."""
@@ -92,15 +94,12 @@ class CallRecord:
         self._elapsed = self._clock.monotonic() - self.sent_at
         self.sent_at = None
 
-    def nothing_sent(self) -> None:
-        """Note that the next attempt has not been sent: its result, if any, took no time on the wire."""
-        self._elapsed = 0.0
-
     def add(self, result: Result, wait: float, reason: str) -> None:
         """Record an attempt that is followed by another one after *wait* seconds, or by none, for *reason*."""
         error = result.message if isinstance(result, AudiencesError) else None
         status = result.status if isinstance(result, _WITH_STATUS) else None
         self._append(Attempt(self._next_number, status, error, self._elapsed, wait, reason))
+        self._elapsed = 0.0  # also of the next attempt, if nothing is sent because the key function fails
 
     def until_now(self, reason: StopReason) -> tuple[Attempt, ...]:
         """Return the attempts for a caller that leaves now, for *reason*: one under way may be on the wire."""
@@ -140,8 +139,9 @@ class CallRecord:
 
     def deprecated(self, notice: Notice) -> None:
         """Emit `ServiceDeprecated`."""
-        self._emit(
-            ServiceDeprecated(self._account, notice.deprecation, notice.sunset, notice.link, call_id=self.call_id)
+        emit(
+            self._on_event,
+            ServiceDeprecated(self._account, notice.deprecation, notice.sunset, notice.link, call_id=self.call_id),
         )
 
     def _finished(self, error: BaseException | None) -> None:
@@ -151,16 +151,13 @@ class CallRecord:
         count = len(self.attempts) + (self.sent_at is not None)
         name = None if error is None else type(error).__name__
         stale = error is not None and self.stands_in is not None and self.stands_in(error)
-        self._emit(CallFinished(self._account, count, elapsed, name, stale, call_id=self.call_id))
+        emit(self._on_event, CallFinished(self._account, count, elapsed, name, stale, call_id=self.call_id))
 
     def _append(self, attempt: Attempt) -> None:
         self.attempts += (attempt,)
         if self.is_watched:
-            self._emit(AttemptFinished(self._account, attempt, call_id=self.call_id))
+            emit(self._on_event, AttemptFinished(self._account, attempt, call_id=self.call_id))
 
     @property
     def _next_number(self) -> int:
         return len(self.attempts) + 1
-
-    def _emit(self, event: Event) -> None:
-        emit(self._on_event, event)

@@ -90,7 +90,7 @@ class Place:
     async def enter(self) -> None:
         """Wait for a place; return at once if the item still has one."""
         if not self.held:
-            await self._job.occupy()
+            await self._job.places.occupy()
             self.held = True
 
     async def borrow(self) -> None:
@@ -99,14 +99,78 @@ class Place:
         Return at once if the item could not give up its own place, because borrowers wait for a place of the job too.
         """
         if not self.held:
-            await self._job.unpaid.acquire()
+            await self._job.places.unpaid.acquire()
             self._borrows = True
 
     def give_back(self) -> None:
         """Return the borrowed place, if any, to the next retry without tokens."""
         if self._borrows:
             self._borrows = False
-            self._job.unpaid.release()
+            self._job.places.unpaid.release()
+
+
+class Places:
+    """The places of a job, which bound the items in flight and the results that the consumer has not taken yet.
+
+    Args:
+        concurrency: Number of places.
+    """
+
+    def __init__(self, concurrency: int) -> None:
+        self.unpaid: asyncio.Semaphore = asyncio.Semaphore(max(1, concurrency // _UNPAID))
+        """Places for retries without tokens."""
+        self.away: int = 0
+        """Number of items that wait without a place."""
+        self._concurrency = concurrency
+        self._free = asyncio.Semaphore(concurrency)
+        self._room = asyncio.Semaphore(_HELD * concurrency)
+
+    @property
+    def workers(self) -> int:
+        """Number of workers that the items in places, and those that wait without one, need."""
+        return self._concurrency + self.away
+
+    async def wait(self) -> None:
+        """Return when there is a place, and take none."""
+        async with self._room, self._free:
+            pass
+
+    async def take(self) -> None:
+        """Take a place."""
+        await self._room.acquire()
+        try:
+            await self._free.acquire()
+        except BaseException:
+            self._room.release()
+            raise
+
+    def finish(self) -> None:
+        """Return the place of an item that has a result."""
+        self._free.release()
+
+    def consume(self) -> None:
+        """Return the room of a result that was taken."""
+        self._room.release()
+
+    def vacate(self) -> bool:
+        """Give up a place; return ``False`` if too many items wait without one."""
+        if self.away >= _AWAY * self._concurrency:
+            return False
+        self.away += 1
+        self._free.release()
+        self._room.release()
+        return True
+
+    async def occupy(self) -> None:
+        """Take a place again."""
+        await self.take()
+        self.away -= 1
+
+    def open(self) -> None:
+        """Let all go that wait without a place: a shared request continues after the job, and must not wait for it."""
+        for semaphore in (self.unpaid, self._room, self._free):
+            for _ in range(self.away):
+                semaphore.release()
 
 
 class Results(AsyncIterator[R], Generic[T, R]):
@@ -120,18 +184,14 @@ class Results(AsyncIterator[R], Generic[T, R]):
         patience: float,
     ) -> None:
         """Create it inside the event loop that will use it."""
-        self.unpaid: asyncio.Semaphore = asyncio.Semaphore(max(1, concurrency // _UNPAID))
+        self.places: Places = Places(concurrency)
         self._items = items
         self._work = work
-        self._concurrency = concurrency
         self._patience = patience
         self._reading = asyncio.Lock()
         self._exhausted = False
         self._is_left = False
-        self._places = asyncio.Semaphore(concurrency)
-        self._away = 0  # items that wait without a place
         self._surplus: set[asyncio.Task[None]] = set()  # workers that end because there are too many
-        self._room = asyncio.Semaphore(_HELD * concurrency)
         self._done: asyncio.Queue[tuple[R] | None] = asyncio.Queue()
         self._failure: BaseException | None = None
         self._workers: set[asyncio.Task[None]] = set()
@@ -150,15 +210,13 @@ class Results(AsyncIterator[R], Generic[T, R]):
             # An exception that is raised twice shows the frames of both.
             self._failure = ClientClosedError("the stream failed before its end; another consumer has the error")
             raise failure
-        self._room.release()
+        self.places.consume()
         return result[0]
 
     async def leave(self) -> None:
         """End every task at once. Consumers that still iterate get a `ClientClosedError`."""
         self._is_left = True  # in case a worker's cancellation is lost in foreign code
-        for semaphore in (self.unpaid, self._room, self._places):
-            for _ in range(self._away):  # a shared request continues, and must not wait for a place of this job
-                semaphore.release()
+        self.places.open()
         for worker in self._workers:
             worker.cancel()
         if self._workers:
@@ -177,44 +235,30 @@ class Results(AsyncIterator[R], Generic[T, R]):
 
     def vacate(self) -> bool:
         """Give up a place; return ``False`` if too many items wait without one."""
-        if self._away >= _AWAY * self._concurrency:
+        if not self.places.vacate():
             return False
-        self._away += 1
-        self._places.release()
-        self._room.release()
         if not self._exhausted:
             self._start_worker()
         return True
-
-    async def occupy(self) -> None:
-        """Take a place again."""
-        await self._room.acquire()
-        try:
-            await self._places.acquire()
-        except BaseException:
-            self._room.release()
-            raise
-        self._away -= 1
 
     async def _run(self) -> None:
         while not self._has_been_left() and not self._is_surplus():
             item = await self._next()
             if item is None or self._has_been_left():
                 return
-            await self._room.acquire()
-            await self._places.acquire()
-            if len(self._workers) - len(self._surplus) < self._concurrency + self._away:
+            await self.places.take()
+            if len(self._workers) - len(self._surplus) < self.places.workers:
                 self._start_worker()  # one by one: a job of three accounts does not start a hundred tasks
             place = Place(self, self._patience)
             result = await self._work(item[0], place)
             await place.enter()
-            self._places.release()
+            self.places.finish()
             self._done.put_nowait((result,))
             await asyncio.sleep(0)  # other tasks go first: responses are read, and requests sent, in batches
 
     def _is_surplus(self) -> bool:
         """Return whether this worker should end because an item has returned to a place."""
-        if len(self._workers) - len(self._surplus) <= self._concurrency + self._away:
+        if len(self._workers) - len(self._surplus) <= self.places.workers:
             return False
         task = asyncio.current_task()
         assert task is not None
@@ -223,8 +267,7 @@ class Results(AsyncIterator[R], Generic[T, R]):
 
     async def _next(self) -> tuple[T] | None:
         async with self._reading:
-            async with self._room, self._places:
-                pass  # reads when there is room, and keeps none from items that return while it waits for the source
+            await self.places.wait()  # and keep none from items that return while this waits for the source
             if not self._exhausted:
                 try:
                     return (await anext(self._items),)

@@ -14,22 +14,23 @@ class LearnedPace:
         is_shared: Whether the limit may be shared with other processes.
     """
 
-    __slots__ = ("_rate", "_until_open", "_window")
+    __slots__ = ("_until_open", "_window", "steady")
 
     def __init__(self, grants: int, began: float, ended: float, *, is_shared: bool) -> None:
-        self._rate = LearnedRate(is_shared=is_shared)
+        self.steady: LearnedRate = LearnedRate(is_shared=is_shared)
+        """The rate at which requests go one by one, unless many may go at once."""
         self._window = LearnedWindow(grants, began, ended)
         self._until_open: float | None = None
 
     @property
     def rate(self) -> float | None:
         """Requests per second in the long run; ``None`` until enough was granted between two refusals."""
-        return self._window.rate or self._rate.rate
+        return self._window.rate or self.steady.rate
 
     @property
     def spaces(self) -> bool:
         """Whether requests go one by one at a rate; otherwise many may go at once."""
-        return self._rate.rate is not None
+        return self.steady.rate is not None
 
     @property
     def per(self) -> float | None:
@@ -42,32 +43,27 @@ class LearnedPace:
         return self._until_open
 
     @property
-    def explains_refusals(self) -> bool:
-        """Whether a refusal now may be due to the pace."""
-        return self._rate.explains_refusals
-
-    @property
     def is_forgettable(self) -> bool:
         """Whether forgetting it would make little difference."""
-        return self.rate is None and not self._rate.is_measured
+        return self.rate is None and self.steady.measurement.since is None
 
     def delay(self, now: float, in_flight: int) -> float:
         """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
-        delay = self._rate.delay(now)
+        delay = self.steady.delay(now)
         return delay if self._window.limit is None else max(delay, self._window.delay(now, in_flight))
 
     def backlog(self, now: float, ahead: int) -> float:
         """Estimate the seconds until the turn of a request behind *ahead* others; 0.0 if that is unknown."""
-        return max(self._rate.backlog(now, ahead), self._window.backlog(now, ahead))
+        return max(self.steady.backlog(now, ahead), self._window.backlog(now, ahead))
 
     def sent(self, now: float) -> None:
         """Note that a request goes now."""
-        self._rate.sent(now)
+        self.steady.sent(now)
 
     def granted(self, now: float, sent_at: float, *, fresh: bool) -> None:
         """Note that a request was granted; *fresh* if it was sent after the latest refusal."""
-        self._rate.answered(fresh=fresh)
-        self._window.granted(now, sent_at, fresh=fresh, is_paced=self._rate.rate is not None)
+        self.steady.answered(fresh=fresh)
+        self._window.granted(now, sent_at, fresh=fresh, is_paced=self.steady.rate is not None)
 
     def refused(self, now: float, sent_at: float, *, asked: bool) -> bool:
         """Learn from a refusal; return whether the pace is a new one.
@@ -79,34 +75,22 @@ class LearnedPace:
         """
         self._until_open = self._window.refused(sent_at)
         if self._until_open is not None:
-            self._rate.forget()
+            self.steady.forget()
             return True
-        return self._rate.throttled(now, asked=asked)
-
-    def refused_by_others(self, now: float) -> None:
-        """Note a refusal that the pace does not explain."""
-        self._rate.throttled(now)
+        return self.steady.throttled(now, asked=asked)
 
     def paused(self, now: float, until: float, closed_until: float, *, asked: bool) -> None:
         """Note a pause *until* a moment, after one that lasts until *closed_until*."""
         if asked:
-            self._rate.excuse(until - max(now, closed_until))
-        self._rate.paused_until(until)
+            self.steady.measurement.excuse(until - max(now, closed_until))
+        self.steady.paused_until(until)
 
     def resumed(self, now: float) -> None:
         """Note the end of a pause."""
-        self._rate.paused_until(now)
-
-    def adopt(self, now: float, rate: float) -> None:
-        """Keep to *rate* requests per second; a window that is recognized holds as well."""
-        self._rate.adopt(now, rate)
-
-    def restart(self, now: float) -> None:
-        """Begin the measurement anew."""
-        self._rate.restart(now)
+        self.steady.paused_until(now)
 
     def idle(self, idle_for: float = 0.0) -> None:
         """End the measurement: for a while nothing was held back; a window is worth nothing after a longer while."""
-        self._rate.idle()
+        self.steady.measurement.stop()
         if self._window.is_old(idle_for):
             self._window = LearnedWindow()

@@ -45,12 +45,13 @@ class LearnedRate:
     """
 
     __slots__ = (
-        "_burst", "_growth", "_held", "_is_asked", "_is_shared", "_measurement", "_next_at", "_since_cut", "_strays",
+        "_burst", "_growth", "_held", "_is_asked", "_is_shared", "_next_at", "_since_cut", "_strays", "measurement",
         "rate",
     )  # fmt: skip
 
     def __init__(self, *, is_shared: bool = False) -> None:
         self.rate: float | None = None
+        self.measurement: Measurement = Measurement()
         self._is_shared = is_shared
         self._next_at = -math.inf
         self._held = True  # whether requests go as fast as the pace lets them
@@ -59,17 +60,11 @@ class LearnedRate:
         self._is_asked = False  # whether refusals name a pause
         self._burst = math.inf  # the fewest answers from the end of a pause to the next refusal
         self._strays: Strays | None = None  # once there is a rate
-        self._measurement = Measurement()
 
     @property
     def explains_refusals(self) -> bool:
         """Whether a refusal now may be due to the rate."""
         return self._strays is None or self._strays.are_few
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether a measurement is under way."""
-        return self._measurement.since is not None
 
     def delay(self, now: float) -> float:
         """Return the seconds until the next request may go."""
@@ -89,17 +84,17 @@ class LearnedRate:
         interval = 1 / self.rate
         self._held = now - self._next_at <= 2 * interval
         if not self._held:
-            self.idle()
+            self.measurement.stop()
         # A turn that came late does not make the next one late.
         self._next_at = max(self._next_at, now - interval) + interval
 
     def answered(self, *, fresh: bool) -> None:
         """Note that a request was granted; *fresh* if it was sent after the latest refusal."""
         if self.rate is None:
-            self._measurement.granted += fresh  # the others were granted before it began
+            self.measurement.granted += fresh  # the others were granted before it began
             return
         assert self._strays is not None
-        self._measurement.granted += 1
+        self.measurement.granted += 1
         self._strays.granted()
         if self._held:  # else the callers are slower than the pace, and that it is kept shows nothing
             self._grow(self.rate)
@@ -127,28 +122,28 @@ class LearnedRate:
             self._strays.refused()
             if not self._strays.are_few:
                 return False
-        since = self._measurement.since
+        since = self.measurement.since
         if since is None:
             if self.rate is not None:
                 self._cut(self.rate, 0.8 * self.rate)
                 self._growth = _MIN_GROWTH
-            self.restart(now)
+            self.measurement.restart(now)
             return False
-        if not self._measurement.has_news(now):
+        if not self.measurement.has_news(now):
             return False
         if asked and self._held:
             self._measure_carefully(now - since)
-            self.restart(now)
+            self.measurement.restart(now)
         else:
             self._measure(now - since)
-            if self._measurement.granted >= _ENOUGH:
-                self.restart(now)
+            if self.measurement.granted >= _ENOUGH:
+                self.measurement.restart(now)
         return True
 
     def _measure(self, seconds: float) -> None:
         # What the limit would have granted while nothing was sent may be lost: the measurement is a lower bound. The
         # rate that was refused is an upper one.
-        granted = self._measurement.granted
+        granted = self.measurement.granted
         measured = granted / seconds
         lower_bound = measured * (1 - 0.5 / (granted + 1))
         if self.rate is None:
@@ -159,7 +154,7 @@ class LearnedRate:
         self._growth = min(_SLOW_GROWTH if is_slow else _MAX_GROWTH, max(_MIN_GROWTH, 2 / granted**2))
 
     def _measure_carefully(self, active: float) -> None:
-        granted, excused = self._measurement.granted, self._measurement.excused
+        granted, excused = self.measurement.granted, self.measurement.excused
         if excused:
             self._burst = min(self._burst, granted)
         if granted > max(_SOME, 2 * self._burst):
@@ -189,24 +184,12 @@ class LearnedRate:
         self._strays = None
         self._begin_at(rate)
         self._since_cut, self._growth = 0.0, _MIN_GROWTH
-        self.restart(now)
+        self.measurement.restart(now)
 
     def forget(self) -> None:
         """Forget the rate: the limit is of another kind."""
         self.rate = None
-        self.idle()
-
-    def idle(self) -> None:
-        """End the measurement: for a while nothing was held back."""
-        self._measurement.since = None
-
-    def restart(self, now: float) -> None:
-        """Begin a measurement."""
-        self._measurement = Measurement(now)
-
-    def excuse(self, seconds: float) -> None:
-        """Leave a pause of *seconds* that the service asked for out of the measurement."""
-        self._measurement.excuse(seconds)
+        self.measurement.stop()
 
     def paused_until(self, when: float) -> None:
         """Pace from *when* on, the end of a pause."""
@@ -214,16 +197,25 @@ class LearnedRate:
 
 
 class Measurement:
-    """The requests that were granted since a refusal; none is under way if *since* is ``None``."""
+    """The requests that were granted since a refusal."""
 
     __slots__ = ("_counted", "excused", "granted", "since")
 
-    def __init__(self, since: float | None = None) -> None:
-        self.since: float | None = since
+    def __init__(self) -> None:
+        self.since: float | None = None
+        """When it began; ``None`` if none is under way."""
         self.granted: int = 0
         self.excused: float = 0.0
         """Seconds of pauses that were asked for, by which *since* was moved."""
         self._counted = 0  # of them, at the latest refusal
+
+    def restart(self, now: float) -> None:
+        """Begin anew."""
+        self.since, self.granted, self.excused, self._counted = now, 0, 0.0, 0
+
+    def stop(self) -> None:
+        """End it: for a while nothing was held back."""
+        self.since = None
 
     def has_news(self, now: float) -> bool:
         """Note a refusal; return whether anything was granted since the latest one."""

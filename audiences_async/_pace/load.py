@@ -29,8 +29,8 @@ class Load:
     """
 
     __slots__ = (
-        "_attempt_timeout", "_cut_at", "_in_flight", "_learned", "_sent", "_since_cut", "_step", "concurrency",
-        "connections", "limit", "peak", "quick_answers", "slowest",
+        "_attempt_timeout", "_cut_at", "_growth", "_in_flight", "_learned", "_sent", "concurrency", "connections",
+        "limit", "peak", "quick_answers", "slowest",
     )  # fmt: skip
 
     def __init__(self, connections: int, attempt_timeout: float) -> None:
@@ -49,9 +49,8 @@ class Load:
         self._learned: LearnedConcurrency | None = None  # from the first refusal on
         self._in_flight: dict[int, int] = {}  # by the number of each request: how many others were in flight
         self._sent = 0
-        self._step = _FAST_STEP
+        self._growth = Growth(_FAST_STEP)
         self._cut_at = -math.inf
-        self._since_cut = 0  # answers
 
     def sent(self) -> int:
         """Note that a request goes now; return its number."""
@@ -104,16 +103,15 @@ class Load:
             self.cut(max(limit, min(_LEAST, self.connections)))  # one request that hangs must not block the others
 
     def _grow(self, took: float) -> None:
-        self._since_cut += 1
-        if self._since_cut % _ENOUGH == 0:
-            self._step = min(_FAST_STEP, 2 * self._step)
-        step = self._step if took <= _QUICK * self._attempt_timeout else min(self._step, _SLOW_STEP)
+        step = self._growth.step()
+        if took > _QUICK * self._attempt_timeout:
+            step = min(step, _SLOW_STEP)
         self.limit = min(float(self.connections), self.concurrency, self.limit + step)
 
     def cut(self, limit: float) -> None:
         """Set a lower limit, from which growth is slow."""
         self.limit = max(1.0, limit)
-        self._step, self._since_cut = _SLOW_STEP, 0
+        self._growth = Growth(_SLOW_STEP)
 
     def refused(self) -> None:
         """Note a refusal of a shared limit whose rate is unknown."""
@@ -123,8 +121,29 @@ class Load:
         """Begin anew after an outage: it may have been a limit, and a flood would meet it again."""
         self.ignore_until(now)
         self.limit = min(self.limit, _REOPEN)
-        self._step = _FAST_STEP
+        self._growth = Growth(_FAST_STEP)
 
     def ignore_until(self, now: float) -> None:
         """Ignore timeouts of requests that were sent before *now*."""
         self._cut_at = now
+
+
+class Growth:
+    """How much the limit grows with an answer, which is faster after many.
+
+    Args:
+        step: Requests in flight, for each answer at first.
+    """
+
+    __slots__ = ("_answers", "_step")
+
+    def __init__(self, step: float) -> None:
+        self._step = step
+        self._answers = 0
+
+    def step(self) -> float:
+        """Note an answer; return by how many requests in flight the limit grows."""
+        self._answers += 1
+        if self._answers % _ENOUGH == 0:
+            self._step = min(_FAST_STEP, 2 * self._step)
+        return self._step

@@ -195,7 +195,7 @@ class ServiceLane(PacedQueue):
     def adopt(self, rate: float) -> None:
         """Keep to *rate* requests per second, as if it had been learned."""
         now = self.clock.monotonic()
-        self._learner(now).adopt(now, rate)
+        self._learner(now).steady.adopt(now, rate)
         self._state = "limited" if self._state == "open" else self._state
         self._on_rate(rate, None)
         self.changed()
@@ -225,7 +225,9 @@ class ServiceLane(PacedQueue):
         self.outage.silent_since = None
         self._answered(now, sent_at, fresh=fresh)
         if is_end and was_closed and self._learned is not None:
-            self._learned.restart(now)  # a measurement leaves the whole pause out, and the grant that ended it
+            self._learned.steady.measurement.restart(
+                now
+            )  # a measurement leaves the whole pause out, and the grant that ended it
         if self._state == "limited" and self.rate is None and self._unrefused >= _SAMPLE:
             self._state = "open"
 
@@ -247,8 +249,8 @@ class ServiceLane(PacedQueue):
     def _is_rate(self, now: float, turn: Turn, pause: float | None) -> bool:
         """Return whether a refusal may be due to the shared rate, which then is lowered."""
         self._unrefused = 0
-        if self._learned is not None and not self._learned.explains_refusals:
-            self._learned.refused_by_others(now)
+        if self._learned is not None and not self._learned.steady.explains_refusals:
+            self._learned.steady.throttled(now)
             return False
         self._trip(now, turn.sent_at, "throttled", pause)
         return True
@@ -274,7 +276,7 @@ class ServiceLane(PacedQueue):
         self._failures += 1
         self._cut_at = now
         if verdict == "unavailable":
-            self._learner(now).restart(now)  # in case it is a limit after all
+            self._learner(now).steady.measurement.restart(now)  # in case it is a limit after all
         seconds = self.outage.pause(self._failures, self.clock)
         is_asked = pause is not None and seconds < pause
         self._close(now, pause if is_asked and pause is not None else seconds, asked=is_asked)
