@@ -58,8 +58,8 @@ class AudiencesClient:
         budget: Limit on the retries of all calls of this client together; ``None`` means no such limit.
         rate_limit: Known rate of each account, or a `Limiter`; ``None`` means that the rate is learned from the
             service's 429s. A 429 pauses its account in any case.
-        service_rate_limit: Known rate of all accounts together, or a `Limiter`; ``None`` means no such limit. In a job,
-            waiting for it does not count towards an account's timeout.
+        service_rate_limit: Known rate of all accounts together, or a `Limiter`; ``None`` means that one is learned, if
+            there is one. In a job, waiting for it does not count towards an account's timeout.
         cache: How long answers are kept and shared between callers; ``None`` means that every call sends a request.
         max_connections: Connections of the client's own session; ``None`` means 100.
         max_body_bytes: Largest body that is read, in bytes after decompression. The decoded audiences take several

@@ -1,19 +1,23 @@
 """The calls of one client in virtual time: their answers and errors as values, with and without the cache."""
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import virtual
-from virtual import Service
+from virtual import LeakyBucket, Service
 
 from audiences_async import (
     Account,
+    AudiencesClient,
     AudiencesResponse,
     CachePolicy,
     ClientClosedError,
     DeadlineExceededError,
+    RateLimit,
     RetryPolicy,
+    TooManyRequestsError,
     TransportError,
 )
 from audiences_async._base.deadlines import Deadlines
@@ -127,3 +131,44 @@ def test_concurrent_calls_share_one_key() -> None:
 
     virtual.run(main())
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("retry", [RetryPolicy(statuses={500}), RetryPolicy(max_attempts=1)], ids=["other", "once"])
+def test_a_429_paces_its_account_whatever_is_retried(monkeypatch: pytest.MonkeyPatch, retry: RetryPolicy) -> None:
+    """Learn the account's limit from refusals that the policy does not retry."""
+    service = Service(LeakyBucket(5, 1))
+    monkeypatch.setattr("audiences_async._call.engine.Transport", service)
+
+    async def main() -> None:
+        async with AudiencesClient(clock=virtual.clock(), retry=retry) as client:
+            for _ in range(40):
+                with suppress(TooManyRequestsError):
+                    await client.get_audiences(NORTH)
+            (pace,) = client.snapshot().accounts
+            assert pace.rate == pytest.approx(5.0, rel=0.3)
+
+    virtual.run(main())
+    assert len(service.times(429)) <= 8
+
+
+def test_a_job_that_waits_for_its_turn_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who joins the request of a job gets all the time that it asked for, in one request."""
+    service = Service(lambda key, at: 200, round_trip=10.0)
+    monkeypatch.setattr("audiences_async._call.engine.Transport", service)
+
+    async def main() -> None:
+        limit, cache = RateLimit(1, per=2.0), CachePolicy(ttl=0.0)
+        async with AudiencesClient(
+            clock=virtual.clock(), cache=cache, service_rate_limit=limit, retry=RetryPolicy(max_attempts=1)
+        ) as client:
+            job = asyncio.create_task(client.fetch_all([Account("first", "f"), NORTH], timeout=1.0))
+            await asyncio.sleep(0.5)  # the job's second account waits until 2.0 for the service's turn
+            with pytest.raises(DeadlineExceededError):
+                await client.get_audiences(NORTH, timeout=8.0)
+            assert virtual.now() == pytest.approx(8.5)
+            outcome = (await job)[1]
+            assert not outcome.ok
+            assert "inf" not in str(outcome.error)
+
+    virtual.run(main())
+    assert len(service.times(key="key-north")) == 1

@@ -48,22 +48,29 @@ def test_a_scope_that_is_left_in_time_has_no_effect() -> None:
     virtual.run(main())
 
 
-def test_on_expire_comes_before_the_cancellation() -> None:
-    """Call `on_expire` once, while the task still waits."""
-    expired: list[float] = []
+def test_the_stage_hears_of_the_end_before_the_cancellation() -> None:
+    """Tell the stage once, while the task still waits."""
+    told: list[float] = []
+
+    class Waiting:
+        phase = "waiting"
+
+        def out_of_time(self) -> None:
+            told.append(virtual.now())
 
     async def main() -> None:
         async def work() -> None:
-            with Deadlines().within(1.0, lambda: expired.append(virtual.now())):
+            with Deadlines().within(1.0) as scope:
+                scope.stage = Waiting()
                 try:
                     await asyncio.sleep(3600)
                 finally:
-                    assert len(expired) == 1
+                    assert len(told) == 1
 
         await ended(work())
 
     virtual.run(main())
-    assert expired == pytest.approx([1.0])
+    assert told == pytest.approx([1.0])
 
 
 def test_a_cancellation_from_outside_takes_precedence() -> None:
@@ -193,5 +200,29 @@ def test_a_call_that_is_joined_gets_more_time() -> None:
             time.extend(10.0)
             assert (time.timeout, time.deadline - time.started) == (12.0, 12.0)
             assert time.scope.ends_at == pytest.approx(time.deadline)
+
+    virtual.run(main())
+
+
+def test_a_call_that_is_joined_while_its_clock_stands_still_gets_more_time() -> None:
+    """Extend what is left of a call that is held, which its error then names."""
+
+    async def main() -> None:
+        now = asyncio.get_running_loop().time
+        deadlines = Deadlines()
+        time = CallTime(now, deadlines.within(5.0), 5.0)
+
+        async def work() -> None:
+            with time.scope:
+                await asyncio.sleep(2)
+                with time.held():
+                    await asyncio.sleep(100)
+                    time.extend(1.0)
+                    time.extend(10.0)
+                assert (time.timeout, time.deadline - now()) == (112.0, 10.0)
+                assert deadlines.left(time.scope.ends_at) == pytest.approx(10.0)
+                await asyncio.sleep(3600)
+
+        assert await ended(work()) == pytest.approx(112.0)
 
     virtual.run(main())

@@ -16,7 +16,7 @@ from audiences_async import (
     TransportError,
     UnauthorizedError,
 )
-from audiences_async._call.decide import Again, Facts, Stop, decide, verdict_of
+from audiences_async._call.decide import Again, Facts, Stop, decide, report_of, verdict_of
 
 POLICY = RetryPolicy()
 
@@ -84,3 +84,12 @@ def test_what_follows_a_failed_attempt(error: AudiencesError, changes: dict[str,
 def test_what_an_error_shows_about_the_service(error: AudiencesError, expected: str) -> None:
     """Count a final refusal as an answer; a stale connection and a missing socket show nothing."""
     assert verdict_of(error, POLICY) == expected
+
+
+@pytest.mark.parametrize(("status", "expected"), [(429, "throttled"), (503, "unavailable"), (500, "answered")])
+def test_a_refusal_that_is_not_retried_is_a_refusal(status: int, expected: str) -> None:
+    """Pace after a 429 and a 503 that the policy does not retry; take any other error for an answer."""
+    policy = RetryPolicy(statuses={502})
+    error = TooManyRequestsError("", status=429, retry_after=3.0) if status == 429 else ServerError("", status=status)
+    assert verdict_of(error, policy) == expected
+    assert report_of(error, None, policy).pause == (3.0 if status == 429 else None)

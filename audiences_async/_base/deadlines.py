@@ -30,12 +30,9 @@ class Deadlines:
         self._next_look = math.inf
         self._idle: asyncio.Event | None = None
 
-    def within(self, seconds: float, on_expire: Callable[[], object] | None = None) -> "Scope":
-        """Return a scope that raises `TimeoutError` after *seconds*.
-
-        *on_expire* is called at that moment, before the task is cancelled.
-        """
-        return Scope(self, self.loop.time() + seconds, on_expire)
+    def within(self, seconds: float) -> "Scope":
+        """Return a scope that raises `TimeoutError` after *seconds*."""
+        return Scope(self, self.loop.time() + seconds)
 
     def at(self, seconds: float) -> float:
         """Return the event loop's time *seconds* from now."""
@@ -108,11 +105,11 @@ class Stage(Protocol):
 class Scope:
     """A part of a task that has a deadline."""
 
-    __slots__ = ("_cancelling", "_deadlines", "_on_expire", "ends_at", "expired", "stage", "task")
+    __slots__ = ("_cancelling", "_deadlines", "_left", "ends_at", "expired", "stage", "task")
 
-    def __init__(self, deadlines: Deadlines, ends_at: float, on_expire: Callable[[], object] | None = None) -> None:
+    def __init__(self, deadlines: Deadlines, ends_at: float) -> None:
         self._deadlines = deadlines
-        self._on_expire = on_expire
+        self._left: float | None = None  # s; while the clock stands still
         self.ends_at: float = ends_at
         self.expired: bool = False
         self.stage: Stage | None = None
@@ -136,7 +133,10 @@ class Scope:
 
     def extend(self, seconds: float) -> None:
         """Extend the deadline to at least *seconds* from now."""
-        self.ends_at = max(self.ends_at, self._deadlines.at(seconds))
+        if self._left is None:
+            self.ends_at = max(self.ends_at, self._deadlines.at(seconds))
+        else:
+            self._left = max(self._left, seconds)
 
     def check(self) -> None:
         """Raise the `TimeoutError` if the scope has expired but foreign code swallowed the cancellation."""
@@ -148,8 +148,6 @@ class Scope:
         if not self.expired:
             self.expired = True
             self.ends_at = math.inf
-            if self._on_expire is not None:
-                self._on_expire()
             if self.stage is not None:
                 self.stage.out_of_time()
             self.task.cancel()
@@ -157,11 +155,12 @@ class Scope:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Stop the clock inside the block."""
-        left = self._deadlines.left(self.ends_at)
+        self._left = self._deadlines.left(self.ends_at)
         self.ends_at = math.inf
         try:
             yield
         finally:
+            left, self._left = self._left, None
             if not self.expired:
                 self.ends_at = self._deadlines.at(left)
                 self._deadlines.add(self)
@@ -177,11 +176,12 @@ class CallTime:
         stands_still: Whether delays caused by the service as a whole do not count, as in a job.
     """
 
-    __slots__ = ("_monotonic", "deadline", "scope", "stands_still", "started", "timeout")
+    __slots__ = ("_left", "_monotonic", "deadline", "scope", "stands_still", "started", "timeout")
 
     def __init__(
         self, monotonic: Callable[[], float], scope: Scope, timeout: float, *, stands_still: bool = False
     ) -> None:
+        self._left: float | None = None  # s; while the clock stands still
         self._monotonic = monotonic
         self.scope: Scope = scope
         self.started: float = monotonic()
@@ -192,16 +192,21 @@ class CallTime:
 
     def extend(self, timeout: float) -> None:
         """Extend the deadline to at least *timeout* seconds from now."""
-        self.deadline = max(self.deadline, self._monotonic() + timeout)
-        self.timeout = max(self.timeout, self.deadline - self.started)
+        now = self._monotonic()
+        if self._left is None:
+            self.deadline = max(self.deadline, now + timeout)
+        else:
+            self._left = max(self._left, timeout)
+        self.timeout = max(self.timeout, now + timeout - self.started)
         self.scope.extend(timeout)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Stop the clock inside the block."""
-        left, self.deadline = self.deadline - self._monotonic(), math.inf
+        self._left, self.deadline = self.deadline - self._monotonic(), math.inf
         try:
             with self.scope.suspended():
                 yield
         finally:
-            self.deadline = self._monotonic() + left
+            self.deadline = self._monotonic() + self._left
+            self._left = None

@@ -134,15 +134,15 @@ def report_of(result: Result, quota: Quota | None, policy: RetryPolicy) -> Repor
 
 
 def verdict_of(error: AudiencesError, policy: RetryPolicy) -> Verdict:
-    """Return what an error shows about the service; one that no attempt would mend is an answer."""
+    """Return what an error shows about the service. Unless it is a refusal, one that is not retried is an answer."""
     found: Verdict = "nothing"
     match error:
-        case _ if not policy.retries(error):
-            found = "answered"
         case StatusError(status=429):
             found = "throttled"
         case StatusError(status=503):
             found = "unavailable"
+        case _ if not policy.retries(error):
+            found = "answered"
         case StatusError():
             found = "failed"
         case AttemptTimeoutError():

@@ -149,7 +149,8 @@ class Transport:
             raise ClientClosedError("the session given to the client was closed")
         limit, cap = self._settings.attempt_timeout, self._settings.max_body_bytes
         exchange = Exchange(self._trust)
-        scope = self._deadlines.within(limit, exchange.lease.out_of_time)
+        scope = self._deadlines.within(limit)
+        scope.stage = exchange.lease
         if call is not None:
             call.stage = exchange.lease
         try:

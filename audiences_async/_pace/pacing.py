@@ -249,5 +249,5 @@ class PacedQueue(Queue):
 
 def never(seconds: float) -> DeadlineExceededError:
     """Return the error of a call whose turn comes in *seconds*, after its deadline."""
-    message = f"the account's next request may go in {seconds:.3g} s, which does not fit into the call's timeout"
+    message = f"the next request may go in {seconds:.3g} s, which does not fit into the call's timeout"
     return DeadlineExceededError(message, retry_after=seconds, stop_reason="deadline")
