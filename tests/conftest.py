@@ -47,7 +47,7 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Pause coverage in long simulations: they repeat what short tests cover, and take three times as long with it."""
     coverage = Coverage.current()
     if coverage is None or not (item.get_closest_marker("simulated") and item.get_closest_marker("slow")):

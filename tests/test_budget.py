@@ -113,6 +113,7 @@ async def test_what_a_retry_costs(sandbox: Sandbox, at_once: RetryPolicy, answer
 
 
 @pytest.mark.once
+@pytest.mark.simulated
 @pytest.mark.parametrize("way", ["get_audiences", "fetch_all"])
 def test_429s_of_many_accounts_fail_no_call(client: MakeClient, way: str) -> None:
     """Answer every call of 1,000 accounts with three calls each, limited to two requests per second each."""
@@ -175,6 +176,7 @@ async def test_stale_connections_fail_no_call(raw: StartRaw, how: str, *, is_giv
 
 
 @pytest.mark.once
+@pytest.mark.simulated
 @pytest.mark.parametrize("cache", [None, CachePolicy(ttl=60.0)], ids=["", "cached"])
 @pytest.mark.parametrize(("down", "flaky"), [(500, 503), (LOST, 408), (504, LOST)])
 def test_accounts_that_are_down_fail_no_others(
@@ -192,6 +194,7 @@ def test_accounts_that_are_down_fail_no_others(
 
 
 @pytest.mark.once
+@pytest.mark.simulated
 @pytest.mark.parametrize("concurrency", [1, 2, 100])
 def test_a_job_without_tokens_comes_to_its_end(client: MakeClient, concurrency: int) -> None:
     """Fetch all healthy accounts with a budget of one retry without refunds, at any concurrency."""
@@ -205,6 +208,7 @@ def test_a_job_without_tokens_comes_to_its_end(client: MakeClient, concurrency: 
 
 
 @pytest.mark.once
+@pytest.mark.simulated
 def test_a_job_of_which_nothing_is_answered_comes_to_its_end(client: MakeClient) -> None:
     """However many accounts wait to retry without tokens, each has its outcome in the end."""
 
@@ -217,6 +221,7 @@ def test_a_job_of_which_nothing_is_answered_comes_to_its_end(client: MakeClient)
 
 
 @pytest.mark.once
+@pytest.mark.simulated
 def test_a_single_call_without_tokens_ends(client: MakeClient) -> None:
     """Outside a job an empty budget ends a call with its first error, even while a job that emptied it continues."""
 
