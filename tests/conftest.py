@@ -16,7 +16,6 @@ import aiohttp
 import aioresponses.core
 import pytest
 from attrs import define
-from coverage import Coverage
 from hypothesis import settings
 from services import redis_server
 
@@ -44,19 +43,6 @@ def pytest_collection_finish() -> None:
     """Keep the garbage collector from going through all that is imported again and again, in every test."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Pause coverage in long simulations: they repeat what short tests cover, and take three times as long with it."""
-    coverage = Coverage.current()
-    if coverage is None or not (item.get_closest_marker("simulated") and item.get_closest_marker("slow")):
-        return (yield)
-    coverage.stop()
-    try:
-        return (yield)
-    finally:
-        coverage.start()
 
 
 @define

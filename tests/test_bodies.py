@@ -19,6 +19,8 @@ PART = min(5_000, 10 * int(os.environ.get("AUDIENCES_FUZZ_EXAMPLES", "100")) or 
 RECORD = b'{"type": "Dynamic", "id": "1", "name": "", "created_time": "%s"}'
 
 
+@pytest.mark.long
+@pytest.mark.once
 @pytest.mark.parametrize("part", range(4))
 def test_any_body_is_an_answer_or_a_typed_error(part: int) -> None:
     """Read every body as an answer, an InvalidResponseError with paths, or the StatusError of its envelope."""

@@ -112,6 +112,7 @@ async def test_what_a_retry_costs(sandbox: Sandbox, at_once: RetryPolicy, answer
 # --- what is free fails no call, however often it is needed
 
 
+@pytest.mark.long
 @pytest.mark.once
 @pytest.mark.simulated
 @pytest.mark.parametrize("way", ["get_audiences", "fetch_all"])
@@ -130,6 +131,7 @@ def test_429s_of_many_accounts_fail_no_call(client: MakeClient, way: str) -> Non
     assert virtual.run(main()) == FULL
 
 
+@pytest.mark.long
 @pytest.mark.once
 @pytest.mark.parametrize("way", ["get_audiences", "fetch_all"])
 async def test_rotated_keys_fail_no_call(sandbox: Sandbox, way: str) -> None:
@@ -175,6 +177,7 @@ async def test_stale_connections_fail_no_call(raw: StartRaw, how: str, *, is_giv
 # --- a job
 
 
+@pytest.mark.long
 @pytest.mark.once
 @pytest.mark.simulated
 @pytest.mark.parametrize("cache", [None, CachePolicy(ttl=60.0)], ids=["", "cached"])
@@ -193,6 +196,7 @@ def test_accounts_that_are_down_fail_no_others(
     assert reasons(results) == {"attempts": 200}
 
 
+@pytest.mark.long
 @pytest.mark.once
 @pytest.mark.simulated
 @pytest.mark.parametrize("concurrency", [1, 2, 100])
@@ -207,6 +211,7 @@ def test_a_job_without_tokens_comes_to_its_end(client: MakeClient, concurrency: 
     assert reasons(virtual.run(main())) == {"attempts": 20}
 
 
+@pytest.mark.long
 @pytest.mark.once
 @pytest.mark.simulated
 def test_a_job_of_which_nothing_is_answered_comes_to_its_end(client: MakeClient) -> None:
@@ -220,6 +225,7 @@ def test_a_job_of_which_nothing_is_answered_comes_to_its_end(client: MakeClient)
     assert (stopped.total(), stopped["budget"]) == (1300, 0)
 
 
+@pytest.mark.long
 @pytest.mark.once
 @pytest.mark.simulated
 def test_a_single_call_without_tokens_ends(client: MakeClient) -> None:

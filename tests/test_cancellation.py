@@ -764,6 +764,7 @@ def only_what_was_told(sandbox: Sandbox, told: Counter[str], numbers: range) -> 
     assert {number: count for number, count in known.items() if count > expected[number]} == {}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("complaints")
 async def test_calls_are_cancelled_at_once_at_any_moment(sandbox: Sandbox) -> None:
@@ -806,6 +807,7 @@ async def cancelled(load: Load, running: set["asyncio.Task[Any]"]) -> float:
     return took
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("complaints")
 async def test_cancelled_calls_do_not_hurt_the_others(sandbox: Sandbox) -> None:
@@ -829,6 +831,7 @@ async def test_cancelled_calls_do_not_hurt_the_others(sandbox: Sandbox) -> None:
         await none_left(sockets)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("complaints")
 async def test_jobs_are_cancelled_at_once_at_any_moment(sandbox: Sandbox) -> None:

@@ -28,7 +28,7 @@ from audiences_async.clock import Clock
 from audiences_async.events import AttemptFinished, AttemptStarted, CallFinished, CallStarted
 from audiences_async.sandbox import Answer, Sandbox, SeenRequest, many_audiences
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.long, pytest.mark.slow]
 
 ACCOUNTS: Final = 50
 CALLS_EACH: Final = 20

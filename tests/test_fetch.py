@@ -221,6 +221,7 @@ def test_ctrl_c_keeps_what_is_done(sandbox: Sandbox, tmp_path: Path) -> None:
     assert fetched(out) == expected(5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.once
 def test_kill_9_at_any_moment_loses_and_doubles_nothing(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -240,6 +241,7 @@ def test_kill_9_at_any_moment_loses_and_doubles_nothing(sandbox: Sandbox, tmp_pa
     assert len(sandbox.requests) <= 5_000 + 3 * 200
 
 
+@pytest.mark.long
 @pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.timeout(180)  # with coverage, beside other tests

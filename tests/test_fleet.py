@@ -5,7 +5,7 @@ from statistics import median
 import pytest
 from fleets import Fleet, simulate
 
-pytestmark = [pytest.mark.once, pytest.mark.simulated, pytest.mark.slow]
+pytestmark = [pytest.mark.long, pytest.mark.once, pytest.mark.simulated, pytest.mark.slow]
 
 SEEDS = (1, 2, 3)
 

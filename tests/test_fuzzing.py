@@ -329,6 +329,7 @@ def check(body: bytes) -> AudiencesResponse | AudiencesError:
 # --- bodies
 
 
+@pytest.mark.long
 @pytest.mark.once
 @pytest.mark.slow
 @given(mutated_bodies())
@@ -338,6 +339,7 @@ def test_mutated_bodies(body: bytes) -> None:
     check(body)
 
 
+@pytest.mark.long
 @pytest.mark.once
 @pytest.mark.slow
 @given(bodies())
@@ -442,6 +444,7 @@ HEADERS = st.lists(
 ANY_BODY = bodies() | mutated_bodies() | st.binary(max_size=60) | st.just(b"<html>" + b"x" * 70_000)
 
 
+@pytest.mark.long
 @pytest.mark.once
 @pytest.mark.slow
 @given(st.integers(100, 999) | st.just(200), HEADERS, ANY_BODY, st.none() | st.just(100))

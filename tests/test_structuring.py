@@ -268,6 +268,8 @@ def test_many_rows_behind_one_that_is_long() -> None:
     assert problems(start + b',{"type":"New"}' * 100_000 + b"]}") == ("$.data[0].type: Expected `str`, got `int`",)
 
 
+@pytest.mark.long
+@pytest.mark.once
 @pytest.mark.slow
 def test_many_small_rows() -> None:
     """A body full of audiences that have only a type is read, too."""
@@ -278,6 +280,8 @@ def test_many_small_rows() -> None:
     )
 
 
+@pytest.mark.long
+@pytest.mark.once
 @pytest.mark.slow
 def test_rows_of_uneven_length_are_decoded_in_steps() -> None:
     """A few long rows among many short ones are decoded in steps, and every row keeps its place."""
@@ -393,6 +397,8 @@ statics = st.builds(lambda row, n: {**row, "user_count": n, "type": "Static"}, r
 dynamics = rows.map(lambda row: {**row, "type": "Dynamic"})
 
 
+@pytest.mark.long
+@pytest.mark.once
 @pytest.mark.slow
 @given(st.lists(statics | dynamics, max_size=5))
 def test_every_valid_record_comes_back_unchanged(data: list[dict[str, Any]]) -> None:
@@ -451,6 +457,8 @@ misleading_rows = st.builds(
 layouts = st.sampled_from([(None, (",", ":")), (None, (" , ", ": ")), (2, (",", ": ")), (1, ("\n,", ":"))])
 
 
+@pytest.mark.long
+@pytest.mark.once
 @pytest.mark.slow
 @given(
     st.builds(

@@ -305,6 +305,7 @@ async def test_who_leaves_and_a_shutdown_end_no_other_call(framework: str, upstr
         await app.ended()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("client", "requests"), [(SHARING_CLIENT, 1), (CLIENT, 250)])
 async def test_500_handlers_of_which_250_are_left_alone(
     upstream: Upstream, tmp_path: Path, client: str, requests: int
