@@ -1,6 +1,7 @@
 """The way imports go, and the page that shows it."""
 
 import ast
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -81,6 +82,15 @@ def test_modules_import_one_way() -> None:
         if "TYPE_CHECKING" not in ast.unparse(tree)
     }
     assert list(TopologicalSorter(found).static_order())
+
+
+def test_the_page_names_each_module() -> None:
+    """Name each module of the library where the page says what is in its package."""
+    rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    named = set(re.findall(r"`([\w.]+)`", "\n".join(rows)))
+    private = {"_base", "_call", "_distributed", "_http", "_jobs", "_pace"}
+    expected = {name.removeprefix(f"{part}.") if part in private else part for name, part, _ in modules()}
+    assert sorted(expected - named) == []
 
 
 def test_only_the_wire_and_the_sandbox_import_aiohttp() -> None:

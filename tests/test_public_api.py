@@ -56,13 +56,3 @@ def test_an_import_brings_nothing_optional(optional: str) -> None:
     """Import the package without loading an extra, a test tool or a server."""
     code = f"import sys, audiences_async; sys.exit({optional!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_imports_go_one_way() -> None:
-    """Keep aiohttp out of all but the sending modules and the sandbox at run time, and never import the root."""
-    for file in ROOT.glob("*.py"):
-        source = file.read_text()
-        if file.stem not in {"bodies", "connections", "exchange", "transport", "direct", "resolver", "client"}:
-            assert "import aiohttp" not in source
-            assert "from aiohttp" not in source
-        assert "from audiences_async import (" not in source
