@@ -75,8 +75,8 @@ class Attempts:
             key = await self.key.get(self._account.name)
             self._time.scope.check()
             while True:
-                result, counts = await self._exchange(key)
-                if counts:
+                result = await self._exchange(key)
+                if result is not None:
                     return result
         except TransportError as error:  # of the key function, of a limiter, or of a job without patience
             return error.with_traceback(None)
@@ -84,8 +84,8 @@ class Attempts:
             if self._place is not None:
                 self._place.give_back()
 
-    async def _exchange(self, key: ApiKey) -> tuple[Result, bool]:
-        """Return the result of one request, and whether it counts as an attempt."""
+    async def _exchange(self, key: ApiKey) -> Result | None:
+        """Return the result of one request; ``None`` if it does not count as an attempt, and another one follows."""
         queued_at = self._context.clock.monotonic() if self._record.is_watched else 0.0
         turn = await self._context.pacer.acquire(self._lane, self._time, self._place)
         witness = self._context.pacer.witness(turn, key) if turn.probe and self._place is not None else None
@@ -108,10 +108,13 @@ class Attempts:
             )
         self._record.attempt_returned()
         self.is_paced = released.is_paced
-        if report.verdict == "answered" and witness is None:
+        if witness is not None:  # the reply is another account's, and never leaves this method
+            self._record.add(result, 0.0, "probe")
+            return None
+        if report.verdict == "answered":
             self._context.pacer.service.witness = key
-            return result, True
-        return result, self._counts(result, turn, released, is_own=witness is None)
+            return result
+        return result if self._counts(result, turn, released) else None
 
     async def _read(self, reply: Reply, key: ApiKey) -> Result:
         return await _in_turns(read_any(reply, key, now=self._context.clock.wall()))
@@ -125,15 +128,15 @@ class Attempts:
         quota = announced(reply.headers, now=self._context.clock.wall()) if isinstance(reply, Reply) else None
         return report_of(result, quota, self._context.policy)
 
-    def _counts(self, result: Result, turn: Turn, released: Released, *, is_own: bool) -> bool:
-        """Return whether a request without an answer counts as an attempt; if it does not, another one follows."""
+    def _counts(self, result: Result, turn: Turn, released: Released) -> bool:
+        """Return whether a request without an answer counts as an attempt."""
         if isinstance(result, ConnectionFailedError) and result.unsent:
             return not self._context.pacer.service.shrink()  # another request will return a socket
         if self._place is None:
             return True
         if turn.probe:
             self._record.add(result, 0.0, "probe")
-            if is_own and self._context.pacer.service.witness is None:
+            if self._context.pacer.service.witness is None:
                 self._place.leave()  # no account was answered yet: let the next one be the probe
             return False
         if released.waits and self._refusals < _MOST_REFUSALS * self._context.policy.max_attempts:

@@ -27,7 +27,7 @@ MARKER: Final = "job.json"
 _T = TypeVar("_T")
 _log: Final = logging.getLogger("audiences_async")
 _AT_ONCE: Final = timedelta(0)
-_SOON: Final = timedelta(seconds=1)  # until a chunk is offered again that Redis or the store kept from its end
+_SOON: Final = timedelta(seconds=1)  # until a chunk that failed on Redis or the store is offered again
 _ELSEWHERE: Final = timedelta(seconds=0.5)  # until a chunk of another fleet is offered again
 _MOST_OFFERS: Final = 3600  # of a chunk that no worker is right for: half an hour
 _DEATHS: Final = 2  # workers that died with a chunk, before its accounts are fetched one by one

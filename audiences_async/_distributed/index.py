@@ -1,4 +1,4 @@
-"""The accounts of a worker, which stay in their file: only the places of their names are kept, and those on disk."""
+"""Find a worker's accounts in their file, by an index on disk."""
 
 import sqlite3
 from collections.abc import Iterator, Mapping

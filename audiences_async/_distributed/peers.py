@@ -1,4 +1,4 @@
-"""What the workers of a queue learn of the service, and report of themselves, twice a second through Redis."""
+"""Share what the workers of a queue learn of the service, twice a second through Redis."""
 
 import asyncio
 import math

@@ -278,7 +278,7 @@ class Submission:
 
 
 class _Notices:
-    """What the user is told: each matter once, and again after it was over."""
+    """Report each problem once, and again if it recurs."""
 
     def __init__(self, on_notice: Callable[[str], None]) -> None:
         self._on_notice = on_notice
@@ -298,7 +298,7 @@ class _Notices:
         if is_idle:
             self._tell("idle", f"no worker yet; start one: audiences worker --docket URL --accounts FILE --out {place}")
         if news.misplaced:
-            problem = "a worker of this queue has other parts, and leaves this job to others"
+            problem = "a worker of this queue writes its parts elsewhere, and skips this job"
             self._tell("misplaced", f"{problem}; start workers with --out {place}, or give each fleet its own --queue")
 
     def _tell(self, matter: str, text: str) -> None:

@@ -244,7 +244,7 @@ def _invalid(
     problems: tuple[str, ...] = (),
     kind: type[InvalidResponseError] = InvalidResponseError,
 ) -> InvalidResponseError:
-    # Of a long body a trace is not looked for: it would have to be parsed in one step.
+    # A long body would have to be parsed in one step to find its trace id.
     envelope = _envelope(reply.body) if len(reply.body) <= MAX_ERROR_BODY else {}
     body = key.redact_start(reply.body, MAX_ERROR_BODY)
     return kind(message, problems=problems, body=body, request_id=request_id(reply.headers, envelope, key))

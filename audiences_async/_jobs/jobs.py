@@ -267,7 +267,7 @@ class Results(AsyncIterator[R], Generic[T, R]):
 
     async def _next(self) -> tuple[T] | None:
         async with self._reading:
-            await self.places.wait()  # and keep none from items that return while this waits for the source
+            await self.places.wait()  # without taking one: items that return need it while the source is slow
             if not self._exhausted:
                 try:
                     return (await anext(self._items),)

@@ -1,4 +1,4 @@
-"""How an announced quota is spent: never more than remains, and not by one account what all share."""
+"""Keep to announced quotas, of an account or of all accounts together."""
 
 import math
 from typing import Final

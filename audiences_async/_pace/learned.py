@@ -90,7 +90,7 @@ class LearnedPace:
         self.steady.paused_until(now)
 
     def idle(self, idle_for: float = 0.0) -> None:
-        """End the measurement: for a while nothing was held back; a window is worth nothing after a longer while."""
+        """Discard the measurement after idle time, and the window after four periods of it."""
         self.steady.measurement.stop()
         if self._window.is_old(idle_for):
             self._window = LearnedWindow()

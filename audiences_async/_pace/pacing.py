@@ -17,8 +17,16 @@ from audiences_async.errors import DeadlineExceededError
 from audiences_async.policies import Limiter, RateLimit
 
 Verdict: TypeAlias = Literal["answered", "throttled", "unavailable", "failed", "lost", "timed out", "nothing"]
-"""The result of a request: an answer, if only a final refusal; a 429; a 503; another reply that may be retried; no
-reply; none in time; or nothing that shows anything about the service."""
+"""What the result of a request shows about the service.
+
+- ``"answered"``: an answer, or an error that is not retried
+- ``"throttled"``: a 429
+- ``"unavailable"``: a 503
+- ``"failed"``: another reply that is retried
+- ``"lost"``: no reply
+- ``"timed out"``: no reply in time
+- ``"nothing"``: nothing
+"""
 
 REFUSALS: Final = frozenset({"throttled", "unavailable"})
 """Verdicts on replies that a limit may send."""
@@ -78,7 +86,7 @@ class PauseSettings:
     def draw(self, rate: float | None, failures: int, clock: Clock) -> float:
         """Draw the seconds to pause after *failures* refusals in a row."""
         base = self.first / 2 if rate is None else min(max(0.5 / rate, self.first / 20), self.longest)
-        # A limit that is closed for longer may be a window, whose end is not to be missed by as much again.
+        # Later pauses grow more slowly: the limit may be a window, and a long pause would overshoot its end.
         times = 2.0 ** (failures - 1) if failures <= _DOUBLINGS else _LATER * 1.25 ** min(failures - _DOUBLINGS, 60)
         return min(self.longest, base * times * (1 + clock.random()))
 

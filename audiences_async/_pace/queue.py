@@ -41,7 +41,7 @@ class Waiter:
 
 
 class Queue(ABC):
-    """First come, first served: one caller at a time waits for the pace, the others for that one."""
+    """Serve callers in order of arrival: the first waits for the pace, the others for the first."""
 
     __slots__ = ("_changed", "_deadlines", "_lock", "_waiters", "clock", "in_flight", "limiter")
 

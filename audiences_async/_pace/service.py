@@ -287,7 +287,7 @@ class ServiceLane(PacedQueue):
         return TransportError(message, stop_reason="patience", retry_after=self.paused_for(now) or None)
 
     def _draw_pause(self) -> float:
-        # Other processes take what a long pause leaves; until a rate is known, the first accounts may fail for ever.
+        # During a long pause other processes use the limit, and accounts may run out of attempts.
         longest = _LONGEST_UNPACED if self.rate is None else max(_LONGEST_PACED, 2 / self.rate)
         return min(super()._draw_pause(), longest)
 

@@ -7,7 +7,7 @@ from typing import Final
 _STREAK: Final = 4  # refusals in a row, the first included; a bucket of tokens is rarely empty for as long
 _BUNCH: Final = 4  # requests granted together
 _QUICK: Final = 0.5  # of the time from one opening to the next, in which they are granted
-_EXACT: Final = 0.03  # of the period: how well it must be known; a probe costs one of the requests in it, though
+_EXACT: Final = 0.03  # of the period: how exactly it must be known; each probe for it costs one request
 _LOOK_AGAIN: Final = 16  # periods, after which the limit is tried again
 _FORGOTTEN: Final = 4  # periods
 _STRETCHED: Final = 12  # first periods; one that began in the middle of a window is shorter than the window

@@ -213,8 +213,8 @@ def fetch(
         the checkpoint for --resume.
     output
         Format of the file; all but NDJSON are written at the end, from an NDJSON file beside it that is kept. In CSV, a
-        cell that a spreadsheet would execute, or that begins with an apostrophe, gets an apostrophe in front: a program
-        removes the first apostrophe of a cell, if it begins with one. Parquet has one row per audience.
+        cell that a spreadsheet would execute, or that begins with an apostrophe, gets an apostrophe in front; to
+        restore the text, remove one leading apostrophe. Parquet has one row per audience.
     rows
         Write one row per audience, always with the same columns, as NDJSON or CSV at the end.
     errors

@@ -148,7 +148,7 @@ def _metrics(job: Job, tally: Tally) -> Iterator[Callable[[], None]]:
         return
 
     def save(*, running: bool) -> None:
-        with suppress(OSError):  # what is shown never changes what is done
+        with suppress(OSError):  # the job goes on if its metrics cannot be written
             metrics.save(path, tally, running=running)
 
     metrics.save(path, tally, running=True)
