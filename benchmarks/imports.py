@@ -48,9 +48,9 @@ def check_optional(modules: list[str]) -> None:
     print(f"none loaded of {', '.join(OPTIONAL)}; {len(modules)} modules in all")
 
 
-def beyond() -> list[tuple[int, str]]:
-    """What importing the client adds to the three: microseconds of its own and name, the slowest first."""
-    code = f"{BASELINE}\nimport sys\nprint({_MARK!r}, file=sys.stderr, flush=True)\n{CLIENT}"
+def beyond(first: str) -> list[tuple[int, str]]:
+    """What importing the client adds to this first: microseconds of its own and name, the slowest first."""
+    code = f"{first}\nimport sys\nprint({_MARK!r}, file=sys.stderr, flush=True)\n{CLIENT}"
     lines = child("-X", "importtime", "-c", code).stderr.splitlines()
     entries = [line.removeprefix("import time:").split("|") for line in lines[lines.index(_MARK) + 1 :]]
     return sorted(((int(own), name.strip()) for own, _, name in entries), reverse=True)
@@ -71,7 +71,7 @@ def main() -> None:
     records += report("import, CPU", BASELINE, cpus, "ms", 1e3)
     print()
     check_optional(measured(CLIENT)["modules"])
-    added = beyond()
+    added = beyond(BASELINE)
     print(f"\nbeyond aiohttp, tenacity and cattrs: {len(added)} modules, {sum(own for own, _ in added) / 1e3:.1f} ms")
     for own, name in added[:SHOWN]:
         print(f"{own / 1e3:9.2f} ms  {name}")

@@ -42,6 +42,7 @@ from services import Nginx, nginx
 from audiences_async import Account, AudiencesClient, AudiencesError, RateLimit
 from audiences_async._base.deadlines import CallTime, Deadlines
 from audiences_async._pace.pacer import Pacer
+from audiences_async._pace.pacing import ANSWERED
 from audiences_async.clock import Clock
 
 RATE, BURST = 20, 5  # nginx grants BURST + 1 at once
@@ -308,7 +309,7 @@ async def uncontended() -> None:
             for _ in range(7):
                 started = time.perf_counter()
                 for _ in range(TURNS):
-                    pacer.release(lane, await pacer.acquire(lane, call_time, None), "answered")
+                    pacer.release(lane, await pacer.acquire(lane, call_time, None), ANSWERED)
                 costs.append((time.perf_counter() - started) / TURNS * 1e6)
         print(f"uncontended, {'learning' if limit is None else 'known rate'}: {spread(costs)} us for a turn")
 
