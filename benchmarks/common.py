@@ -5,21 +5,26 @@ import asyncio
 import contextlib
 import gzip
 import json
+import math
 import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import audiences_async
 from audiences_async.sandbox import many_audiences
 
 CREATED = datetime(2025, 10, 1, 9, 10, tzinfo=UTC)  # of all audiences of the sandbox
 PACKAGES = ("audiences_async", "aiohttp", "attrs", "cattrs", "msgspec", "tenacity")
+
+Better = Literal["less", "more"]
 
 
 def body(audiences: int, account: str = "bench") -> bytes:
@@ -92,12 +97,18 @@ async def in_parallel(call: Callable[[], Awaitable[object]], total: int, at_once
     await asyncio.gather(*(worker() for _ in range(at_once)))
 
 
+def parser(description: str | None = None) -> argparse.ArgumentParser:
+    """Return a command line with the option that all benchmarks have: ``--json FILE``."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    return made
+
+
 def arguments(rounds: int) -> argparse.Namespace:
-    """The command line that the benchmarks share: ``[rounds] [--json FILE]``."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("rounds", nargs="?", type=int, default=rounds, help=f"measured rounds (default: {rounds})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
-    return parser.parse_args()
+    """Parse the command line of most benchmarks: ``[rounds] [--json FILE]``."""
+    made = parser()
+    made.add_argument("rounds", nargs="?", type=int, default=rounds, help=f"measured rounds (default: {rounds})")
+    return made.parse_args()
 
 
 def machine() -> str:
@@ -119,9 +130,48 @@ def environment(*peers: str) -> str:
     return f"{interpreter()}; {machine()}; {versions}"
 
 
+def commit() -> str | None:
+    """Return the git commit of the package, with ``-dirty`` if files differ from it; None outside a clone."""
+    folder = Path(audiences_async.__file__).parents[1]
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    found = subprocess.run(command, check=False, capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
 def median_ratio(values: list[float], base: list[float]) -> float:
-    """The median over rounds of each round's own ratio."""
-    return statistics.median(value / of for value, of in zip(values, base, strict=True))
+    """Return the median over rounds of each round's own ratio; NaN if a round of the baseline is 0."""
+    return statistics.median(value / of if of else math.nan for value, of in zip(values, base, strict=True))
+
+
+def rounded(value: float) -> float:
+    """Round to six digits: no measurement is more exact."""
+    return float(f"{value:.6g}")
+
+
+def table(
+    title: str,
+    baseline: str,
+    figures: Mapping[str, list[float]],
+    unit: str,
+    scale: float = 1.0,
+    *,
+    also: tuple[str, ...] = (),
+    better: Better = "less",
+) -> list[dict[str, Any]]:
+    """Return the records of one table, for `save`: all rounds of each case, and ratios to the baseline and to others.
+
+    Each ratio is the median over rounds of that round's own ratio.
+    """
+    records = []
+    for case, values in figures.items():
+        scaled = [rounded(scale * value) for value in values]
+        ratios = {other: rounded(median_ratio(values, figures[other])) for other in (baseline, *also)}
+        record = {"table": title, "case": case, "unit": unit, "better": better, "values": scaled}
+        record |= {"median": statistics.median(scaled), "min": min(scaled), "max": max(scaled)}
+        records.append(record | {"baseline": baseline, "ratio": ratios[baseline], "ratios": ratios})
+    return records
 
 
 def report(
@@ -132,41 +182,46 @@ def report(
     scale: float,
     *,
     also: tuple[str, ...] = (),
+    better: Better = "less",
     peers: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:
-    """Print medians, spreads and ratios to the baseline, and to others; return them, for `save`.
-
-    Each ratio is the median over rounds of that round's own ratio.
-    """
+    """Print medians, spreads and ratios to the baseline, and to others; return them, for `save`."""
     print(f"\n{title}\n{environment(*peers)}")
-    against = (baseline, *also)
-    print(f"{'case':40} {'median':>9} {'min':>9} {'max':>9} {unit}   ratio to {', to '.join(against)}")
-    records = []
-    for name, values in figures.items():
-        scaled = [scale * value for value in values]
-        ratios = {other: median_ratio(values, figures[other]) for other in against}
-        shown = " ".join(f"{pick(scaled):9.2f}" for pick in (statistics.median, min, max))
-        print(f"{name:40} {shown} {' ' * len(unit)}   {'  '.join(f'{ratio:.3f}' for ratio in ratios.values())}")
-        records.append(
-            {
-                "table": title,
-                "case": name,
-                "unit": unit,
-                "values": scaled,
-                "median": statistics.median(scaled),
-                "min": min(scaled),
-                "max": max(scaled),
-                "baseline": baseline,
-                "ratio": ratios[baseline],
-                "ratios": ratios,
-            }
-        )
+    print(f"{'case':40} {'median':>9} {'min':>9} {'max':>9} {unit}   ratio to {', to '.join((baseline, *also))}")
+    records = table(title, baseline, figures, unit, scale, also=also, better=better)
+    for record in records:
+        shown = " ".join(f"{record[figure]:9.2f}" for figure in ("median", "min", "max"))
+        ratios = "  ".join(f"{ratio:.3f}" for ratio in record["ratios"].values())
+        print(f"{record['case']:40} {shown} {' ' * len(unit)}   {ratios}")
     return records
 
 
-def save(path: Path | None, records: Iterable[Mapping[str, Any]], *peers: str) -> None:
-    """Write all figures as JSON, if a file was asked for."""
-    if path is not None:
-        versions = {name: version(name) for name in (*PACKAGES, *peers)}
-        found = {"interpreter": interpreter(), "machine": machine(), "versions": versions, "results": list(records)}
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+def save(
+    path: Path | None,
+    records: Iterable[Mapping[str, Any]],
+    *peers: str,
+    runs: Iterable[Mapping[str, Any]] = (),
+) -> None:
+    """Write figures as JSON, one on each line, if a file was asked for: `compare.py` reads them.
+
+    Args:
+        path: File to write; its folder is made if it is missing.
+        records: From `table` or `report`.
+        peers: Distributions whose versions are written beside our own.
+        runs: What else the benchmark keeps of its runs, in a form of its own.
+    """
+    if path is None:
+        return
+    found: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "interpreter": interpreter(),
+        "versions": {name: version(name) for name in (*PACKAGES, *peers)},
+        "commit": commit(),
+    }
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in found.items()]
+    for name, rows in (("results", records), ("runs", runs)):
+        if listed := ",\n".join(map(json.dumps, rows)):
+            lines.append(f'"{name}": [\n{listed}\n]')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

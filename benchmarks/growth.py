@@ -4,7 +4,6 @@ Run ``python benchmarks/growth.py [--calls N] [--json FILE]``. Takes about four 
 allocation; exits with 1 where what is held grew by more than 64 KiB.
 """
 
-import argparse
 import asyncio
 import contextlib
 import gc
@@ -15,12 +14,11 @@ import time
 import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from itertools import count
+from itertools import chain, count
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-from common import environment, in_parallel, save
+from common import environment, in_parallel, parser, save, table
 
 from audiences_async import Account, AudiencesClient, UnauthorizedError
 from audiences_async.sandbox import Sandbox
@@ -153,7 +151,6 @@ def case_of(case: str, calls: int) -> dict[str, Any]:
     if growth["bytes"] > MAX_GROWTH:
         print("\n".join(f"  {line}" for line in found["lines"]))
     return {
-        "table": f"growth of what one client holds, {AT_ONCE} calls at once",
         "case": case,
         "calls": calls,
         "warm_up": warm_up,
@@ -162,15 +159,21 @@ def case_of(case: str, calls: int) -> dict[str, Any]:
     }
 
 
+def figures(run: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield what one case held before and after, for `save`."""
+    for name in run["before"]:
+        held = {moment: [run[moment][name]] for moment in ("before", "after")}
+        yield from table(f"{name} held, {run['case']}, {run['calls']:,} calls", "before", held, name)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--calls", type=int, default=CALLS, help=f"calls of each case (default: {CALLS:,})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
-    options = parser.parse_args()
+    command = parser(__doc__.partition("\n")[0])
+    command.add_argument("--calls", type=int, default=CALLS, help=f"calls of each case (default: {CALLS:,})")
+    options = command.parse_args()
     print(environment())
-    records = [case_of(case, options.calls) for case in CASES]
-    save(options.json, records)
-    most = max(record["growth"]["bytes"] for record in records)
+    runs = [case_of(case, options.calls) for case in CASES]
+    save(options.json, chain.from_iterable(map(figures, runs)), runs=runs)
+    most = max(run["growth"]["bytes"] for run in runs)
     print(f"largest growth of traced memory: {most:+,} bytes, the goal is {MAX_GROWTH:,} or less")
     sys.exit(most > MAX_GROWTH)
 

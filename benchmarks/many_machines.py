@@ -1,11 +1,11 @@
 """A job on many machines: Redis, the submitter and the workers are real, and the service answers at once.
 
-Run ``python benchmarks/many_machines.py [--accounts N ...] [--workers N] [--processes N]``. All workers share this
-machine's cores, so accounts per second are a lower bound for real machines; commands, memory and the submitter's CPU
-time are not. The default takes a minute. The last line is a projection: the costs grow linearly, as the rows show.
+Run ``python benchmarks/many_machines.py [--accounts N ...] [--workers N] [--processes N] [--json FILE]``. All workers
+share this machine's cores, so accounts per second are a lower bound for real machines; commands, memory and the
+submitter's CPU time are not. The default takes a minute. The last line is a projection: the costs grow linearly, as the
+rows show.
 """
 
-import argparse
 import asyncio
 import json
 import resource
@@ -16,11 +16,12 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, whatever is installed
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
+from common import parser, save, table
 from redis.asyncio import Redis
 from services import redis_server
 
@@ -126,21 +127,31 @@ def measure(accounts: int, workers: int, processes: int) -> dict[str, float]:
                 process.wait()
 
 
+def figures(rows: list[dict[str, float]]) -> Iterator[dict[str, Any]]:
+    """Yield each column, beside the job of the fewest accounts, for `save`."""
+    names = [f"{row['accounts']:,} accounts" for row in rows]
+    for column in rows[0]:
+        if column != "accounts":
+            values = {name: [row[column]] for name, row in zip(names, rows, strict=True)}
+            yield from table(column, names[0], values, column, better="more" if column == "accounts/s" else "less")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--accounts", type=int, nargs="+", default=[50_000, 100_000, 200_000])
-    parser.add_argument("--workers", type=int, default=50)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--work", nargs=2, metavar=("URL", "PARTS"))
-    given = parser.parse_args()
+    command = parser(__doc__.partition("\n")[0])
+    command.add_argument("--accounts", type=int, nargs="+", default=[50_000, 100_000, 200_000])
+    command.add_argument("--workers", type=int, default=50)
+    command.add_argument("--processes", type=int, default=2)
+    command.add_argument("--work", nargs=2, metavar=("URL", "PARTS"))
+    given = command.parse_args()
     if given.work:
         asyncio.run(work(*given.work, given.workers))
         return
-    row: dict[str, float] = {}
+    rows: list[dict[str, float]] = []
     for accounts in given.accounts:
-        row = measure(accounts, given.workers, given.processes)
+        rows.append(row := measure(accounts, given.workers, given.processes))
         print(*row, sep="\t") if accounts == given.accounts[0] else None
         print(*(f"{value:.4g}" for value in row.values()), sep="\t", flush=True)
+    save(given.json, figures(rows), "redis")
     commands = row["commands/account"] * PROJECTED
     minutes = row["submitter ms/1000"] * PROJECTED / 1e6 / 60
     print(f"\n{PROJECTED:,} accounts: {commands:,.0f} commands, {minutes:.1f} min of the submitter's CPU time")

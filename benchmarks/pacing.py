@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, even if 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 import service
-from common import body, environment, save
+from common import body, environment, parser, save, table
 from faulty import Faults
 from limiters import FixedWindow, SlidingWindow, TokenBucket
 from service import AUDIENCES, Run, Server, bounded, headers, ids_of, spread
@@ -42,6 +42,7 @@ from services import Nginx, nginx
 from audiences_async import Account, AudiencesClient, AudiencesError, RateLimit
 from audiences_async._base.deadlines import CallTime, Deadlines
 from audiences_async._pace.pacer import Pacer
+from audiences_async._pace.pacing import ANSWERED
 from audiences_async.clock import Clock
 
 RATE, BURST = 20, 5  # nginx grants BURST + 1 at once
@@ -214,6 +215,17 @@ def measure(name: str, rounds: int, calls: int) -> list[dict[str, Any]]:
     ]
 
 
+def figures(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield times beside the ideal, and requests beside one for each answer, for `save`."""
+    for title in dict.fromkeys(record["limit"] for record in records):
+        rows = [record for record in records if record["limit"] == title]
+        what = f"{title}, {rows[0]['calls']} calls"
+        times = {"ideal": rows[0]["ideal"]} | {row["peer"]: row["s"] for row in rows}
+        yield from table(f"time, {what}", "ideal", times, "s")
+        asked = {"ideal": [1.0] * len(rows[0]["s"])} | {row["peer"]: row["requests / answer"] for row in rows}
+        yield from table(f"requests for an answer, {what}", "ideal", asked, "requests")
+
+
 def show(records: list[dict[str, Any]]) -> None:
     """Print the figures and their spread."""
     print(f"{'limit':38} {'peer':24} {'answered':>8} {'time / ideal':>20} {'requests / answer':>20}   median (min-max)")
@@ -297,7 +309,7 @@ async def uncontended() -> None:
             for _ in range(7):
                 started = time.perf_counter()
                 for _ in range(TURNS):
-                    pacer.release(lane, await pacer.acquire(lane, call_time, None), "answered")
+                    pacer.release(lane, await pacer.acquire(lane, call_time, None), ANSWERED)
                 costs.append((time.perf_counter() - started) / TURNS * 1e6)
         print(f"uncontended, {'learning' if limit is None else 'known rate'}: {spread(costs)} us for a turn")
 
@@ -309,14 +321,13 @@ def limited() -> Iterator[Nginx]:
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    command = parser(__doc__.partition("\n")[0])
     choices = (*CASES, "together", "uncontended")
-    parser.add_argument("--only", action="append", choices=choices, help="this measurement; may be repeated")
-    parser.add_argument("--rounds", type=int, help="rounds of each (default: 3; with --quick 1)")
-    parser.add_argument("--quick", action="store_true", help="small numbers, to try it out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
-    parser.add_argument("--markdown", action="store_true", help="also print the table of README")
-    parser.add_argument(
+    command.add_argument("--only", action="append", choices=choices, help="this measurement; may be repeated")
+    command.add_argument("--rounds", type=int, help="rounds of each (default: 3; with --quick 1)")
+    command.add_argument("--quick", action="store_true", help="small numbers, to try it out")
+    command.add_argument("--markdown", action="store_true", help="also print the table of README")
+    command.add_argument(
         "--from",
         type=Path,
         action="append",
@@ -324,7 +335,7 @@ def options() -> argparse.Namespace:
         metavar="FILE",
         help="read this file instead of measuring; may be repeated",
     )
-    return parser.parse_args()
+    return command.parse_args()
 
 
 def main() -> None:
@@ -333,7 +344,7 @@ def main() -> None:
     rounds = given.rounds or (1 if given.quick else 3)
     records: list[dict[str, Any]] = []
     for source in given.sources or ():
-        records += json.loads(source.read_text(encoding="utf-8"))["results"]
+        records += json.loads(source.read_text(encoding="utf-8"))["runs"]
     records.sort(key=lambda record: list(CASES).index(record["case"]))
     for name in wanted if not given.sources else ():
         if name in CASES and (calls := CASES[name].quick_calls if given.quick else CASES[name].calls):
@@ -341,7 +352,7 @@ def main() -> None:
     if records:
         print(environment("aiohttp_retry"))
         show(records)
-        save(given.json, records, "aiohttp_retry")
+        save(given.json, figures(records), "aiohttp_retry", runs=records)
     if given.markdown:
         print(f"\n{markdown(records)}")
     if given.sources:

@@ -36,7 +36,7 @@ from attrs import Factory, define, frozen
 sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, whatever is installed
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
-from common import environment, save
+from common import environment, parser, save, table
 from faulty import PLACE, Faults, template
 from services import free_port
 
@@ -650,6 +650,22 @@ def tabulate(row: Row, name: str, runs: Runs) -> dict[str, Any]:
     }
 
 
+def figures(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield times beside the ideal, if there is one, and requests beside one for each answer, for `save`."""
+    for title in dict.fromkeys(record["situation"] for record in records):
+        rows = [record for record in records if record["situation"] == title]
+        what = f"{title}, {rows[0]['total']:,} accounts"
+        found = {row["peer"]: row["figures"] for row in rows}
+        first = found[rows[0]["peer"]]
+        if None not in first["time / ideal"]:
+            ideal = [taken / ratio for taken, ratio in zip(first["s"], first["time / ideal"], strict=True)]
+            times = {peer: figure["s"] for peer, figure in found.items()}
+            yield from table(f"time, {what}", "ideal", {"ideal": ideal} | times, "s")
+        asked = {peer: figure["requests / answer"] for peer, figure in found.items()}
+        ones = {"ideal": [1.0] * len(first["s"])}
+        yield from table(f"requests for an answer, {what}", "ideal", ones | asked, "requests")
+
+
 def spread(values: list[float | None], digits: int = 2) -> str:
     if None in values:
         return "-"
@@ -673,14 +689,13 @@ def show(record: dict[str, Any]) -> None:
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", action="append", choices=SITUATIONS, help="this situation; may be given again")
-    parser.add_argument("--rounds", type=int, help="rounds of each (default: 3; with --quick 1)")
-    parser.add_argument("--accounts", type=int, metavar="N", help="accounts of each job, instead of its own number")
-    parser.add_argument("--ours", action="store_true", help="leave out the others where they are only beside ours")
-    parser.add_argument("--quick", action="store_true", help="small numbers, to try it out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
-    return parser.parse_args()
+    command = parser(__doc__.partition("\n")[0])
+    command.add_argument("--only", action="append", choices=SITUATIONS, help="this situation; may be given again")
+    command.add_argument("--rounds", type=int, help="rounds of each (default: 3; with --quick 1)")
+    command.add_argument("--accounts", type=int, metavar="N", help="accounts of each job, instead of its own number")
+    command.add_argument("--ours", action="store_true", help="leave out the others where they are only beside ours")
+    command.add_argument("--quick", action="store_true", help="small numbers, to try it out")
+    return command.parse_args()
 
 
 def main() -> None:
@@ -699,7 +714,7 @@ def main() -> None:
     print(f"{'situation':46} {'peer':16} {heads}   median (min-max)")
     for record in records:
         show(record)
-    save(given.json, records, "aiohttp_retry")
+    save(given.json, figures(records), "aiohttp_retry", runs=records)
 
 
 if __name__ == "__main__":
