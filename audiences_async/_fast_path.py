@@ -65,14 +65,16 @@ _elements: Final = Decoder(list[Raw]).decode
 def _mutable_twin(cls: type[Any]) -> type[Any]:
     """Return a class of the same layout that is not frozen; its instances are then turned into *cls*.
 
-    A frozen ``__init__`` goes through ``object.__setattr__`` for each field, which takes three times as long.
+    A frozen ``__init__`` goes through ``object.__setattr__`` for each field, which takes four times as long.
     """
     names = [attribute.name for attribute in attrs.fields(cls)]
-    return attrs.make_class(cls.__name__, names, slots=True, weakref_slot=False, eq=False, repr=False)
+    weakref = "__weakref__" in cls.__slots__
+    return attrs.make_class(cls.__name__, names, slots=True, weakref_slot=weakref, init=False, eq=False, repr=False)
 
 
 _Static: Final = _mutable_twin(StaticAudience)
 _Dynamic: Final = _mutable_twin(DynamicAudience)
+_new: Final = object.__new__
 
 
 def decode_plain(body: bytes, headers: Mapping[str, str] = NOTHING) -> AudiencesResponse | None:
@@ -97,13 +99,16 @@ def plain_audiences(array: bytes) -> tuple[Audience, ...] | None:
 
 def _has_plain_times(text: bytes) -> bool:
     """Return whether msgspec reads every time in *text* as the reference does, or rejects it."""
-    if _BEYOND_MICROSECONDS(text) or _LOWER_T(text) or _LOWER_Z(text):
+    # Looking for one byte takes a sixth of the time, and most bodies have none.
+    if (b"." in text and _BEYOND_MICROSECONDS(text)) or (b"z" in text and _LOWER_Z(text)) or _LOWER_T(text):
         return False
     return b"\\" not in text or _ANY_OF_IT_ESCAPED(text) is None
 
 
 def _audiences(records: Sequence[_Record]) -> tuple[Audience, ...]:
     audiences: list[Any] = []
+    audience: Any
+    final: type[Audience]
     for plain in records:
         time, count = plain.created_time, plain.user_count
         if time.tzinfo is not UTC:
@@ -111,12 +116,15 @@ def _audiences(records: Sequence[_Record]) -> tuple[Audience, ...]:
         if plain.type == "Static":
             if count is UNSET:
                 raise ValueError("a static audience without user_count")
-            audience = _Static(plain.id, plain.name, time, count, NOTHING)
-            audience.__class__ = StaticAudience
+            audience = _new(_Static)
+            audience.user_count, audience.extra = count, NOTHING
+            final = StaticAudience
         else:
-            extra = NOTHING if count is UNSET else {"user_count": count}
-            audience = _Dynamic(plain.id, plain.name, time, extra)
-            audience.__class__ = DynamicAudience
+            audience = _new(_Dynamic)
+            audience.extra = NOTHING if count is UNSET else {"user_count": count}
+            final = DynamicAudience
+        audience.id, audience.name, audience.created_time = plain.id, plain.name, time
+        audience.__class__ = final
         audiences.append(audience)
     return tuple(audiences)
 

@@ -196,7 +196,6 @@ def test_accounts_that_are_down_fail_no_others(
     assert reasons(results) == {"attempts": 200}
 
 
-@pytest.mark.long
 @pytest.mark.once
 @pytest.mark.simulated
 @pytest.mark.parametrize("concurrency", [1, 2, 100])
@@ -211,7 +210,6 @@ def test_a_job_without_tokens_comes_to_its_end(client: MakeClient, concurrency: 
     assert reasons(virtual.run(main())) == {"attempts": 20}
 
 
-@pytest.mark.long
 @pytest.mark.once
 @pytest.mark.simulated
 def test_a_job_of_which_nothing_is_answered_comes_to_its_end(client: MakeClient) -> None:
@@ -225,7 +223,6 @@ def test_a_job_of_which_nothing_is_answered_comes_to_its_end(client: MakeClient)
     assert (stopped.total(), stopped["budget"]) == (1300, 0)
 
 
-@pytest.mark.long
 @pytest.mark.once
 @pytest.mark.simulated
 def test_a_single_call_without_tokens_ends(client: MakeClient) -> None:

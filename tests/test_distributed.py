@@ -37,11 +37,17 @@ def run(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     return runner(monkeypatch, capsys)
 
 
-@pytest.mark.long
 @pytest.mark.once
 @pytest.mark.slow
 @pytest.mark.timeout(180)  # six processes start, beside other tests
-@pytest.mark.parametrize("storage", ["directory", "s3", "s3 that refuses every tenth put"])
+@pytest.mark.parametrize(
+    "storage",
+    [
+        pytest.param("directory", marks=pytest.mark.long),
+        pytest.param("s3", marks=pytest.mark.long),
+        "s3 that refuses every tenth put",
+    ],
+)
 def test_a_killed_worker_is_made_up_for(
     redis: str,
     sandbox: Sandbox,
