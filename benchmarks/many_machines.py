@@ -1,9 +1,9 @@
 """A job on many machines: Redis, the submitter and the workers are real, and the service answers at once.
 
-Run ``python benchmarks/many_machines.py [--accounts N ...] [--workers N] [--processes N] [--json FILE]``. All workers
-share this machine's cores, so accounts per second are a lower bound for real machines; commands, memory and the
-submitter's CPU time are not. The default takes a minute. The last line is a projection: the costs grow linearly, as the
-rows show.
+Run ``python benchmarks/many_machines.py [--accounts N ...] [--audiences N] [--workers N] [--processes N]
+[--json FILE]``. All workers share this machine's cores, so accounts per second are a lower bound for real machines;
+commands, memory and the submitter's CPU time are not. The default takes a minute; ``--accounts 10000000 --audiences 0``
+takes some 20 minutes and 2 GB of disk. The last line is a projection: the costs grow linearly, as the rows show.
 """
 
 import asyncio
@@ -30,7 +30,6 @@ from audiences_async._jobs.results import OutcomeFile
 from audiences_async.sandbox import many_audiences
 from audiences_async.structuring import decode
 
-AUDIENCES = 20  # per account, about 3 KB
 PROJECTED = 10_000_000
 
 
@@ -50,8 +49,8 @@ class Everyone(Mapping[str, Account]):
 class Instant:
     """A client whose service answers at once."""
 
-    def __init__(self) -> None:
-        body = json.dumps({"status": "200", "data": list(many_audiences("a", AUDIENCES))})
+    def __init__(self, audiences: int) -> None:
+        body = json.dumps({"status": "200", "data": list(many_audiences("a", audiences))})
         self.response = decode(body.encode())
 
     async def __aenter__(self) -> Self:
@@ -65,8 +64,8 @@ class Instant:
         yield (Fetched(account, 0.0, self.response) async for account in accounts)
 
 
-async def work(url: str, parts: str, workers: int) -> None:
-    await asyncio.gather(*(distributed.work(url, Everyone(), parts, Instant()) for _ in range(workers)))
+async def work(url: str, parts: str, workers: int, audiences: int) -> None:
+    await asyncio.gather(*(distributed.work(url, Everyone(), parts, Instant(audiences)) for _ in range(workers)))
 
 
 class Watch:
@@ -114,10 +113,11 @@ async def submit(url: str, parts: str, out: Path, accounts: int) -> dict[str, fl
     }
 
 
-def measure(accounts: int, workers: int, processes: int) -> dict[str, float]:
+def measure(accounts: int, audiences: int, workers: int, processes: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder, redis_server(Path(folder)) as url:
         parts = str(Path(folder) / "parts")
         command = [sys.executable, __file__, "--work", url, parts, "--workers", str(workers // processes)]
+        command += ["--audiences", str(audiences)]
         running = [subprocess.Popen(command) for _ in range(processes)]
         try:
             return asyncio.run(submit(url, parts, Path(folder) / "out", accounts))
@@ -139,16 +139,17 @@ def figures(rows: list[dict[str, float]]) -> Iterator[dict[str, Any]]:
 def main() -> None:
     command = parser(__doc__.partition("\n")[0])
     command.add_argument("--accounts", type=int, nargs="+", default=[50_000, 100_000, 200_000])
+    command.add_argument("--audiences", type=int, default=20, help="per account; 20 are about 3 KB")
     command.add_argument("--workers", type=int, default=50)
     command.add_argument("--processes", type=int, default=2)
     command.add_argument("--work", nargs=2, metavar=("URL", "PARTS"))
     given = command.parse_args()
     if given.work:
-        asyncio.run(work(*given.work, given.workers))
+        asyncio.run(work(*given.work, given.workers, given.audiences))
         return
     rows: list[dict[str, float]] = []
     for accounts in given.accounts:
-        rows.append(row := measure(accounts, given.workers, given.processes))
+        rows.append(row := measure(accounts, given.audiences, given.workers, given.processes))
         print(*row, sep="\t") if accounts == given.accounts[0] else None
         print(*(f"{value:.4g}" for value in row.values()), sep="\t", flush=True)
     save(given.json, figures(rows), "redis")
