@@ -36,7 +36,7 @@ class Account:
         """Send a request at this time and take in its verdict; return the seconds of the pause after it."""
         self.lane.sent(at)
         self.lane.returned(at, at, verdict, pause)
-        return self.lane.paused_for(at)
+        return self.lane.closing.left(at)
 
     async def waits(self) -> None:
         """Wait for a turn."""
@@ -133,7 +133,7 @@ async def test_a_learned_rate_is_an_event(north: Account) -> None:
         north.meets("answered", tenth / 10)
     north.meets("throttled", 2.0)
     (learned,) = (event for event in north.events if isinstance(event, RateLearned))
-    assert (learned.account, learned.rate) == ("north", north.lane.rate)
+    assert (learned.account, learned.rate) == ("north", north.lane.paces.rate)
     assert learned.rate == pytest.approx(10 / 2.0, rel=0.1)
 
 

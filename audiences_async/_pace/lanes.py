@@ -48,25 +48,19 @@ class Lane(PacedQueue):
 
     def snapshot(self, now: float) -> AccountPace:
         """Return how the account is paced right now."""
-        return AccountPace(self.account, self.rate, self.paused_for(now), self.waiting, self.in_flight)
+        return AccountPace(self.account, self.paces.rate, self.closing.left(now), self.waiting, self.in_flight)
 
     def is_paused(self, now: float) -> bool:
         """Return whether the account is closed after a 429."""
-        return now < self._closed_until
+        return now < self.closing.until
 
     def is_idle(self, now: float) -> bool:
         """Return whether forgetting the lane would make no difference."""
-        return (
-            not self.users
-            and not self._failures
-            and self._closed_until <= now
-            and (self._learned is None or self._learned.is_forgettable)
-            and (self._known is None or self._known.is_idle(now))
-        )
+        return not self.users and not self.closing.failures and self.closing.until <= now and self.paces.is_idle(now)
 
     def delay(self, now: float) -> float:
         """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
-        if self.in_flight + 1 > self._window and (self._learned is None or not self._learned.spaces):
+        if self.in_flight + 1 > self._window and (self.paces.learned is None or not self.paces.learned.spaces):
             return math.inf
         return super().delay(now)
 
@@ -74,7 +68,7 @@ class Lane(PacedQueue):
         """Return whether a refusal of what was sent then can be the account's own doing: it has sent others lately."""
         if self.in_flight > 1 or sent_at - self._granted_at < _RECENT:
             return True
-        return self.rate is not None and sent_at - self._granted_at < 2 / self.rate
+        return self.paces.rate is not None and sent_at - self._granted_at < 2 / self.paces.rate
 
     def fails_alone(self, answers: int) -> bool:
         """Return whether others have been answered between two failures of this account; and remember this one.
@@ -109,14 +103,14 @@ class Lane(PacedQueue):
         """
         fresh = self._returned(now, sent_at)
         if fresh:
-            self._probe_out = False
+            self.closing.probe_is_out = False
         try:
             if verdict == "throttled":
                 self._throttled(now, sent_at, pause, fresh=fresh)
             elif verdict in {"answered", "failed", "unavailable"}:
                 if verdict == "answered":
                     self._granted_at, self._suspected_at, self._alone = now, None, False
-                if self._learned is None or not self._learned.spaces:
+                if self.paces.learned is None or not self.paces.learned.spaces:
                     self._window += _STEP if now - sent_at < _LONG_TRIP else _LONG_STEP
                 self._answered(now, sent_at, fresh=fresh)  # the account's limit let it through
                 if pause is not None and verdict != "unavailable":

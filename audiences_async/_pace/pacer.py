@@ -222,8 +222,8 @@ class Pacer:
         if quota is not None:
             self._scope.announced(lane, now, quota)
         is_shared = quota is not None and self._scope.is_shared
-        self.service.announced(now, turn.sent_at, quota if is_shared else None)
-        lane.announced(now, turn.sent_at, None if is_shared else quota)
+        self.service.paces.announced(now, turn.sent_at, quota if is_shared else None)
+        lane.paces.announced(now, turn.sent_at, None if is_shared else quota)
 
     def _concerns_all(self, lane: Lane, turn: Turn, verdict: Verdict) -> bool:
         """Return whether a refusal or a failure may be the service's, and not this account's alone."""

@@ -80,9 +80,14 @@ class ServiceLane(PacedQueue):
             attach(self)
 
     @property
+    def learned_rate(self) -> float | None:
+        """Requests per second, as learned; ``None`` if no rate is."""
+        return self.paces.learned_rate
+
+    @property
     def refuses_many(self) -> bool:
         """Whether an account that is refused repeatedly need not be the cause."""
-        return (self.is_limited and self.rate is None) or self.evidence.shows_refusals
+        return (self.is_limited and self.paces.rate is None) or self.evidence.shows_refusals
 
     @property
     def is_out(self) -> bool:
@@ -97,8 +102,8 @@ class ServiceLane(PacedQueue):
     def snapshot(self, now: float) -> ServicePace:
         """Return how the service holds all accounts together."""
         return ServicePace(
-            rate=self.rate,
-            paused_for=self.paused_for(now),
+            rate=self.paces.rate,
+            paused_for=self.closing.left(now),
             waiting=self.waiting,
             in_flight=self.in_flight,
             window=int(self.load.limit),
@@ -109,7 +114,7 @@ class ServiceLane(PacedQueue):
     def delay(self, now: float) -> float:
         """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
         if self._state == "out":
-            if self._probe_out:
+            if self.closing.probe_is_out:
                 return self.outage.next_probe(now)
         elif self.in_flight >= int(self.load.limit):
             return math.inf
@@ -173,7 +178,7 @@ class ServiceLane(PacedQueue):
         """
         fresh = self._returned(now, turn.sent_at)
         if turn.probe:
-            self._probe_out = False
+            self.closing.probe_is_out = False
         verdict = report.verdict
         try:
             if verdict != "answered" or self.evidence.is_needed:
@@ -195,7 +200,7 @@ class ServiceLane(PacedQueue):
     def adopt(self, rate: float) -> None:
         """Keep to *rate* requests per second, as if it had been learned."""
         now = self.clock.monotonic()
-        self._learner(now).steady.adopt(now, rate)
+        self.paces.learn(now).steady.adopt(now, rate)
         self._state = "limited" if self._state == "open" else self._state
         self._on_rate(rate, None)
         self.changed()
@@ -212,28 +217,28 @@ class ServiceLane(PacedQueue):
 
     def _limit_in_flight(self) -> None:
         """Keep to a limit of requests in flight that was just recognized, or lowered, and to no rate."""
-        self._learned, self._grants = None, 0
+        self.paces.forget()
         self._emit(ServiceConcurrencyLearned("", int(self.load.concurrency)))
 
     def _heard(self, now: float, sent_at: float, *, fresh: bool) -> None:
         self.answers += 1
         self._unrefused += 1
         is_end = self._state == "out"  # any answer ends an outage, even to an old request
-        was_closed = now < self._closed_until
+        was_closed = now < self.closing.until
         if is_end:
-            self._closed_until, fresh = now, True
+            self.closing.until, fresh = now, True
         self.outage.silent_since = None
         self._answered(now, sent_at, fresh=fresh)
-        if is_end and was_closed and self._learned is not None:
-            self._learned.steady.measurement.restart(
+        if is_end and was_closed and self.paces.learned is not None:
+            self.paces.learned.steady.measurement.restart(
                 now
             )  # a measurement leaves the whole pause out, and the grant that ended it
-        if self._state == "limited" and self.rate is None and self._unrefused >= _SAMPLE:
+        if self._state == "limited" and self.paces.rate is None and self._unrefused >= _SAMPLE:
             self._state = "open"
 
     def _is_service(self, now: float, turn: Turn, verdict: Verdict, pause: float | None, lane: Lane) -> bool:
         """Return whether a refusal or failure, which may be the service's, is taken for that."""
-        if self._probing:
+        if self.closing.is_probing:
             if verdict == "throttled" and pause is not None:
                 self._throttled(now, turn.sent_at, pause, fresh=False)  # an old request, but its reply names a time
             return True
@@ -249,8 +254,8 @@ class ServiceLane(PacedQueue):
     def _is_rate(self, now: float, turn: Turn, pause: float | None) -> bool:
         """Return whether a refusal may be due to the shared rate, which then is lowered."""
         self._unrefused = 0
-        if self._learned is not None and not self._learned.steady.explains_refusals:
-            self._learned.steady.throttled(now)
+        if self.paces.learned is not None and not self.paces.learned.steady.explains_refusals:
+            self.paces.learned.steady.throttled(now)
             return False
         self._trip(now, turn.sent_at, "throttled", pause)
         return True
@@ -258,37 +263,36 @@ class ServiceLane(PacedQueue):
     def _trip(self, now: float, sent_at: float, verdict: Verdict, pause: float | None) -> None:
         """Close the service until a probe is answered."""
         self.outage.began(now)
-        may_be_limit = self.outage.may_be_limit(now, is_limited=self.is_limited, rate=self.rate)
+        may_be_limit = self.outage.may_be_limit(now, is_limited=self.is_limited, rate=self.paces.rate)
         if verdict == "throttled" or (verdict == "unavailable" and may_be_limit):
             self._state = "limited"
-            if self.rate is None:
+            if self.paces.rate is None:
                 self.load.refused()
             self._throttled(now, sent_at, pause, fresh=True)
         else:
             self._fail(now, verdict, pause)
         for waiter in self.waiters():
-            if self.outage.silent_for(self._closed_until) >= waiter.patience:
+            if self.outage.silent_for(self.closing.until) >= waiter.patience:
                 waiter.refuse(self._impatient(now, waiter.patience))
 
     def _fail(self, now: float, verdict: Verdict, pause: float | None) -> None:
         """Begin or continue an outage."""
         self._state = "out"
-        self._failures += 1
-        self._cut_at = now
+        self.closing.refused(now)
         if verdict == "unavailable":
-            self._learner(now).steady.measurement.restart(now)  # in case it is a limit after all
-        seconds = self.outage.pause(self._failures, self.clock)
+            self.paces.learn(now).steady.measurement.restart(now)  # in case it is a limit after all
+        seconds = self.outage.pause(self.closing.failures, self.clock)
         is_asked = pause is not None and seconds < pause
         self._close(now, pause if is_asked and pause is not None else seconds, asked=is_asked)
 
     def _impatient(self, now: float, patience: float) -> TransportError:
         silent = self.outage.silent_for(now)
         message = f"the service has answered no account for {silent:.3g} s, longer than patience={patience:g} s allows"
-        return TransportError(message, stop_reason="patience", retry_after=self.paused_for(now) or None)
+        return TransportError(message, stop_reason="patience", retry_after=self.closing.left(now) or None)
 
     def _draw_pause(self) -> float:
         # During a long pause other processes use the limit, and accounts may run out of attempts.
-        longest = _LONGEST_UNPACED if self.rate is None else max(_LONGEST_PACED, 2 / self.rate)
+        longest = _LONGEST_UNPACED if self.paces.rate is None else max(_LONGEST_PACED, 2 / self.paces.rate)
         return min(super()._draw_pause(), longest)
 
     def _on_paused(self, seconds: float, *, asked: bool) -> None:
@@ -296,11 +300,11 @@ class ServiceLane(PacedQueue):
 
     def _on_resumed(self) -> None:
         now = self.clock.monotonic()
-        if now - self._cut_at > _SOON and self._learned is not None:
-            self._learned.idle()
+        if now - self.closing.cut_at > _SOON and self.paces.learned is not None:
+            self.paces.learned.idle()
         self.outage.resumed(now)
         if self.is_out:
-            self._state = "open" if self.learned_rate is None else "limited"
+            self._state = "open" if self.paces.learned_rate is None else "limited"
             self.load.reopen(now)
             if self.outage.hangs:
                 self.outage.hangs = False
