@@ -95,7 +95,7 @@ class Fixture:
 
     async def handle(self, *names: str, redelivered: bool = False) -> timedelta | None:
         """Handle the chunk; return when it goes back to the queue, if it does."""
-        execution: Any = SimpleNamespace(redelivered=redelivered, key=PART)
+        execution: Any = SimpleNamespace(redelivered=redelivered, key=PART, message_id=b"1-0")
         try:
             await self.desk.fetch_chunk(PART, list(names or NAMES), execution)
         except AdmissionBlocked as blocked:

@@ -1,6 +1,7 @@
 """Connections to Redis, and the error that all its failures become."""
 
 import asyncio
+import logging
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -10,6 +11,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from docket import Docket
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
 from redis.exceptions import RedisError
 
 from audiences_async.errors import ConfigurationError, TransportError, printable
@@ -20,7 +23,10 @@ QUEUE: Final = "audiences"
 _QUEUE_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _TIMEOUT: Final = 5.0  # s for an exchange with Redis, and for a free connection of a pool
 _CONNECTIONS: Final = 16  # the maximum for a docket's own loops
+_RETRY: Final = Retry(ExponentialBackoff(cap=0.5, base=0.05), 9)  # 3.7 s; within _TIMEOUT, so that the cause shows
 _KEPT: Final = timedelta(seconds=30)  # a finished chunk's state; submitters look for late chunks more often
+
+logging.getLogger("docket").addHandler(logging.NullHandler())  # a submitter reports failures of Redis by itself
 
 
 class DocketError(TransportError):
@@ -42,7 +48,7 @@ def connect(url: str, connections: int) -> Redis:
     Raises:
         ConfigurationError: The URL is invalid.
     """
-    with suppress(ValueError):
+    with suppress(ValueError, TypeError):
         pool = BlockingConnectionPool.from_url(
             url,
             max_connections=connections,
@@ -50,8 +56,10 @@ def connect(url: str, connections: int) -> Redis:
             socket_timeout=_TIMEOUT,
             socket_connect_timeout=_TIMEOUT,
         )
+        cast("Any", pool).make_connection()  # without I/O; refuses options that do not exist
         return Redis.from_pool(pool)
-    raise _invalid_url()
+    # Without the original message, which may repeat a password.
+    raise ConfigurationError("invalid Redis URL; expected a form such as redis://host:6379/0")
 
 
 @asynccontextmanager
@@ -69,15 +77,15 @@ async def opened(url: str, queue: str, connections: int = 0) -> AsyncIterator[Do
     """
     if not _QUEUE_NAME.fullmatch(queue):
         raise ConfigurationError(f"queue must be 1 to 100 letters, digits, dots, hyphens or underscores, got {queue!r}")
-    docket = None
-    with suppress(ValueError):
-        async with reached():
-            docket = await Docket(queue, _sized(url, connections), execution_ttl=_KEPT).__aenter__()
-    if docket is None:
-        raise _invalid_url()
+    connect(url, 1)  # refuses what only Docket would take
+    async with reached():
+        docket = await Docket(queue, _sized(url, connections), execution_ttl=_KEPT).__aenter__()
     try:
         async with reached():
             await docket.workers()
+        async with docket.redis() as client:
+            # Otherwise a worker that loses a connection takes no chunk until all that it has in hand are done.
+            cast("Redis", client).set_retry(_RETRY)
         yield docket
     finally:
         await docket.__aexit__(None, None, None)
@@ -90,11 +98,6 @@ def _sized(url: str, connections: int) -> str:
     return f"{url}{'&' if query else '?'}max_connections={_CONNECTIONS + connections}"
 
 
-def _invalid_url() -> ConfigurationError:
-    # Without the original message, which may repeat a password.
-    return ConfigurationError("invalid Redis URL; expected a form such as redis://host:6379/0")
-
-
 @asynccontextmanager
 async def reached() -> AsyncIterator[None]:
     """Bound the block by a few seconds, and turn the failures of Redis into one error.
@@ -105,6 +108,8 @@ async def reached() -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(_TIMEOUT):  # the docket's own connections wait for ever
             yield
+    except TimeoutError as error:
+        raise DocketError(f"Redis is unavailable: no answer within {_TIMEOUT:g} s") from error
     except (RedisError, OSError) as error:
         raise unavailable(error) from error
 

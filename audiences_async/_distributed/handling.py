@@ -34,6 +34,7 @@ _DEATHS: Final = 2  # workers that died with a chunk, before its accounts are fe
 _HOLD: Final = 30.0  # s for which a worker tries to write a part before it gives up
 _FIRST_WAIT: Final = 0.1  # s between two of these, doubled each time
 _LONGEST_WAIT: Final = 5.0  # s
+_RENEW_EVERY: Final = 1.0  # s
 _RATE_OVER: Final = 10.0  # s over which accounts per second are counted
 
 
@@ -56,7 +57,7 @@ class Desk:
         self._concurrency = concurrency
         self._worker: Worker | None = None
         self._ledger: Ledger
-        self._chunks = 0
+        self._chunks: set[bytes] = set()  # by their messages in the queue
         self._empty = asyncio.Event()
         self._failing = 0  # chunks that wait for the store
         self._closing = asyncio.Event()
@@ -76,9 +77,18 @@ class Desk:
         return {
             "waiting": self._slots.waiting,
             "in_flight": self._slots.in_flight,
-            "chunks": self._chunks,
+            "chunks": len(self._chunks),
             **self._count.report(),
         }
+
+    async def keep(self) -> None:
+        """Renew the leases on the chunks in hand until cancelled; Docket does not while it waits for Redis."""
+        assert self._worker is not None
+        while True:
+            if self._chunks:
+                with suppress(DocketError):
+                    await self._ledger.renewed(self._worker.name, self._chunks)
+            await asyncio.sleep(_RENEW_EVERY)
 
     def close(self) -> None:
         """Take no chunk, and start no account."""
@@ -98,7 +108,10 @@ class Desk:
         Raises:
             AdmissionBlocked: The chunk goes back to the queue; that is no attempt.
         """
-        self._chunks += 1
+        message = execution.message_id or b""
+        if message in self._chunks:  # after Redis hung, a worker may take a chunk over from itself
+            raise AdmissionBlocked(execution, "this worker", handled=True)
+        self._chunks.add(message)
         self._adjust()
         try:
             delay = await self._fetch(part, names, is_again=execution.redelivered)
@@ -106,7 +119,7 @@ class Desk:
             _log.warning("a chunk goes back to the queue: %s", error.summary)
             delay = _SOON
         finally:
-            self._chunks -= 1
+            self._chunks.remove(message)
             self._adjust()
             if not self._chunks:
                 self._empty.set()
@@ -129,16 +142,23 @@ class Desk:
         if not is_done:  # the worker is closing
             await self._ledger.returned(part)
             return _AT_ONCE
-        await self._ledger.finished(part)
+        with suppress(DocketError):  # without a notice, the submitter finds the part when it looks for late chunks
+            await self._ledger.finished(part)
         return None
 
     async def _put(self, part: str, names: list[str], start: Start) -> bool:
         """Put the outcomes into the store; return whether there are any."""
         with SpooledTemporaryFile(IN_MEMORY) as file:
             written = await self._write(file, part, names, start)
-            if written and not await self._ledger.has_ended(part):
+            if written and not await self._has_ended(part):
                 await self._persist(lambda: self._store.put(part, file))
         return written > 0
+
+    async def _has_ended(self, part: str) -> bool:
+        """Return whether the part's job is complete; not if Redis is away, so that what was fetched is written."""
+        with suppress(DocketError):
+            return await self._ledger.has_ended(part)
+        return False
 
     async def _write(self, file: IO[bytes], part: str, names: list[str], start: Start) -> int:
         """Write the outcomes of the accounts; return how many there are."""
@@ -261,7 +281,7 @@ class Desk:
             return
         missing = 2 * self._concurrency - self._slots.waiting
         more = max(0, -(-missing // CHUNK_SIZE))
-        self._worker.concurrency = min(self._chunks + more, self._concurrency + 1)
+        self._worker.concurrency = min(len(self._chunks) + more, self._concurrency + 1)
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

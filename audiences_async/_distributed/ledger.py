@@ -81,6 +81,14 @@ class Ledger:
         count, _, name, names = await exchange(self._docket, commands)
         return Start(int(count), None if name is None else name.decode(), json.loads(names or b"[]"))
 
+    async def renewed(self, worker: str, messages: Collection[bytes]) -> None:
+        """Renew a worker's leases on chunks, so that no other worker takes them over."""
+        stream, group = self._docket.stream_key, self._docket.worker_group_name
+        ids = list(messages)
+        await exchange(
+            self._docket, lambda pipeline: pipeline.xclaim(stream, group, worker, 0, ids, idle=0, justid=True)
+        )
+
     async def fetches_alone(self, part: str, name: str, fatal: list[str]) -> None:
         """Note the only account of a suspicious chunk that is being fetched, and those that no worker has survived."""
 

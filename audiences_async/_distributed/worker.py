@@ -119,14 +119,15 @@ async def _serve(
             schedule_automatic_tasks=False,
         ) as worker:
             desk.serve(worker)
-            reporting = asyncio.create_task(peers.run(docket, name, desk.report))
+            beside = [asyncio.create_task(peers.run(docket, name, desk.report)), asyncio.create_task(desk.keep())]
             _log.info("worker %s is ready: queue %s, %d accounts at a time", name, queue, concurrency)
             if on_ready is not None:
                 on_ready(name)
             try:
                 await worker.run_forever()
             finally:
-                reporting.cancel()
+                for task in beside:
+                    task.cancel()
                 with suppress(DocketError):
                     await peers.leave(docket)
 

@@ -19,7 +19,7 @@ from audiences_async.policies import Limiter, RateLimit, RetryPolicy
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-_CONNECTIONS = 32  # to Redis, for limits; each request needs one for a round trip
+_CONNECTIONS = 2  # to Redis, for limits; each request needs one for a round trip
 
 
 @frozen
