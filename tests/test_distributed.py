@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import KEY, Done, counted, runner
+from command import COMMAND, KEY, Done, counted, runner
+from redis import Redis
 from services import create_bucket, missing, nginx, redis_server, s3_server
 from workers import accounts_file, expected, fetch, fetched, opened, ready, started, work
 
@@ -153,6 +154,25 @@ def test_one_rate_of_all_workers(redis: str, sandbox: Sandbox, tmp_path: Path) -
     assert times[-1] - times[0] < 1.2 * 150 / 50
 
 
+@pytest.mark.once
+@pytest.mark.slow
+def test_a_redis_with_room_for_few_clients(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
+    """Two workers with limits need fewer than 20 connections, together with the submitter and the status."""
+    opened(sandbox, 300)
+    accounts = accounts_file(tmp_path / "accounts.csv", (f"a{number}" for number in range(300)))
+    with contextlib.ExitStack() as stack, Redis.from_url(redis) as client:
+        client.config_set("maxclients", 20)
+        for _ in range(2):
+            limits = ("--rate", "200", "--account-rate", "5")
+            stack.enter_context(ready(work(redis, accounts, tmp_path / "parts", sandbox, *limits)))
+        submitter = stack.enter_context(started(fetch(redis, accounts, tmp_path / "parts", tmp_path / "out")))
+        sandbox.wait_for_requests(50, timeout=30.0)
+        _run([*COMMAND, "status", "--docket", redis])
+        assert submitter.wait(timeout=30) == 0
+    assert fetched(tmp_path / "out") == expected(300)
+    assert len(sandbox.requests) == 300
+
+
 @pytest.mark.slow
 def test_the_command_line_of_both_sides(
     redis: str, run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -212,6 +232,25 @@ def test_a_worker_without_redis(sandbox: Sandbox, tmp_path: Path) -> None:
     assert {line.partition(":")[0] for line in lines} <= {"warning", "error"}
 
 
+@pytest.mark.slow
+def test_a_submitter_without_redis(tmp_path: Path) -> None:
+    """A submitter whose Redis goes away reports it once, with the reason, in a log for programs too."""
+    accounts = accounts_file(tmp_path / "accounts.csv", ["a0"])
+    with contextlib.ExitStack() as stack:
+        with redis_server(tmp_path) as url:
+            command = fetch(url, accounts, tmp_path / "parts", tmp_path / "out", "--log-format", "json")
+            submitter = stack.enter_context(started(command, stderr=subprocess.PIPE))
+            assert submitter.stderr is not None
+            lines = [submitter.stderr.readline()]
+        lines.append(submitter.stderr.readline())
+        submitter.send_signal(signal.SIGINT)
+        lines += submitter.communicate(timeout=20)[1].splitlines()
+    first, second, last = (json.loads(line) for line in lines)
+    assert first["message"].startswith("no worker yet")
+    assert second["message"].startswith("Redis is unavailable")
+    assert last["event"] == "error"
+
+
 def test_a_worker_interrupted_before_it_has_begun(
     run: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +268,9 @@ def test_a_worker_interrupted_before_it_has_begun(
     ("arguments", "code", "told"),
     [
         (["fetch", "--docket", "nonsense", "--out", "{}/out"], 2, "invalid Redis URL"),
+        (["fetch", "--docket", "memory://", "--out", "{}/out"], 2, "invalid Redis URL"),
+        (["worker", "--docket", "redis+sentinel://h/m", "--out", "{}"], 2, "invalid Redis URL"),
+        (["worker", "--docket", "redis://h?ssl_cert_reqs=none", "--out", "{}"], 2, "invalid Redis URL"),
         (["fetch", "--docket", "redis://h", "--queue", "a b", "--out", "{}/out"], 2, "queue must be"),
         (
             ["fetch", "--docket", "redis://h", "--parts", "ftp://h", "--out", "{}/out"],

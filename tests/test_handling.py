@@ -214,6 +214,24 @@ async def test_a_job_that_has_ended(worker: Fixture) -> None:
     assert await worker.written() == {}
 
 
+async def test_a_redis_that_goes_away_meanwhile(worker: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was fetched is written although Redis is away, and the chunk does not go back."""
+
+    async def fail(self: Ledger, part: str) -> bool:
+        raise DocketError("away")
+
+    monkeypatch.setattr(Ledger, "has_ended", fail)
+    monkeypatch.setattr(Ledger, "finished", fail)
+    assert await worker.handle() is None
+    assert await worker.written() == dict.fromkeys(NAMES, True)
+
+
+async def test_a_chunk_that_a_worker_takes_over_from_itself(worker: Fixture) -> None:
+    """A chunk in hand is fetched once if it is delivered again to the same worker."""
+    await asyncio.gather(worker.handle(), worker.handle(redelivered=True))
+    assert worker.client.asked == NAMES
+
+
 async def test_a_temporary_directory_that_is_full(worker: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk is the machine's fault: the chunk goes back, and the worker ends."""
 

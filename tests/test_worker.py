@@ -2,6 +2,8 @@
 
 import asyncio
 import sys
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from workers import (
 
 from audiences_async import AudiencesClient, ConfigurationError, RateLimit, RetryPolicy, distributed
 from audiences_async._distributed import handling
+from audiences_async._distributed import worker as working
 from audiences_async.distributed import DocketError, PartsError, RedisLimiter
 from audiences_async.sandbox import Answer, Sandbox
 
@@ -182,13 +185,8 @@ async def test_a_redis_that_restarts(
     port, folder, parts = free_port(), tmp_path_factory.mktemp("redis"), tmp_path / "parts"
     with redis_server(folder, port) as url:
         redis = distributed.connect(url, 5)
-        client = AudiencesClient(
-            base_url=sandbox.base_url,
-            retry=RetryPolicy(max_attempts=2, base_delay=0.1),
-            service_rate_limit=RedisLimiter(redis, RateLimit(20), name="service"),
-        )
         job = asyncio.create_task(submitted(url, accounts, parts, tmp_path / "out"))
-        running = worker(url, accounts, parts, sandbox, client=client)
+        running = worker(url, accounts, parts, sandbox, client=limited(sandbox, redis))
         await running.__aenter__()
         await asyncio.to_thread(sandbox.wait_for_requests, 10)
     await asyncio.sleep(2.0)
@@ -197,6 +195,70 @@ async def test_a_redis_that_restarts(
         await running.__aexit__(None, None, None)
         await redis.aclose()
     assert fetched(tmp_path / "out") == expected(60)
+
+
+async def drops_connections(client: Redis) -> None:
+    """Drop all connections again and again."""
+    for _ in range(10):
+        await client.client_kill_filter(_type="normal", skipme=True)
+        await asyncio.sleep(0.1)
+
+
+async def drops_idle_connections(client: Redis) -> None:
+    """Drop connections that were idle for a second."""
+    await client.config_set("timeout", 1)
+    for _ in range(6):
+        await asyncio.sleep(0.5)
+        await client.ping()
+    await client.config_set("timeout", 0)
+
+
+async def is_full(client: Redis) -> None:
+    """Refuse what needs memory."""
+    await client.config_set("maxmemory", 1)
+    await asyncio.sleep(0.7)
+    await client.config_set("maxmemory", 0)
+
+
+async def is_demoted(client: Redis) -> None:
+    """Be a replica for a while, which refuses to write, and then the master again."""
+    await client.replicaof("127.0.0.1", free_port())
+    await asyncio.sleep(0.7)
+    await client.replicaof("NO", "ONE")
+
+
+@pytest.mark.parametrize("trouble", [drops_connections, drops_idle_connections, is_full, is_demoted])
+async def test_a_redis_in_trouble(
+    trouble: Callable[[Redis], Awaitable[None]],
+    redis: str,
+    sandbox: Sandbox,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Workers keep their chunks, slow ones too, and what was fetched is not fetched again."""
+    monkeypatch.setattr(working, "_TAKEOVER", timedelta(seconds=2))
+    monkeypatch.setattr(handling, "_RENEW_EVERY", 0.2)
+    accounts, parts = opened(sandbox, 60), tmp_path / "parts"
+    sandbox.script("a0", Answer(delay=5.0))
+    async with (
+        Redis.from_url(redis) as admin,
+        distributed.connect(redis, 2) as shared,
+        worker(redis, accounts, parts, sandbox, client=limited(sandbox, shared)),
+        worker(redis, accounts, parts, sandbox, client=limited(sandbox, shared)),
+    ):
+        job = asyncio.create_task(submitted(redis, accounts, parts, tmp_path / "out"))
+        await asyncio.to_thread(sandbox.wait_for_requests, 10)
+        await trouble(admin)
+        await job
+    assert fetched(tmp_path / "out") == expected(60)
+    assert sorted(asked(sandbox)) == sorted(accounts)
+
+
+def limited(sandbox: Sandbox, redis: Redis) -> AudiencesClient:
+    """Return a client with a limit in Redis."""
+    limiter = RedisLimiter(redis, RateLimit(30), name="service")
+    retry = RetryPolicy(max_attempts=2, base_delay=0.1)
+    return AudiencesClient(base_url=sandbox.base_url, retry=retry, service_rate_limit=limiter)
 
 
 async def test_a_redis_that_is_not_there(tmp_path: Path) -> None:

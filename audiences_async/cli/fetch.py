@@ -120,7 +120,7 @@ def run_distributed(job: Job, tally: Tally, url: str, queue: str | None, parts: 
                     queue=queue or distributed.QUEUE,
                     total=tally.total - tally.earlier,
                     on_merged=merged,
-                    on_notice=lambda text: job.log.write("waiting", text),
+                    on_notice=lambda text: job.log.write("waiting", text, message=text),
                 )
 
     _run(job, tally, submit)
