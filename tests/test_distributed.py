@@ -268,6 +268,7 @@ def test_a_worker_interrupted_before_it_has_begun(
     ("arguments", "code", "told"),
     [
         (["fetch", "--docket", "nonsense", "--out", "{}/out"], 2, "invalid Redis URL"),
+        (["fetch", "--docket", "redis://h", "--out", ""], 2, "--out must name a file"),
         (["fetch", "--docket", "memory://", "--out", "{}/out"], 2, "invalid Redis URL"),
         (["worker", "--docket", "redis+sentinel://h/m", "--out", "{}"], 2, "invalid Redis URL"),
         (["worker", "--docket", "redis://h?ssl_cert_reqs=none", "--out", "{}"], 2, "invalid Redis URL"),

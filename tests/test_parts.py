@@ -81,6 +81,9 @@ async def test_a_bucket_that_cannot_be_used(s3: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("url", "told"),
     [
+        ("", "is empty"),
+        ("file://", "absolute path and no host"),
+        ("file://host/parts", "absolute path and no host"),
         ("ftp://host", "a URL that begins with s3://, gs://, az://, file://"),
         (f"s3://user:{SECRET}@bucket", "must not contain credentials"),
         (f"az://container?sig={SECRET}", "must not contain credentials"),

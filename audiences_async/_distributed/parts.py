@@ -79,9 +79,13 @@ def open_store(where: "str | os.PathLike[str] | PartStore") -> PartStore:
     if isinstance(where, PartStore):
         return where
     scheme, separator, rest = os.fspath(where).partition("://")
+    if not scheme:
+        raise ConfigurationError("the place of the parts is empty; name a directory or a URL")
     if not separator:
         return Directory(Path(where))
     if scheme == "file":
+        if not rest.startswith("/"):
+            raise ConfigurationError("a file:// URL of the parts must have an absolute path and no host: file:///path")
         return Directory(Path(unquote(urlsplit(os.fspath(where)).path)))
     if scheme not in _SCHEMES:
         known = ", ".join(f"{each}://" for each in (*_SCHEMES[:-1], "file"))

@@ -8,7 +8,7 @@ from tempfile import TemporaryFile
 from typing import Final, Literal, TypeAlias
 
 import msgspec
-from attrs import frozen
+from attrs import field, frozen
 
 from audiences_async._jobs import compression
 from audiences_async._jobs.results import Line, check_new, lines, successor, write_whole
@@ -29,9 +29,14 @@ class Target:
         rows: Whether it has one row for each audience; always so for Parquet.
     """
 
-    out: Path
+    out: Path = field()
     output: FileFormat = "ndjson"
     rows: bool = False
+
+    @out.validator
+    def _check_out(self, _: object, out: Path) -> None:
+        if not out.name:
+            raise ConfigurationError(f"--out must name a file, got {printable(str(out))}")
 
     @property
     def is_checkpoint(self) -> bool:
