@@ -269,13 +269,3 @@ async def test_one_account_in_two_chunks(worker: Fixture) -> None:
         return [outcome.account.name async for outcome in worker.slots.fetch([account])]
 
     assert list(await asyncio.gather(outcomes(), outcomes())) == [["a0"], ["a0"]]
-
-
-async def test_a_cancelled_wait_leaves_no_task() -> None:
-    """End everything that waits for an event if the waiting task is cancelled."""
-    before = asyncio.all_tasks()
-    waiting = asyncio.create_task(handling._wait(asyncio.Event(), 60.0))
-    await asyncio.sleep(0)
-    waiting.cancel()
-    await asyncio.wait({waiting})
-    assert asyncio.all_tasks() == before

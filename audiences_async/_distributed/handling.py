@@ -49,7 +49,8 @@ class Desk:
     """
 
     def __init__(self, accounts: Mapping[str, Account], store: PartStore, slots: Slots, concurrency: int) -> None:
-        self.fault: asyncio.Future[PartsError] = asyncio.get_running_loop().create_future()
+        new_future = asyncio.get_running_loop().create_future
+        self.fault: asyncio.Future[PartsError] = new_future()
         """Set if the store could not be written for too long."""
         self._accounts = accounts
         self._store = store
@@ -58,9 +59,9 @@ class Desk:
         self._worker: Worker | None = None
         self._ledger: Ledger
         self._chunks: set[bytes] = set()  # by their messages in the queue
-        self._empty = asyncio.Event()
+        self._empty: asyncio.Future[None] = new_future()
         self._failing = 0  # chunks that wait for the store
-        self._closing = asyncio.Event()
+        self._closing: asyncio.Future[None] = new_future()
         self._alone = asyncio.Lock()
         self._ours: set[str] = set()  # jobs whose submitter shares the store
         self._others: set[str] = set()  # jobs of which a chunk was refused
@@ -92,15 +93,15 @@ class Desk:
 
     def close(self) -> None:
         """Take no chunk, and start no account."""
-        self._closing.set()
+        _set(self._closing)
         self._slots.stop()
         self._adjust()
 
     async def emptied(self, seconds: float) -> None:
         """Wait until no chunk is in hand, for at most *seconds*."""
         if self._chunks:
-            self._empty.clear()
-            await _wait(self._empty, seconds)
+            self._empty = asyncio.get_running_loop().create_future()
+            await asyncio.wait({self._empty}, timeout=seconds)
 
     async def fetch_chunk(self, part: str, names: list[str], execution: Execution) -> None:
         """Fetch the accounts, and write their outcomes.
@@ -122,7 +123,7 @@ class Desk:
             self._chunks.remove(message)
             self._adjust()
             if not self._chunks:
-                self._empty.set()
+                _set(self._empty)
         if delay is not None:
             raise AdmissionBlocked(execution, "this worker", retry_delay=delay)
 
@@ -258,11 +259,11 @@ class Desk:
         now = asyncio.get_running_loop().time
         until, wait = now() + _HOLD, _FIRST_WAIT
         while True:
-            await _wait(self._closing, wait)
+            await asyncio.wait({self._closing}, timeout=wait)
             try:
                 return await doing()
             except PartsError as error:
-                if self._closing.is_set() or now() > until:
+                if self._closing.done() or now() > until:
                     raise self._give_up(error) from None
             wait = min(2 * wait, _LONGEST_WAIT)
 
@@ -276,7 +277,7 @@ class Desk:
         """Set the number of chunks that the worker has in hand: as many as keep all slots busy, and no more."""
         if self._worker is None:
             return
-        if self._closing.is_set() or self._failing:
+        if self._closing.done() or self._failing:
             self._worker.concurrency = 0
             return
         missing = 2 * self._concurrency - self._slots.waiting
@@ -284,11 +285,10 @@ class Desk:
         self._worker.concurrency = min(len(self._chunks) + more, self._concurrency + 1)
 
 
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    """Wait for an event, for at most *seconds*."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()
+def _set(event: "asyncio.Future[None]") -> None:
+    """Note an event for which `asyncio.wait` may wait, without a task that a cancellation would leave."""
+    if not event.done():
+        event.set_result(None)
 
 
 class _Count:
