@@ -18,7 +18,7 @@ from services import missing, redis_server
 from workers import Flaky
 
 from audiences_async import Account, AudiencesResponse, ConfigurationError, Failed, Fetched
-from audiences_async._distributed import handling
+from audiences_async._distributed import handling, patient
 from audiences_async._distributed.handling import MARKER, Desk
 from audiences_async._distributed.ledger import Ledger
 from audiences_async._distributed.slots import Slots
@@ -241,15 +241,17 @@ async def test_a_temporary_directory_that_is_full(worker: Fixture, monkeypatch: 
 
     monkeypatch.setattr(handling, "SpooledTemporaryFile", lambda size: Full())
     assert await worker.handle() == timedelta(seconds=1)
-    assert worker.desk.fault.result().message == "cannot write to the temporary directory: No space left on device"
+    assert (
+        worker.desk.store.fault.result().message == "cannot write to the temporary directory: No space left on device"
+    )
 
 
 async def test_a_store_that_fails_too_long(worker: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a while, or when the worker closes, the chunk goes back; only the first reason is kept."""
-    monkeypatch.setattr(handling, "_HOLD", 0.15)
+    monkeypatch.setattr(patient, "_HOLD", 0.15)
     worker.store._failing = {"put": range(1000)}
     assert await worker.handle("a0") == await worker.handle("a1") == timedelta(seconds=1)
-    assert isinstance(worker.desk.fault.result(), PartsError)
+    assert isinstance(worker.desk.store.fault.result(), PartsError)
     assert (await worker.ledger.started(PART)).count == 1
 
 

@@ -23,7 +23,7 @@ from workers import (
 )
 
 from audiences_async import AudiencesClient, ConfigurationError, RateLimit, RetryPolicy, distributed
-from audiences_async._distributed import handling
+from audiences_async._distributed import handling, patient
 from audiences_async._distributed import worker as working
 from audiences_async.distributed import DocketError, PartsError, RedisLimiter
 from audiences_async.sandbox import Answer, Sandbox
@@ -145,7 +145,7 @@ async def test_a_store_that_cannot_be_written(
     redis: str, sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A worker whose store fails takes no chunk, says why, and ends; its chunk is another's, and no account fails."""
-    monkeypatch.setattr(handling, "_HOLD", 0.5)
+    monkeypatch.setattr(patient, "_HOLD", 0.5)
     accounts = opened(sandbox, 40)
     store = Flaky(tmp_path / "parts", {"put": range(2, 1000)})
     job = asyncio.create_task(submitted(redis, accounts, tmp_path / "parts", tmp_path / "out"))
@@ -236,10 +236,10 @@ async def test_a_redis_in_trouble(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Workers keep their chunks, slow ones too, and what was fetched is not fetched again."""
-    monkeypatch.setattr(working, "_TAKEOVER", timedelta(seconds=2))
+    monkeypatch.setattr(working, "_TAKEOVER", timedelta(seconds=5))
     monkeypatch.setattr(handling, "_RENEW_EVERY", 0.2)
     accounts, parts = opened(sandbox, 60), tmp_path / "parts"
-    sandbox.script("a0", Answer(delay=5.0))
+    sandbox.script("a0", Answer(delay=8.0))
     async with (
         Redis.from_url(redis) as admin,
         distributed.connect(redis, 2) as shared,

@@ -3,11 +3,11 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from tempfile import SpooledTemporaryFile
-from typing import IO, Any, Final, TypeVar
+from typing import IO, Any, Final
 
 from docket import Execution, Worker
 from docket.dependencies import AdmissionBlocked
@@ -16,6 +16,7 @@ from audiences_async._distributed.chunks import CHUNK_SIZE, failed, job_of
 from audiences_async._distributed.connection import DocketError
 from audiences_async._distributed.ledger import Ledger, Start
 from audiences_async._distributed.parts import IN_MEMORY, PartsError, PartStore
+from audiences_async._distributed.patient import PatientStore
 from audiences_async._distributed.slots import Slots
 from audiences_async._jobs import results
 from audiences_async.errors import ConfigurationError, printable
@@ -24,16 +25,12 @@ from audiences_async.models import Account, Outcome
 MARKER: Final = "job.json"
 """Name of the file by which a worker recognizes that it shares the store with the submitter of a job."""
 
-_T = TypeVar("_T")
 _log: Final = logging.getLogger("audiences_async")
 _AT_ONCE: Final = timedelta(0)
 _SOON: Final = timedelta(seconds=1)  # until a chunk that failed on Redis or the store is offered again
 _ELSEWHERE: Final = timedelta(seconds=0.5)  # until a chunk of another fleet is offered again
 _MOST_OFFERS: Final = 3600  # of a chunk that no worker is right for: half an hour
 _DEATHS: Final = 2  # workers that died with a chunk, before its accounts are fetched one by one
-_HOLD: Final = 30.0  # s for which a worker tries to write a part before it gives up
-_FIRST_WAIT: Final = 0.1  # s between two of these, doubled each time
-_LONGEST_WAIT: Final = 5.0  # s
 _RENEW_EVERY: Final = 1.0  # s
 _RATE_OVER: Final = 10.0  # s over which accounts per second are counted
 
@@ -49,19 +46,15 @@ class Desk:
     """
 
     def __init__(self, accounts: Mapping[str, Account], store: PartStore, slots: Slots, concurrency: int) -> None:
-        new_future = asyncio.get_running_loop().create_future
-        self.fault: asyncio.Future[PartsError] = new_future()
-        """Set if the store could not be written for too long."""
+        self.store: PatientStore = PatientStore(store, self._adjust)
+        """The store; its `fault` ends the worker."""
         self._accounts = accounts
-        self._store = store
         self._slots = slots
         self._concurrency = concurrency
         self._worker: Worker | None = None
         self._ledger: Ledger
         self._chunks: set[bytes] = set()  # by their messages in the queue
-        self._empty: asyncio.Future[None] = new_future()
-        self._failing = 0  # chunks that wait for the store
-        self._closing: asyncio.Future[None] = new_future()
+        self._empty: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._alone = asyncio.Lock()
         self._ours: set[str] = set()  # jobs whose submitter shares the store
         self._others: set[str] = set()  # jobs of which a chunk was refused
@@ -93,7 +86,7 @@ class Desk:
 
     def close(self) -> None:
         """Take no chunk, and start no account."""
-        _set(self._closing)
+        self.store.close()
         self._slots.stop()
         self._adjust()
 
@@ -122,8 +115,8 @@ class Desk:
         finally:
             self._chunks.remove(message)
             self._adjust()
-            if not self._chunks:
-                _set(self._empty)
+            if not self._chunks and not self._empty.done():
+                self._empty.set_result(None)
         if delay is not None:
             raise AdmissionBlocked(execution, "this worker", retry_delay=delay)
 
@@ -132,7 +125,7 @@ class Desk:
         if not await self._is_ours(part):
             return await self._refuse(part)
         start = await self._ledger.started(part)
-        if is_again and await self._is_written(part):
+        if is_again and await self.store.has(part):
             await self._ledger.finished(part)
             return None
         try:
@@ -151,22 +144,16 @@ class Desk:
         """Put the outcomes into the store; return whether there are any."""
         with SpooledTemporaryFile(IN_MEMORY) as file:
             written = await self._write(file, part, names, start)
-            if written and not await self._has_ended(part):
-                await self._persist(lambda: self._store.put(part, file))
+            if written and not await _has_ended(self._ledger, part):
+                await self.store.put(part, file)
         return written > 0
-
-    async def _has_ended(self, part: str) -> bool:
-        """Return whether the part's job is complete; not if Redis is away, so that what was fetched is written."""
-        with suppress(DocketError):
-            return await self._ledger.has_ended(part)
-        return False
 
     async def _write(self, file: IO[bytes], part: str, names: list[str], start: Start) -> int:
         """Write the outcomes of the accounts; return how many there are."""
         known: list[Account] = []
         written = 0
         for name in names:
-            account = self._known(name)
+            account = _known(self._accounts, name)
             if isinstance(account, Account):
                 known.append(account)
             else:
@@ -182,7 +169,8 @@ class Desk:
             try:
                 file.write(results.line(outcome))
             except OSError as error:
-                raise self._give_up(PartsError(f"cannot write to the temporary directory: {error.strerror}")) from error
+                fault = PartsError(f"cannot write to the temporary directory: {error.strerror}")
+                raise self.store.give_up(fault) from error
             self._count.add(outcome)
             written += 1
         return written
@@ -202,30 +190,14 @@ class Desk:
                     written += await self._write_outcomes(file, [account])
         return written
 
-    def _known(self, name: str) -> Account | results.Line:
-        try:
-            return self._accounts[name]
-        except KeyError:
-            return failed(name, "missing from the worker's accounts file")
-        except ConfigurationError as error:
-            return failed(name, error.message)
-
     async def _is_ours(self, part: str) -> bool:
         """Return whether this worker writes to the store from which the job's submitter reads."""
         job = job_of(part)
         if job not in self._ours:
-            file = await self._persist(lambda: self._store.get(f"{job}/{MARKER}"))
-            if file is None:
+            if not await self.store.has(f"{job}/{MARKER}"):
                 return False
-            file.close()
             self._ours.add(job)
         return True
-
-    async def _is_written(self, part: str) -> bool:
-        file = await self._persist(lambda: self._store.get(part))
-        if file is not None:
-            file.close()
-        return file is not None
 
     async def _refuse(self, part: str) -> timedelta | None:
         """Return a chunk to the workers of another fleet, unless its job is over."""
@@ -234,50 +206,14 @@ class Desk:
         job = job_of(part)
         if job not in self._others:
             self._others.add(job)
-            _log.warning("job %s is left to other workers: its parts do not go to %s", job, self._store.place)
+            _log.warning("job %s is left to other workers: its parts do not go to %s", job, self.store.place)
         return _ELSEWHERE
-
-    async def _persist(self, doing: Callable[[], Awaitable[_T]]) -> _T:
-        """Use the store; if it fails, take no chunks, and try again for a while.
-
-        Raises:
-            PartsError: The store failed for too long, or fails while the worker is closing.
-        """
-        try:
-            return await doing()
-        except PartsError as error:
-            _log.warning("%s; this worker takes no chunks while it tries again", error.summary)
-        self._failing += 1
-        self._adjust()
-        try:
-            return await self._try_again(doing)
-        finally:
-            self._failing -= 1
-            self._adjust()
-
-    async def _try_again(self, doing: Callable[[], Awaitable[_T]]) -> _T:
-        now = asyncio.get_running_loop().time
-        until, wait = now() + _HOLD, _FIRST_WAIT
-        while True:
-            await asyncio.wait({self._closing}, timeout=wait)
-            try:
-                return await doing()
-            except PartsError as error:
-                if self._closing.done() or now() > until:
-                    raise self._give_up(error) from None
-            wait = min(2 * wait, _LONGEST_WAIT)
-
-    def _give_up(self, error: PartsError) -> PartsError:
-        """Have the worker end, because its machine or its store is at fault; return the error."""
-        if not self.fault.done():
-            self.fault.set_result(error)
-        return error
 
     def _adjust(self) -> None:
         """Set the number of chunks that the worker has in hand: as many as keep all slots busy, and no more."""
         if self._worker is None:
             return
-        if self._closing.done() or self._failing:
+        if not self.store.is_ready:
             self._worker.concurrency = 0
             return
         missing = 2 * self._concurrency - self._slots.waiting
@@ -285,10 +221,21 @@ class Desk:
         self._worker.concurrency = min(len(self._chunks) + more, self._concurrency + 1)
 
 
-def _set(event: "asyncio.Future[None]") -> None:
-    """Note an event for which `asyncio.wait` may wait, without a task that a cancellation would leave."""
-    if not event.done():
-        event.set_result(None)
+def _known(accounts: Mapping[str, Account], name: str) -> Account | results.Line:
+    """Return an account by its name, or the outcome of one that cannot be fetched."""
+    try:
+        return accounts[name]
+    except KeyError:
+        return failed(name, "missing from the worker's accounts file")
+    except ConfigurationError as error:
+        return failed(name, error.message)
+
+
+async def _has_ended(ledger: Ledger, part: str) -> bool:
+    """Return whether the part's job is complete; not if Redis is away, so that what was fetched is written."""
+    with suppress(DocketError):
+        return await ledger.has_ended(part)
+    return False
 
 
 class _Count:

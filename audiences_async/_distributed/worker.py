@@ -84,13 +84,13 @@ async def work(
             _serve(url, queue, desk, peers or Peers(patience), concurrency=concurrency, on_ready=on_ready)
         )
         fetching = asyncio.create_task(slots.run())
-        ends: set[asyncio.Future[Any]] = {serving, fetching, desk.fault}
+        ends: set[asyncio.Future[Any]] = {serving, fetching, desk.store.fault}
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await _close(desk, slots, serving, fetching, grace)
     failures = [task.exception() for task in (serving, fetching) if task.done() and not task.cancelled()]
-    failures += [desk.fault.result()] if desk.fault.done() else []
+    failures += [desk.store.fault.result()] if desk.store.fault.done() else []
     raise next(failure for failure in failures if failure is not None)
 
 
