@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from docket import Docket, Worker
+from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 from services import free_port, missing, redis_server
 from workers import Flaky, asked, expected, failures, fetched, opened, submitted, until, worker
@@ -258,6 +259,25 @@ async def test_a_redis_that_hangs(redis: str, tmp_path: Path, monkeypatch: pytes
     async with other_worker(redis, tmp_path, A0):
         assert await job == ["a0"]
     assert any("Redis is unavailable: no answer within 0.2 s" in text for text in told)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_redis_that_hangs_before_it_has_a_chunk(
+    redis: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk that could not be sent in time is sent again, and fetched once."""
+    monkeypatch.setattr("audiences_async._distributed.connection._TIMEOUT", 0.5)
+    told: list[str] = []
+
+    def names() -> Iterator[str]:
+        with BlockingRedis.from_url(redis) as client:
+            client.client_pause(1500)
+        yield "a0"
+
+    async with other_worker(redis, tmp_path, A0) as seen:
+        assert await submitted(redis, names(), tmp_path, tmp_path / "out", on_notice=told.append) == ["a0"]
+    assert told[0] == "Redis is unavailable: no answer within 0.5 s; waiting for it"
+    assert seen == [["a0"]]
 
 
 @pytest.mark.usefixtures("quick")
