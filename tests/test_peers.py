@@ -146,13 +146,15 @@ async def test_a_limiter_of_ones_own() -> None:
 
 
 async def test_a_worker_that_died_is_forgotten(redis: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The report of a worker that died counts for a few seconds, and is removed later."""
+    """The report of a worker that died counts for a few seconds, and is removed later; so is one that is no report."""
     monkeypatch.setattr(module, "_EVERY", 0.02)
     async with Docket("dead", redis) as docket:
         dead = asyncio.create_task(Peers(1.0).run(docket, "dead", dict))
         await asyncio.sleep(0.1)
         dead.cancel()
         monkeypatch.setattr(module, "_KEPT", 0.1)
+        async with docket.redis() as client:
+            await client.hset("dead:reports", "of another version", "no JSON")
         alive = asyncio.create_task(Peers(1.0).run(docket, "alive", dict))
         await asyncio.sleep(0.3)
         alive.cancel()

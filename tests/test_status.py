@@ -76,6 +76,16 @@ async def test_the_status_of_a_job(redis: str, sandbox: Sandbox, tmp_path: Path)
     assert (gone.waiting, gone.running, gone.workers, gone.jobs) == (0, 0, (), ())
 
 
+async def test_reports_of_another_version(redis: str) -> None:
+    """Leave out what workers and submitters of another version report."""
+    async with distributed.connect(redis, 1) as client, distributed.watched(redis, "audiences") as look:
+        for report in ("no JSON", '{"at": "noon"}', "[]"):
+            await client.hset("audiences:reports", report, report)
+            await client.hset("audiences:jobs", report, report)
+        found = await look()
+    assert (found.workers, found.jobs) == ((), ())
+
+
 def test_the_command(redis: str, run: Callable[..., Done]) -> None:
     """Print JSON, or text if stdout is no terminal; report a Redis that is away with exit code 5."""
     done = run("status", "--docket", redis, "--queue", "q", "--json")

@@ -38,9 +38,8 @@ class PatientStore:
         return not self._failing and not self._closing.done()
 
     def close(self) -> None:
-        """Try only once more."""
-        if not self._closing.done():
-            self._closing.set_result(None)
+        """Try only once more. May be called once."""
+        self._closing.set_result(None)
 
     async def put(self, name: str, content: IO[bytes]) -> None:
         """Write a part.

@@ -4,6 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 import msgspec
@@ -64,9 +65,14 @@ class Report(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def fresh(reports: dict[bytes, bytes], now: float, seconds: float = FRESH) -> dict[str, Report]:
-    """Return the reports that are not older than *seconds*, by the worker's name."""
-    decoded = {name.decode(): msgspec.json.decode(report, type=Report) for name, report in reports.items()}
-    return {name: report for name, report in decoded.items() if now - report.at <= seconds}
+    """Return the reports that are not older than *seconds*, by the worker's name; without any of another version."""
+    found: dict[str, Report] = {}
+    for name, text in reports.items():
+        with suppress(msgspec.MsgspecError):
+            report = msgspec.json.decode(text, type=Report)
+            if now - report.at <= seconds:
+                found[name.decode()] = report
+    return found
 
 
 class Seen:

@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -130,8 +130,7 @@ async def _look(docket: Docket) -> QueueStatus:
     known = fresh(reports, clock[0] + clock[1] / 1e6)
     workers = tuple(_worker(name.decode(), known.get(name.decode())) for name in sorted(names))
     running = sum(worker.chunks for worker in workers)
-    found = tuple(_job(job.decode(), json.loads(progress)) for job, progress in sorted(jobs.items()))
-    return QueueStatus(docket.name, max(0, queued + delayed - running), running, workers, found)
+    return QueueStatus(docket.name, max(0, queued + delayed - running), running, workers, tuple(_jobs(jobs)))
 
 
 def _worker(name: str, report: Report | None) -> WorkerStatus:
@@ -150,6 +149,9 @@ def _worker(name: str, report: Report | None) -> WorkerStatus:
     )
 
 
-def _job(name: str, progress: dict[str, Any]) -> JobStatus:
-    seconds = time.time() - progress["since"]
-    return JobStatus(name, progress["total"], progress["fetched"], progress["failed"], seconds)
+def _jobs(found: dict[bytes, bytes]) -> Iterator[JobStatus]:
+    """Yield the jobs, without any of another version."""
+    for name, text in sorted(found.items()):
+        with suppress(ValueError, KeyError, TypeError):
+            job = json.loads(text)
+            yield JobStatus(name.decode(), job["total"], job["fetched"], job["failed"], time.time() - job["since"])
