@@ -3,7 +3,7 @@
 Run ``python benchmarks/many_machines.py [--accounts N ...] [--audiences N] [--workers N] [--processes N]
 [--json FILE]``. All workers share this machine's cores, so accounts per second are a lower bound for real machines;
 commands, memory and the submitter's CPU time are not. The default takes a minute; ``--accounts 10000000 --audiences 0``
-takes some 20 minutes and 2 GB of disk. The last line is a projection: the costs grow linearly, as the rows show.
+takes 7 minutes and 1 GB of disk. The last line is a projection: the costs grow linearly, as the rows show.
 """
 
 import asyncio
