@@ -103,6 +103,9 @@ class Limiter(Protocol):
     call's deadline, ``inf`` if there is none; and ``limit``, a `RateLimit` that this process cannot exceed. Both let a
     call whose turn comes too late fail at once. A `DeadlineExceededError` or `TransportError` that it raises is the
     call's.
+
+    As a ``service_rate_limit`` it may have ``attach_pace(pace)``, called once with the pace that the client learns:
+    ``pace.learned_rate`` in requests per second, ``None`` if none is learned, and ``pace.adopt(rate)``, which sets it.
     """
 
     async def acquire(self, account_name: str) -> object:

@@ -114,7 +114,7 @@ async def test_a_rate_is_shared(fleet: list[Peers]) -> None:
     """A worker that was never refused keeps to the mean of the rates that others have learned."""
     paces = [LearnedPace(rate) for rate in (10.0, 30.0, None)]
     for one, pace in zip(fleet, paces, strict=True):
-        one.attach(pace)
+        one.attach_pace(pace)
     await asyncio.sleep(0.2)
     assert [pace.learned_rate for pace in paces] == [10.0, 30.0, 20.0]
 

@@ -320,7 +320,7 @@ def test_a_rate_that_is_known_from_others(run: RunJob) -> None:
     """A limiter that knows the pace from elsewhere sets it; refusals teach the rest."""
 
     class Limiter:
-        def attach(self, pace: Pace) -> None:
+        def attach_pace(self, pace: Pace) -> None:
             assert pace.learned_rate is None
             pace.adopt(40.0)
             assert pace.learned_rate == 40.0

@@ -1,7 +1,6 @@
 """Connections to Redis, and the error that all its failures become."""
 
 import asyncio
-import logging
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -25,8 +24,6 @@ _TIMEOUT: Final = 5.0  # s for an exchange with Redis, and for a free connection
 _CONNECTIONS: Final = 16  # the maximum for a docket's own loops
 _RETRY: Final = Retry(ExponentialBackoff(cap=0.5, base=0.05), 9)  # 3.7 s; within _TIMEOUT, so that the cause shows
 _KEPT: Final = timedelta(seconds=30)  # a finished chunk's state; submitters look for late chunks more often
-
-logging.getLogger("docket").addHandler(logging.NullHandler())  # a submitter reports failures of Redis by itself
 
 
 class DocketError(TransportError):

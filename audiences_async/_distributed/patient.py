@@ -1,4 +1,4 @@
-"""The store of the parts, as a worker uses it: if it fails, the worker waits for it."""
+"""Use the store of the parts from a worker, which waits for it if it fails."""
 
 import asyncio
 import logging

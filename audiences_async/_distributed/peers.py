@@ -76,7 +76,7 @@ def fresh(reports: dict[bytes, bytes], now: float, seconds: float = FRESH) -> di
 
 
 class Seen:
-    """What a worker's own requests show of the service."""
+    """Record what a worker's own requests show of the service."""
 
     def __init__(self) -> None:
         self.answered_at: float = -math.inf
@@ -132,7 +132,7 @@ class Peers:
         self._changed = asyncio.Event()
         self._share: Share | None = None
 
-    def attach(self, pace: Pace) -> None:
+    def attach_pace(self, pace: Pace) -> None:
         """Divide the limit that a client learns; called by the client."""
         self._share = Share(pace)
 

@@ -1,4 +1,4 @@
-"""The share of a worker in a limit that all workers meet: none of them may starve, or be the last one for long."""
+"""Divide a limit that all workers meet: none of them may starve, or be the last one for long."""
 
 from collections.abc import Mapping
 from typing import Final, Protocol

@@ -293,7 +293,7 @@ class _Notices:
         self._tell("store", f"{error.summary}; trying again")
 
     def news(self, news: News, place: str, *, is_idle: bool) -> None:
-        """Report what Redis tells, which is reachable."""
+        """Report the news from a Redis that answers."""
         self._told.discard("redis")
         if is_idle:
             self._tell("idle", f"no worker yet; start one: audiences worker --docket URL --accounts FILE --out {place}")

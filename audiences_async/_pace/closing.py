@@ -1,4 +1,4 @@
-"""Closed after a refusal, until a probe is answered."""
+"""Close a queue after a refusal, until a probe is answered."""
 
 import math
 

@@ -75,7 +75,7 @@ class ServiceLane(PacedQueue):
         self._emit = emit
         self._state: State = "open"
         self._unrefused = 0  # answers since the latest refusal
-        attach = getattr(limit, "attach", None)
+        attach = getattr(limit, "attach_pace", None)
         if attach is not None:
             attach(self)
 

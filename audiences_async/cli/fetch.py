@@ -1,6 +1,7 @@
 """``audiences fetch``: fetch every account of a file into another file, and resume after a crash."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -101,6 +102,7 @@ def run_distributed(job: Job, tally: Tally, url: str, queue: str | None, parts: 
     """Do the same as `run` with the workers of a queue, which write to the directory or bucket *parts*."""
     from audiences_async import distributed  # noqa: PLC0415 - of an optional extra
 
+    logging.getLogger("docket").addHandler(logging.NullHandler())  # failures of Redis are notices, in the log's format
     names = (account.name for account in job.accounts)
 
     async def submit(file: OutcomeFile, watch: Watch) -> None:
