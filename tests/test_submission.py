@@ -12,6 +12,7 @@ import pytest
 from docket import Docket, Worker
 from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from services import free_port, missing, redis_server
 from workers import Flaky, asked, expected, failures, fetched, opened, submitted, until, worker
 
@@ -252,10 +253,10 @@ async def test_a_redis_that_hangs(redis: str, tmp_path: Path, monkeypatch: pytes
     async with Redis.from_url(redis) as client:
         job = asyncio.create_task(submitted(redis, ["a0"], tmp_path, tmp_path / "out", on_notice=told.append))
         await until(lambda: client.exists("audiences:stream"))
-        monkeypatch.setattr("audiences_async._distributed.connection._TIMEOUT", 0.2)
-        await client.client_pause(1000)
-        await asyncio.sleep(1.0)
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr("audiences_async._distributed.connection._TIMEOUT", 0.2)
+            await client.client_pause(1000)
+            await asyncio.sleep(1.0)
     async with other_worker(redis, tmp_path, A0):
         assert await job == ["a0"]
     assert any("Redis is unavailable: no answer within 0.2 s" in text for text in told)
@@ -265,7 +266,7 @@ async def test_a_redis_that_hangs(redis: str, tmp_path: Path, monkeypatch: pytes
 async def test_a_redis_that_hangs_before_it_has_a_chunk(
     redis: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A chunk that could not be sent in time is sent again, and fetched once."""
+    """A chunk that could not be sent in time is looked for, and fetched once."""
     monkeypatch.setattr("audiences_async._distributed.connection._TIMEOUT", 0.5)
     told: list[str] = []
 
@@ -277,6 +278,25 @@ async def test_a_redis_that_hangs_before_it_has_a_chunk(
     async with other_worker(redis, tmp_path, A0) as seen:
         assert await submitted(redis, names(), tmp_path, tmp_path / "out", on_notice=told.append) == ["a0"]
     assert told[0] == "Redis is unavailable: no answer within 0.5 s; waiting for it"
+    assert seen == [["a0"]]
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_redis_that_took_a_chunk_and_could_not_say_so(
+    redis: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk is not sent again if only the answer was lost, even if it was fetched meanwhile."""
+    add_many = Docket.add_many
+
+    async def add_many_in_vain(self: Docket, *arguments: Any) -> Any:
+        monkeypatch.setattr(Docket, "add_many", add_many)
+        await add_many(self, *arguments)
+        await until(lambda: asyncio.to_thread(lambda: list(tmp_path.glob(f"{JOB}/*.ndjson"))))
+        raise RedisConnectionError("reset by peer")
+
+    monkeypatch.setattr(Docket, "add_many", add_many_in_vain)
+    async with other_worker(redis, tmp_path, A0) as seen:
+        assert await submitted(redis, ["a0"], tmp_path, tmp_path / "out", job=JOB) == ["a0"]
     assert seen == [["a0"]]
 
 

@@ -158,23 +158,23 @@ class Submission:
             self._unsent.append(evolve(chunk, names=missing, number=number))
 
     async def _send(self) -> None:
-        """Put chunks into the queue; those that Redis does not take stay unsent."""
+        """Put chunks into the queue. Those that Redis may not have taken are looked for before they are sent again."""
         if not self._unsent:
             return
-        calls = [self._docket.call(TASK, key=chunk.part)(chunk.part, chunk.names) for chunk in self._unsent]
+        sent, self._unsent = self._unsent, []
+        calls = [self._docket.call(TASK, key=chunk.part)(chunk.part, chunk.names) for chunk in sent]
+        problems: list[DocketError] = []
         try:
             async with reached():
                 executions = await self._docket.add_many(calls)
+            refused = [execution for execution in executions if execution.disposition is Disposition.FAILED]
+            problems += [unavailable(execution.schedule_exception) for execution in refused]
         except DocketError as error:
-            self._notices.redis(error)
-            return
-        chunks_sent, self._unsent = self._unsent, []
-        for chunk, execution in zip(chunks_sent, executions, strict=True):
-            if execution.disposition is Disposition.FAILED:
-                self._notices.redis(unavailable(execution.schedule_exception))
-                self._unsent.append(chunk)
-            else:
-                self._waiting[chunk.part] = evolve(chunk, look_at=_now() + _LATE)
+            problems.append(error)
+        for problem in problems:
+            self._notices.redis(problem)
+        look_at = _now() + (0 if problems else _LATE)
+        self._waiting.update((chunk.part, evolve(chunk, look_at=look_at)) for chunk in sent)
 
     async def _written(self, started: float) -> list[str]:
         """Return the parts that were written since the last look."""
