@@ -39,6 +39,15 @@ settings.register_profile("default", derandomize=True, deadline=None)
 settings.load_profile("default")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what measures real time beside other processes of tests."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        alone = pytest.mark.skip(reason="measures real time; run it alone: pytest -m timed")
+        for item in items:
+            if item.get_closest_marker("timed"):
+                item.add_marker(alone)
+
+
 def pytest_collection_finish() -> None:
     """Keep the garbage collector from going through all that is imported again and again, in every test."""
     gc.collect()

@@ -1,5 +1,6 @@
 """Real servers from installed binaries, on loopback and free ports, for tests and benchmarks."""
 
+import asyncio
 import contextlib
 import importlib.util
 import os
@@ -10,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from attrs import frozen
 
@@ -87,10 +89,11 @@ def nginx(folder: Path, body: bytes, *, rate: int, burst: int, key: str = "$http
 
 
 @contextlib.contextmanager
-def redis_server(folder: Path, port: int | None = None) -> Iterator[str]:
+def redis_server(folder: Path, port: int | None = None, *options: str) -> Iterator[str]:
     """Run a Redis inside the block; yield its URL. Everything that is written to it is in the folder."""
     port = port or free_port()
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes", "--dir", str(folder)]
+    place = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
+    options = (*place, "--save", "", "--appendonly", "yes", *options)
     process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
     try:
         _wait_for(port)
@@ -98,6 +101,55 @@ def redis_server(folder: Path, port: int | None = None) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+
+
+class Forwarder:
+    """A loopback address behind which another server can take over, as the name of a managed Redis is.
+
+    Attributes:
+        port: The port that it listens on.
+        target: The port that new connections go to.
+    """
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self.port = 0
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._forward, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._server.close()
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
+        try:
+            with contextlib.closing(writer), contextlib.suppress(OSError):
+                there, back = await asyncio.open_connection("127.0.0.1", self.target)
+                with contextlib.closing(back):
+                    ways = [asyncio.create_task(_copy(reader, back)), asyncio.create_task(_copy(there, writer))]
+                    try:
+                        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+                    finally:
+                        for way in ways:
+                            way.cancel()
+                        await asyncio.gather(*ways, return_exceptions=True)
+        finally:
+            self._running.discard(task)
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65536):
+        writer.write(data)
+        await writer.drain()
 
 
 @contextlib.contextmanager

@@ -149,6 +149,7 @@ async def test_rotated_keys_fail_no_call(sandbox: Sandbox, way: str) -> None:
     assert Counter(request.answer for request in sandbox.requests) == {401: 500, 200: 500}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["closes", "resets"])
 @pytest.mark.parametrize("is_given", [False, True], ids=["own", "given"])
 async def test_stale_connections_fail_no_call(raw: StartRaw, how: str, *, is_given: bool) -> None:

@@ -122,6 +122,7 @@ def _refuse_every_tenth_put(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.skipif(missing("nginx"), reason="nginx is not installed")
 @pytest.mark.timed
+@pytest.mark.long
 def test_workers_behind_a_limit_of_their_address(redis: str, tmp_path: Path) -> None:
     """Three workers with defaults learn a limit that they share: nothing fails, and few requests are refused."""
     accounts = accounts_file(tmp_path / "accounts.csv", (f"a{number}" for number in range(3_000)))

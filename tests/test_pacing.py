@@ -316,6 +316,7 @@ def test_a_window_of_the_services_is_learned_too(client: Callable[..., Audiences
     assert len(service.times(429)) <= 100, "a window that doubles finds the limit for at most what it was granted"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "calls", "ideal"),

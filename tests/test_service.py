@@ -120,6 +120,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> RunJob:
 # --- a rate that all accounts share
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("refusal", [429, 503])
 @pytest.mark.parametrize("round_trip", [0.001, 0.1])
 def test_a_shared_rate_is_learned(run: RunJob, refusal: int, round_trip: float) -> None:
@@ -176,6 +177,7 @@ def test_a_limit_of_connections(run: RunJob, refusal: int) -> None:
     assert done.requests_per_answer <= 1.1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "limit",
     [lambda: FixedWindow(500, 10.0), lambda: SlidingWindow(500, 10.0), lambda: TokenBucket(50, 500)],
@@ -226,6 +228,7 @@ def test_quotas_of_accounts_are_no_shared_quota(run: RunJob) -> None:
     assert done.took <= 1.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.4])
 def test_refusals_that_slowing_does_not_help_do_not_stop_a_job(run: RunJob, share: float) -> None:
     """After a flood of refusals, those of a share that comes at any rate do not drive the rate to nothing."""
@@ -237,6 +240,7 @@ def test_refusals_that_slowing_does_not_help_do_not_stop_a_job(run: RunJob, shar
     assert done.took <= 300
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_accounts_that_fail_for_ever_under_a_shared_rate(run: RunJob, status: int) -> None:
     """Keep the others' pace if a twentieth of the accounts fails under a rate that all share."""
@@ -251,6 +255,7 @@ def test_accounts_that_fail_for_ever_under_a_shared_rate(run: RunJob, status: in
     assert done.took <= 1.35 * 1500 / 50
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("refusal", [429, 503])
 @pytest.mark.parametrize("outage", [503, 500])
 def test_an_outage_under_a_shared_rate(run: RunJob, refusal: int, outage: int) -> None:
@@ -337,6 +342,7 @@ def test_a_rate_that_is_known_from_others(run: RunJob) -> None:
     assert next(event for event in learned if isinstance(event, ServiceRateLearned)).rate == 40.0
 
 
+@pytest.mark.long
 def test_limits_of_accounts_are_no_shared_limit(run: RunJob) -> None:
     """Keep a thousand accounts that are throttled at once, each for itself, from slowing each other down."""
     done = run(Service(LeakyBucket(2, 1), round_trip=0.01), 1000, each=3)
@@ -419,8 +425,12 @@ def lost(status: int) -> Callable[[str, float], int]:
 
 @pytest.mark.parametrize(
     "service",
-    [Service(lost(503), 0.05), Service(lost(500), 0.05), Service(lost(502), 0.05), Swallowing(lost(200), 0.05)],
-    ids=["503", "500", "502", "swallows"],
+    [
+        pytest.param(Service(lost(503), 0.05), id="503", marks=pytest.mark.long),
+        pytest.param(Service(lost(500), 0.05), id="500", marks=pytest.mark.long),
+        pytest.param(Service(lost(502), 0.05), id="502", marks=pytest.mark.long),
+        pytest.param(Swallowing(lost(200), 0.05), id="swallows"),
+    ],
 )
 def test_an_outage_is_waited_out(run: RunJob, service: Service) -> None:
     """Send probes only during an outage, fail no account, and go on within 2 s of its end."""
@@ -523,6 +533,7 @@ def test_a_single_call_does_not_wait_for_the_end_of_an_outage(monkeypatch: pytes
 # --- accounts that fail, and load
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("status", [500, 429])
 @pytest.mark.parametrize("every", [20, 5])
 def test_accounts_that_fail_for_ever_slow_nobody(run: RunJob, status: int, every: int) -> None:
@@ -535,6 +546,7 @@ def test_accounts_that_fail_for_ever_slow_nobody(run: RunJob, status: int, every
     assert done.pace.state == "open"
 
 
+@pytest.mark.long
 def test_accounts_that_fail_side_by_side_are_no_outage(run: RunJob) -> None:
     """Three hundred accounts in a row that fail for ever do not close the service for those behind them."""
     service = Service(lambda key, at: 500 if key.startswith("bad") else 200, round_trip=0.05)
@@ -543,6 +555,7 @@ def test_accounts_that_fail_side_by_side_are_no_outage(run: RunJob) -> None:
     assert done.took <= 60
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.3])
 def test_random_failures_end_no_call_for_lack_of_budget(run: RunJob, share: float) -> None:
     """Retry them all in a job, with no more requests than independent retries need."""

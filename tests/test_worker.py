@@ -1,6 +1,7 @@
 """The workers of a job on many machines, on a real Redis."""
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
-from services import free_port, missing, redis_server
+from redis.exceptions import RedisError
+from services import Forwarder, free_port, missing, redis_server
 from workers import (
     Flaky,
     asked,
@@ -195,6 +197,67 @@ async def test_a_redis_that_restarts(
         await running.__aexit__(None, None, None)
         await redis.aclose()
     assert fetched(tmp_path / "out") == expected(60)
+
+
+async def dies(first: Redis, second: Redis) -> None:
+    """Kill the master; its replica takes over."""
+    with contextlib.suppress(RedisError):
+        await first.shutdown(nosave=True)
+    await second.replicaof("NO", "ONE")
+
+
+async def steps_down(first: Redis, second: Redis) -> None:
+    """Swap the roles and drop all connections, as Sentinel does."""
+    await second.replicaof("NO", "ONE")
+    await first.replicaof("127.0.0.1", port_of(second))
+    await first.client_kill_filter(_type="normal", skipme=True)
+
+
+def port_of(client: Redis) -> int:
+    """Return the port of the Redis that a client speaks to."""
+    return int(client.connection_pool.connection_kwargs["port"])
+
+
+@pytest.mark.parametrize("failover", [dies, steps_down])
+async def test_a_redis_that_fails_over(
+    failover: Callable[[Redis, Redis], Awaitable[None]],
+    sandbox: Sandbox,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """If a replica takes over, workers and submitter go on with it, and every account is fetched once."""
+    accounts, parts = opened(sandbox, 60), tmp_path / "parts"
+    folders = [tmp_path_factory.mktemp("redis") for _ in range(2)]
+    ports = [free_port(), free_port()]
+    with (
+        redis_server(folders[0], ports[0]) as first,
+        redis_server(folders[1], ports[1], "--replicaof", "127.0.0.1", str(ports[0])) as second,
+    ):
+        async with (
+            Redis.from_url(first) as master,
+            Redis.from_url(second) as replica,
+            Forwarder(ports[0]) as address,
+            distributed.connect(f"redis://127.0.0.1:{address.port}", 2) as shared,
+        ):
+            url = f"redis://127.0.0.1:{address.port}"
+            await until(lambda: is_in_sync(replica))
+            async with (
+                worker(url, accounts, parts, sandbox, client=limited(sandbox, shared)),
+                worker(url, accounts, parts, sandbox, client=limited(sandbox, shared)),
+            ):
+                job = asyncio.create_task(submitted(url, accounts, parts, tmp_path / "out"))
+                await asyncio.to_thread(sandbox.wait_for_requests, 10)
+                await master.wait(1, 1000)
+                await failover(master, replica)
+                address.target = ports[1]
+                await job
+    assert fetched(tmp_path / "out") == expected(60)
+    assert sorted(asked(sandbox)) == sorted(accounts)
+
+
+async def is_in_sync(replica: Redis) -> bool:
+    """Return whether a replica has what its master has."""
+    return bool((await replica.info("replication"))["master_link_status"] == "up")
 
 
 async def drops_connections(client: Redis) -> None:
