@@ -273,6 +273,7 @@ def test_a_worker_interrupted_before_it_has_begun(
         (["fetch", "--docket", "memory://", "--out", "{}/out"], 2, "invalid Redis URL"),
         (["worker", "--docket", "redis+sentinel://h/m", "--out", "{}"], 2, "invalid Redis URL"),
         (["worker", "--docket", "redis://h?ssl_cert_reqs=none", "--out", "{}"], 2, "invalid Redis URL"),
+        (["fetch", "--docket", "redis://h/one", "--out", "{}/out"], 2, "invalid Redis URL"),
         (["fetch", "--docket", "redis://h", "--queue", "a b", "--out", "{}/out"], 2, "queue must be"),
         (
             ["fetch", "--docket", "redis://h", "--parts", "ftp://h", "--out", "{}/out"],
@@ -290,6 +291,11 @@ def test_a_worker_interrupted_before_it_has_begun(
         (["worker", "--docket", "nonsense", "--out", "{}", "--account-rate", "5"], 2, "invalid Redis URL"),
         (["worker", "--docket", "redis://127.0.0.1:1", "--out", "{}"], 5, "Redis is unavailable"),
         (["worker", "--docket", "redis://h", "--out", "{}", "--concurrency", "0"], 2, "concurrency must be"),
+        (
+            ["worker", "--docket", "redis://h", "--out", "{}", "--concurrency", "1.5"],
+            2,
+            "expected an integer, got '1.5'",
+        ),
         (["worker", "--docket", "redis://h", "--out", "{}", "--rate", "0"], 2, "rate must be"),
         (["worker", "--docket", "redis://h", "--out", "{}", "--account-rate", "0"], 2, "account_rate must be"),
         (["worker", "--docket", "redis://h", "--out", "{}", "--timeout", "0"], 2, "timeout must be"),

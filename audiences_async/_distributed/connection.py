@@ -20,6 +20,7 @@ QUEUE: Final = "audiences"
 """Name of the queue that is used if none is given."""
 
 _QUEUE_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,100}")
+_DATABASE: Final = re.compile(r"/?\d*")  # redis-py takes any other path for database 0
 _TIMEOUT: Final = 5.0  # s for an exchange with Redis, and for a free connection of a pool
 _CONNECTIONS: Final = 16  # the maximum for a docket's own loops
 _RETRY: Final = Retry(ExponentialBackoff(cap=0.5, base=0.05), 9)  # 3.7 s; within _TIMEOUT, so that the cause shows
@@ -54,7 +55,8 @@ def connect(url: str, connections: int) -> Redis:
             socket_connect_timeout=_TIMEOUT,
         )
         cast("Any", pool).make_connection()  # without I/O; refuses options that do not exist
-        return Redis.from_pool(pool)
+        if url.startswith("unix:") or _DATABASE.fullmatch(urlsplit(url).path):
+            return Redis.from_pool(pool)
     # Without the original message, which may repeat a password.
     raise ConfigurationError("invalid Redis URL; expected a form such as redis://host:6379/0")
 

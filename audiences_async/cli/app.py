@@ -6,11 +6,12 @@ import random
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 
-from cyclopts import App, Parameter
+from cyclopts import App, Parameter, Token
 from rich.console import Console
 
 from audiences_async._base import checks
@@ -44,7 +45,18 @@ app: Final = App(
     result_action="return_value",
 )
 app.register_install_completion_command(help="Install completion for the shell in use: bash, zsh, fish or powershell.")
+
+
+def _integer(_: object, tokens: Sequence[Token]) -> int:
+    text = tokens[0].value
+    try:
+        return int(text)  # Cyclopts itself would take 1.5 for 2
+    except ValueError:
+        raise ValueError(f"expected an integer, got {text!r}") from None
+
+
 _Flag = Annotated[bool, Parameter(negative="")]
+_Integer = Annotated[int, Parameter(converter=_integer)]
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -67,7 +79,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 @app.command
-def demo(*, seed: int | None = None) -> None:
+def demo(*, seed: _Integer | None = None) -> None:
     """Fetch three accounts from a sandbox that throttles, fails and hangs up; show the audiences and the attempts.
 
     Parameters
@@ -99,7 +111,7 @@ def list_audiences(
     api_key_file: Path | None = None,
     base_url: str | None = None,
     timeout: float = 60.0,
-    max_attempts: int = 5,
+    max_attempts: _Integer = 5,
     debug: _Flag = False,
 ) -> int:
     """List every audience of one account. The key is read from AUDIENCES_API_KEY, or from a file.
@@ -189,11 +201,11 @@ def fetch(
     errors: Path | None = None,
     resume: _Flag = False,
     check: _Flag = False,
-    concurrency: int = 100,
+    concurrency: _Integer = 100,
     rate: float | None = None,
     timeout: float = 60.0,
     patience: float = 900.0,
-    max_attempts: int = 5,
+    max_attempts: _Integer = 5,
     base_url: str | None = None,
     allow_partial: _Flag = False,
     log_format: LogFormat = "text",
@@ -293,13 +305,13 @@ def worker(
     accounts: Path,
     out: str,
     queue: str | None = None,
-    concurrency: int = 100,
+    concurrency: _Integer = 100,
     rate: float | None = None,
     account_rate: float | None = None,
     timeout: float = 60.0,
     patience: float = 900.0,
     grace: float = 20.0,
-    max_attempts: int = 5,
+    max_attempts: _Integer = 5,
     base_url: str | None = None,
 ) -> int:
     """Fetch accounts for `audiences fetch --docket` until interrupted; then no further account is started.
@@ -375,12 +387,12 @@ def sandbox(
     *,
     account: list[str] | None = None,
     accounts: Path | None = None,
-    port: int = 0,
-    audiences: int = 20,
+    port: _Integer = 0,
+    audiences: _Integer = 20,
     fault_rate: float = 0.0,
     rate: float | None = None,
-    burst: int = 1,
-    seed: int = 0,
+    burst: _Integer = 1,
+    seed: _Integer = 0,
 ) -> int:
     """Serve the sandbox until interrupted; print its base URL and keys as environment variables.
 
