@@ -9,8 +9,8 @@ from typing import Any, BinaryIO, Final
 from audiences_async.cli.rows import COLUMNS, COUNTS, TIMES, Row
 from audiences_async.errors import ConfigurationError
 
-_BATCH: Final = 2**11  # rows that are Python objects, which take four times the memory, at the same time
-_GROUP: Final = 4  # batches in a row group; with 16 of them a job would take 15 MB more
+_BATCH: Final = 2**9  # rows that are Python objects, which take four times the memory, at the same time
+_GROUP: Final = 8  # batches in a row group; with twice as many a job would take 4 MB more
 _REPETITIVE: Final = ["account", "type"]  # a dictionary of any other column would take 10 MB
 
 
