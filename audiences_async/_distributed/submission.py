@@ -72,8 +72,46 @@ async def submit(
     store = stores.open_store(parts)
     async with opened(url, queue) as docket:
         docket.register(_submit_only, names=[TASK])
-        submission = Submission(docket, store, file, job, on_merged=on_merged, on_notice=on_notice)
-        await submission.run(chunks(job, names, chunk_size), total)
+        submission = Submission(docket, store, job, Output(file, on_merged, total), on_notice)
+        await submission.run(chunks(job, names, chunk_size))
+
+
+class Output:
+    """The outcomes of a job.
+
+    Args:
+        file: File for the outcomes.
+        on_merged: Called with each line that is written to it.
+        total: Number of the accounts; ``None`` means unknown.
+    """
+
+    def __init__(self, file: OutcomeFile, on_merged: Callable[[Line], None], total: int | None) -> None:
+        self._file = file
+        self._on_merged = on_merged
+        self.progress: dict[str, Any] = {"fetched": 0, "failed": 0, "since": time.time(), "total": total}
+        """For `audiences status`."""
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Return those of *names* that have not been fetched."""
+        return [name for name in names if name not in self._file.fetched]
+
+    def append(self, line: Line) -> None:
+        """Write the outcome of an account."""
+        self._file.append(line.text)
+        self.progress["fetched" if line.ok else "failed"] += 1
+        self._on_merged(line)
+
+    def append_fetched(self, lines: Iterable[Line]) -> None:
+        """Write those that an earlier run of the job has fetched; the others are asked for again."""
+        for line in lines:
+            if line.ok:
+                self.append(line)
+                self._file.fetched.add(line.account)
+
+    def fail(self, chunk: Chunk, reason: str) -> None:
+        """Write the accounts of a chunk as failed."""
+        for name in chunk.names:
+            self.append(failed(name, reason))
 
 
 class Submission:
@@ -82,39 +120,28 @@ class Submission:
     Args:
         docket: The queue.
         store: Store that the workers write to.
-        file: File for the outcomes.
         job: Id of the job.
-        on_merged: Called with each merged line.
+        output: Where the outcomes go.
         on_notice: Called with what the user should know.
     """
 
     def __init__(
-        self,
-        docket: Docket,
-        store: PartStore,
-        file: OutcomeFile,
-        job: str,
-        *,
-        on_merged: Callable[[Line], None],
-        on_notice: Callable[[str], None],
+        self, docket: Docket, store: PartStore, job: str, output: Output, on_notice: Callable[[str], None]
     ) -> None:
         self._docket = docket
         self._ledger = Ledger(docket)
         self._store = store
-        self._file = file
         self._job = job
-        self._on_merged = on_merged
+        self._output = output
         self._notices = _Notices(on_notice)
         self._unsent: list[Chunk] = []
         self._waiting: dict[str, Chunk] = {}  # by the name of their part
         self._leftovers: dict[str, list[str]] = defaultdict(list)  # parts of an earlier run, by the chunk's digest
         self._room = _PER_WORKER
         self._next_look = 0.0
-        self._progress: dict[str, Any] = {"fetched": 0, "failed": 0, "since": time.time()}
 
-    async def run(self, source: Iterator[Chunk], total: int | None) -> None:
+    async def run(self, source: Iterator[Chunk]) -> None:
         """Submit all chunks of *source*, and merge their parts."""
-        self._progress["total"] = total
         await self._store.put(f"{self._job}/{MARKER}", BytesIO(b"{}"))
         for part in await self._store.names(self._job):
             self._leftovers[digest_of(part)].append(part)
@@ -147,12 +174,9 @@ class Submission:
         """Queue a chunk for sending, without the accounts that were fetched by an earlier run."""
         leftovers = self._leftovers.pop(chunk.digest, [])
         for part in leftovers:
-            for line in await self._lines(part, set(chunk.names) - self._file.fetched) or ():
-                if line.ok:
-                    self._append(line)
-                    self._file.fetched.add(line.account)
+            self._output.append_fetched(await self._lines(part, set(self._output.missing(chunk.names))) or ())
             await self._store.remove(part)
-        missing = [name for name in chunk.names if name not in self._file.fetched]
+        missing = self._output.missing(chunk.names)
         if missing:
             number = max((number_of(part) + 1 for part in leftovers), default=0)
             self._unsent.append(evolve(chunk, names=missing, number=number))
@@ -179,7 +203,7 @@ class Submission:
     async def _written(self, started: float) -> list[str]:
         """Return the parts that were written since the last look."""
         try:
-            news = await self._ledger.news(self._job, self._progress)
+            news = await self._ledger.news(self._job, self._output.progress)
         except DocketError as error:
             self._notices.redis(error)
             self._room = 0
@@ -210,7 +234,7 @@ class Submission:
             return False
         for line in found:
             del missing[line.account]
-            self._append(line)
+            self._output.append(line)
         await self._discard(part)
         del self._waiting[part]
         if missing:
@@ -221,7 +245,7 @@ class Submission:
         if rest.failures < ATTEMPTS:
             self._unsent.append(rest)
         else:
-            self._fail(rest, "missing from its chunk's part")
+            self._output.fail(rest, "missing from its chunk's part")
 
     async def _lines(self, part: str, names: set[str]) -> list[Line] | None:
         """Return the first line of each of *names* in a part; ``None`` if there is no part."""
@@ -240,15 +264,6 @@ class Submission:
             await self._store.remove(part)
         except PartsError as error:  # it is removed with all others at the end
             self._notices.store(error)
-
-    def _append(self, line: Line) -> None:
-        self._file.append(line.text)
-        self._progress["fetched" if line.ok else "failed"] += 1
-        self._on_merged(line)
-
-    def _fail(self, chunk: Chunk, reason: str) -> None:
-        for name in chunk.names:
-            self._append(failed(name, reason))
 
     async def _look_for_late(self) -> None:
         """Look for the chunks that no notice has come of for a while, in one round trip."""
@@ -274,7 +289,7 @@ class Submission:
         if state.error is None and failures < ATTEMPTS:
             self._unsent.append(evolve(chunk, failures=failures))
         else:
-            self._fail(chunk, f"no worker could write its chunk: {state.error or 'the part is missing'}")
+            self._output.fail(chunk, f"no worker could write its chunk: {state.error or 'the part is missing'}")
 
 
 class _Notices:
