@@ -71,5 +71,5 @@ def in_utc(time: datetime) -> datetime:
 
 
 def iso_with_z(time: datetime) -> str:
-    """Return a time that is in UTC in ISO 8601, with ``Z``."""
-    return time.isoformat().replace("+00:00", "Z")
+    """Return a time in UTC and in ISO 8601, with ``Z``."""
+    return in_utc(time).isoformat().replace("+00:00", "Z")

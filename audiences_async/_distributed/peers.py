@@ -12,6 +12,7 @@ from docket import Docket
 
 from audiences_async._distributed.connection import DocketError, exchange
 from audiences_async._distributed.shares import Pace, Share
+from audiences_async._pace.queue import acquire
 from audiences_async.errors import TransportError
 from audiences_async.events import AttemptFinished, Event, ServicePaused, ServiceResumed
 from audiences_async.policies import Limiter, RateLimit
@@ -156,8 +157,7 @@ class Peers:
             self._changed.clear()
             await self._changed.wait()
         if self._limiter is not None:
-            within = getattr(self._limiter, "acquire_within", None)
-            await (self._limiter.acquire(account_name) if within is None else within(account_name, timeout))
+            await acquire(self._limiter, account_name, timeout)
 
     async def run(self, docket: Docket, name: str, own: Callable[[], dict[str, Any]]) -> None:
         """Report and read the others' reports until cancelled.

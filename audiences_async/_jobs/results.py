@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Final, Self
 import msgspec
 from attrs import frozen
 
+from audiences_async._base.dates import iso_with_z
 from audiences_async._jobs import compression
 from audiences_async.errors import AudiencesError, ConfigurationError, StatusError, printable
 from audiences_async.models import Fetched, Outcome
@@ -34,20 +35,17 @@ def line(outcome: Outcome, *, fetched_at: datetime | None = None) -> bytes:
         outcome: The outcome.
         fetched_at: When it came; ``None`` means now.
     """
+    time = _response_time(outcome)
     fields = {
         "account": outcome.account.name,
         "ok": outcome.ok,
         "elapsed": round(outcome.elapsed, 6),
-        "fetched_at": _utc(fetched_at or datetime.now(UTC)),
-        "response_time": _utc(_response_time(outcome)),
+        "fetched_at": iso_with_z(fetched_at or datetime.now(UTC)),
+        "response_time": None if time is None else iso_with_z(time),
         "audiences": [audience.to_dict() for audience in outcome.response] if isinstance(outcome, Fetched) else [],
         "error": None if isinstance(outcome, Fetched) else _error_record(outcome.error),
     }
     return _encode(fields) + b"\n"
-
-
-def _utc(time: datetime | None) -> str | None:
-    return None if time is None else time.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 def _response_time(outcome: Outcome) -> datetime | None:

@@ -117,9 +117,8 @@ class Queue(ABC):
         """
         if self.limiter is None:
             return
-        acquire_within = getattr(self.limiter, "acquire_within", None)
         try:
-            await (self.limiter.acquire(account) if acquire_within is None else acquire_within(account, timeout))
+            await acquire(self.limiter, account, timeout)
         except (DeadlineExceededError, TransportError):
             raise  # of a limiter that uses this package's errors
         except (Exception, asyncio.CancelledError) as error:
@@ -135,3 +134,15 @@ class Queue(ABC):
     def waiters(self) -> tuple[Waiter, ...]:
         """Return the calls that wait."""
         return tuple(self._waiters)
+
+
+async def acquire(limiter: Limiter, account: str, timeout: float) -> None:
+    """Wait for a limiter of a user's own, which may be one that knows deadlines.
+
+    Args:
+        limiter: The limiter.
+        account: The account's name.
+        timeout: Seconds until the call's deadline.
+    """
+    within = getattr(limiter, "acquire_within", None)
+    await (limiter.acquire(account) if within is None else within(account, timeout))

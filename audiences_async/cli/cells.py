@@ -3,10 +3,12 @@
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final
 
 import msgspec
+
+from audiences_async._base.dates import iso_with_z
 
 AUDIENCE: Final = ("id", "name", "type", "created_time", "user_count")
 """Documented fields of an audience."""
@@ -38,6 +40,6 @@ def cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
+        return iso_with_z(value)
     text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
     return f"'{text}" if text.startswith(_DEFUSED) else text
