@@ -81,6 +81,39 @@ async def test_resuming_has_only_the_rest_fetched(redis: str, sandbox: Sandbox, 
     assert list(parts.iterdir()) == []
 
 
+@pytest.mark.usefixtures("quick")
+async def test_resuming_does_not_submit_the_rest_of_a_chunk_again(redis: str, tmp_path: Path) -> None:
+    """If a worker fetches what an earlier part of its chunk lacked, a resumed job waits for that part."""
+    seen: list[list[str]] = []
+    resumed = asyncio.Event()
+
+    async def fetch_chunk(part: str, names: list[str]) -> None:
+        seen.append(names)
+        if names == ["a1"]:
+            await resumed.wait()
+        await distributed.open_store(tmp_path).put(part, BytesIO(A0 if "a0" in names else A0.replace(b"a0", b"a1")))
+
+    async def is_fetching_the_rest() -> bool:
+        return ["a1"] in seen
+
+    async with Docket("audiences", redis) as docket:
+        docket.register(fetch_chunk)
+        async with Worker(docket, minimum_check_interval=timedelta(milliseconds=10)) as one:
+            task = asyncio.create_task(one.run_forever())
+            job = asyncio.create_task(submitted(redis, ["a0", "a1"], tmp_path, tmp_path / "out", job=JOB))
+            await until(is_fetching_the_rest)
+            job.cancel()
+            await asyncio.wait({job})
+            job = asyncio.create_task(submitted(redis, ["a0", "a1"], tmp_path, tmp_path / "out", job=JOB))
+            await asyncio.sleep(0.3)
+            resumed.set()
+            assert await job == ["a1"]
+            task.cancel()
+            await asyncio.wait({task})
+    assert fetched(tmp_path / "out") == {"a0": [], "a1": []}
+    assert seen == [["a0", "a1"], ["a1"]]
+
+
 async def test_parts_of_another_job_are_not_used(redis: str, sandbox: Sandbox, tmp_path: Path) -> None:
     """A new job neither merges nor removes what an earlier one has left, even of the same accounts."""
     accounts = opened(sandbox, 1)

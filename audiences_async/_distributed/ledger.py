@@ -147,6 +147,21 @@ class Ledger:
         parts, running, workers, misplaced, _ = await exchange(self._docket, commands)
         return News([part.decode() for part in parts or ()], int(running), int(workers), int(misplaced or 0))
 
+    async def sends_rests(self, job: str, parts: Collection[str]) -> None:
+        """Note the parts of chunks of which other parts have come before."""
+        rests = self._key(job, "rests")
+
+        def commands(pipeline: Any) -> None:
+            pipeline.sadd(rests, *parts)
+            pipeline.expire(rests, _KEPT)
+
+        await exchange(self._docket, commands)
+
+    async def rests(self, job: str) -> list[str]:
+        """Return those parts."""
+        (parts,) = await exchange(self._docket, lambda pipeline: pipeline.smembers(self._key(job, "rests")))
+        return [part.decode() for part in parts]
+
     async def states(self, parts: Collection[str]) -> list[State]:
         """Return the state of each chunk."""
 
@@ -158,7 +173,7 @@ class Ledger:
 
     async def end(self, job: str) -> None:
         """Forget a complete job, except that it has ended."""
-        kinds = ("done", "running", "alone", "fatal", "misplaced", "misplaced-total")
+        kinds = ("done", "running", "alone", "fatal", "misplaced", "misplaced-total", "rests")
 
         def commands(pipeline: Any) -> None:
             pipeline.delete(*(self._key(job, kind) for kind in kinds))

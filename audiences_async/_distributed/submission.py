@@ -137,6 +137,7 @@ class Submission:
         self._unsent: list[Chunk] = []
         self._waiting: dict[str, Chunk] = {}  # by the name of their part
         self._leftovers: dict[str, list[str]] = defaultdict(list)  # parts of an earlier run, by the chunk's digest
+        self._numbers: dict[str, int] = {}  # of the latest part that an earlier run has asked for, by the same
         self._room = _PER_WORKER
         self._next_look = 0.0
 
@@ -145,6 +146,8 @@ class Submission:
         await self._store.put(f"{self._job}/{MARKER}", BytesIO(b"{}"))
         for part in await self._store.names(self._job):
             self._leftovers[digest_of(part)].append(part)
+        for part in await self._ledger.rests(self._job):
+            self._numbers[digest_of(part)] = max(number_of(part), self._numbers.get(digest_of(part), 0))
         started = _now()
         more = True
         while more or self._unsent or self._waiting:
@@ -178,7 +181,7 @@ class Submission:
             await self._store.remove(part)
         missing = self._output.missing(chunk.names)
         if missing:
-            number = max((number_of(part) + 1 for part in leftovers), default=0)
+            number = max(self._numbers.get(chunk.digest, 0), *(number_of(part) + 1 for part in leftovers), 0)
             self._unsent.append(evolve(chunk, names=missing, number=number))
 
     async def _send(self) -> None:
@@ -187,8 +190,11 @@ class Submission:
             return
         sent, self._unsent = self._unsent, []
         calls = [self._docket.call(TASK, key=chunk.part)(chunk.part, chunk.names) for chunk in sent]
+        rests = [chunk.part for chunk in sent if chunk.number]
         problems: list[DocketError] = []
         try:
+            if rests:
+                await self._ledger.sends_rests(self._job, rests)
             async with reached():
                 executions = await self._docket.add_many(calls)
             refused = [execution for execution in executions if execution.disposition is Disposition.FAILED]
