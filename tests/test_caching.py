@@ -259,6 +259,15 @@ async def test_a_cached_call_that_is_cut_off_tells_its_attempts(sandbox: Sandbox
     assert [(attempt.status, attempt.reason) for attempt in error.attempts] == [(500, "backoff"), (None, "deadline")]
 
 
+async def test_a_caller_and_its_request_run_out_of_time_together(sandbox: Sandbox, north: Account) -> None:
+    """Tell a caller what its request waited for, also if both run out of time at the same moment."""
+    sandbox.script("north", *[Answer(failure="hang")] * 20)
+    async with AudiencesClient(base_url=sandbox.base_url, cache=CachePolicy(30.0)) as client:
+        errors = [await error_of(client.get_audiences(north, timeout=0.03)) for _ in range(20)]
+    assert {(error.gateway_status, error.retry_after) for error in errors} == {(504, None)}
+    assert not [error for error in errors if "waiting for its turn" in str(error)]
+
+
 async def test_an_answer_that_a_key_function_makes_late(sandbox: Sandbox, north: Account) -> None:
     """If a key function swallows the end of the caller's time, no request is sent, and no answer is returned."""
 

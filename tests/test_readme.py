@@ -208,7 +208,7 @@ def test_the_defaults_are_true() -> None:
     shown = dict(TABLE_ROW.findall(section("Settings")))
     parameters = inspect.signature(AudiencesClient).parameters
     policy = {field.name: field.default for field in attrs.fields(RetryPolicy)}
-    assert set(shown) == set(parameters) - {"allow_http", "clock"} | {"RetryPolicy"} | set(policy)
+    assert set(shown) == set(parameters) - {"allow_http"} | {"RetryPolicy"} | set(policy)
     budget = {
         name: float(value)
         for name, value in TABLE_ROW.findall(section("The retry budget", PAGES["limits"]))

@@ -181,3 +181,9 @@ def test_the_fixture_is_there_for_users(pytester: pytest.Pytester) -> None:
     )
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
     result.assert_outcomes(passed=1)
+
+
+def test_a_failure_that_does_not_exist() -> None:
+    """Refuse a failure that the sandbox does not know, before it answers with it."""
+    with pytest.raises(ValueError, match="'failure' must be in"):
+        Answer(failure="slow")  # type: ignore[arg-type]

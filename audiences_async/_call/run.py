@@ -34,7 +34,7 @@ class Call:
         call_id: Identifies the call; ``None`` means that an identifier is made when one is needed.
     """
 
-    __slots__ = ("_attempts", "_borrows", "_context", "_next", "_place", "_was_stale", "record", "time")
+    __slots__ = ("_attempts", "_borrows", "_context", "_next", "_place", "_was_stale", "record", "result", "time")
 
     def __init__(
         self,
@@ -47,6 +47,8 @@ class Call:
         call_id: str | None = None,
     ) -> None:
         self.time: CallTime = time
+        self.result: Result | None = None
+        """How it ended; ``None`` until then."""
         self.record: CallRecord = CallRecord(account.name, time.started, context.clock, context.on_event, call_id)
         self._attempts = Attempts(account, credential, time, self.record, context, place=place)
         self._context = context
@@ -72,7 +74,8 @@ class Call:
             result = await self._attempts.next() if first is None else first
             if isinstance(result, AudiencesError):
                 result = await self._after(result)
-            return self._finish(result)
+            self.result = self._finish(result)
+            return self.result
         finally:
             self._attempts.end()
 
@@ -109,7 +112,8 @@ class Call:
         """Return the error of a call that ended from outside: by timeout, a closing client or a failed key function."""
         self.hint_at_turn(error)
         self.record.cut_off(stop_reason)
-        return self.record.failed(error, stop_reason)
+        self.result = self.record.failed(error, stop_reason)
+        return self.result
 
     def hint_at_turn(self, error: AudiencesError) -> None:
         """Set the time of the next turn on the error of a caller that had no more time to wait for it."""

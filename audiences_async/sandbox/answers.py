@@ -1,9 +1,10 @@
 """The answers of the sandbox, and its record of requests."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from attrs import field, frozen
+from attrs.validators import in_, optional
 
 Failure: TypeAlias = Literal["reset", "reset-in-body", "cut-body", "hang"]
 """How a connection dies: reset before a reply, reset in the middle of the body, closed in the middle of the body, or
@@ -29,7 +30,7 @@ class Answer:
     headers: Mapping[str, str] = field(factory=dict[str, str])
     retry_after: float | str | None = None
     delay: float = 0.0
-    failure: Failure | None = None
+    failure: Failure | None = field(default=None, validator=optional(in_(get_args(Failure))))
 
 
 @frozen
