@@ -22,6 +22,7 @@ _TOML_TABLE: Final = re.compile(r"\s*\[\[\s*accounts\s*\]\]")
 _TOML_FIELD: Final = re.compile(rf"\s*({'|'.join(FIELDS)})\s*=")
 _TOML_PLACE: Final = re.compile(r" \(at (line \d+, column \d+|end of document)\)$")
 _NOT_UTF_8: Final = "is not UTF-8 text; a spreadsheet writes it as 'CSV UTF-8'"
+_CSV_ERRORS: Final[Mapping[str, str]] = {"unexpected end of data": "a quote is opened here and never closed"}
 # If the header is missing, the first line may contain a key: only words that headers are made of are repeated.
 _HEADER_WORDS: Final = frozenset({
     "account", "accounts", "api", "apikey", "bearer", "client", "comment", "company", "customer", "email", "env",
@@ -176,6 +177,11 @@ def _csv(lines: _Lines) -> Iterator[Row | Problem]:
             yield record
             continue
         line, offset, cells = record
+        runs_on = [column for name, column in columns.items() if name in FIELDS and "\n" in cells[column - 1]]
+        if runs_on:  # a quote that is closed in a later row makes all rows between one cell
+            lines_of_it = cells[runs_on[0] - 1].count("\n") + 1
+            yield Problem(f"line {line}, column {runs_on[0]}", f"the cell has {lines_of_it} lines; is a quote missing?")
+            continue
         # CSV leaves a field out by an empty cell.
         fields = {name: cells[column - 1] or None for name, column in columns.items()}
         yield Row(number, line, {name: (line, column) for name, column in columns.items()}, fields, offset)
@@ -191,7 +197,7 @@ def _records(lines: _Lines, header: Header, line: int) -> Iterator[tuple[int, in
             cells = next(reader, None)
         except csv.Error as error:
             line = above + reader.line_num
-            yield Problem(f"line {start}", str(error))
+            yield Problem(f"line {start}", _CSV_ERRORS.get(str(error), str(error)))
             continue
         if cells is None:
             return
