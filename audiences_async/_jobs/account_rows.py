@@ -177,14 +177,19 @@ def _csv(lines: _Lines) -> Iterator[Row | Problem]:
             yield record
             continue
         line, offset, cells = record
-        runs_on = [column for name, column in columns.items() if name in FIELDS and "\n" in cells[column - 1]]
-        if runs_on:  # a quote that is closed in a later row makes all rows between one cell
-            lines_of_it = cells[runs_on[0] - 1].count("\n") + 1
-            yield Problem(f"line {line}, column {runs_on[0]}", f"the cell has {lines_of_it} lines; is a quote missing?")
+        swallows = [columns[name] for name in FIELDS if name in columns and _swallows(cells[columns[name] - 1], header)]
+        if swallows:
+            count = cells[swallows[0] - 1].count("\n") + 1
+            yield Problem(f"line {line}, column {swallows[0]}", f"the cell has {count} lines; is a quote missing?")
             continue
         # CSV leaves a field out by an empty cell.
         fields = {name: cells[column - 1] or None for name, column in columns.items()}
         yield Row(number, line, {name: (line, column) for name, column in columns.items()}, fields, offset)
+
+
+def _swallows(cell: str, header: Header) -> bool:
+    """Return whether a cell seems to be several rows, between a stray quote and the next one."""
+    return "\n" in cell and header.separator in cell
 
 
 def _records(lines: _Lines, header: Header, line: int) -> Iterator[tuple[int, int, list[str]] | Problem]:
