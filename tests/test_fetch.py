@@ -273,6 +273,9 @@ def test_what_a_job_meets_of_the_service_is_reported(monkeypatch: pytest.MonkeyP
     now += 5.0
     log(events.ServicePaused("", 2.0, asked=False, state="out"))
     assert log.now() == "no answer for 5 s, next probe in 2 s"
+    refused = events.Attempt(1, None, "cannot connect to 127.0.0.1", 0.1, 0.0, "final")
+    log(events.AttemptFinished("a0", refused, call_id="id"))
+    assert log.now() == "no answer for 5 s (cannot connect to 127.0.0.1), next probe in 2 s"
     log(events.ServiceResumed(""))
     log(events.ServiceResumed(""))
     log(events.ServiceRateLearned("", 49.7, per=10.0))

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from audiences_async import events
 from audiences_async.cli import app as cli
 from audiences_async.cli import progress as showing
+from audiences_async.cli import summary
 from audiences_async.cli.log import Log
 from audiences_async.cli.progress import Watch, progress
 from audiences_async.cli.summary import Tally
@@ -85,6 +86,12 @@ def test_a_progress_with_everything(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     showing.report(tally, Log())
     text = "290 of 1,000 accounts fetched, 10 failed; 20.0 accounts/s; 35 s left; limited to 20/s"
     assert capsys.readouterr().err == f"{text}\n"
+
+
+def test_a_summary_of_a_resumed_job() -> None:
+    """Tell the accounts of the output from the audiences of this run."""
+    (line,) = summary.text(Tally(total=200, earlier=190, now=10, audiences=70), Path("out"))
+    assert line.startswith("200 of 200 accounts fetched, 0 failed; 70 audiences of 10 accounts in this run, in ")
 
 
 async def test_the_terminal_has_a_bar_unless_the_log_is_on(monkeypatch: pytest.MonkeyPatch) -> None:

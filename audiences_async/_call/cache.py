@@ -134,11 +134,6 @@ class Cache:
         """Return the cached answer that replaces *error*, or the error if nothing is cached."""
         return self._or_stale(error, account, self._digests.get(account))
 
-    def landed(self, call: Call, account: Account) -> Result | None:
-        """Return the result of a call that has ended, for a caller whose time ended with it; ``None`` if it has not."""
-        result = call.result
-        return self.in_place_of(_copy_for(result, account), account) if isinstance(result, AudiencesError) else result
-
     def invalidate(self, account: Account) -> None:
         """Discard the answers that the account asked for, and do not cache those of requests in flight."""
         if isinstance(account.credential, ApiKey):

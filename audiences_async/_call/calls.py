@@ -137,9 +137,6 @@ class Calls:
         except TransportError as failure:  # the key function failed, so there is no key to look up
             return await self._run(self._begin(account, timeout, place, policy), failure.with_traceback(None))
         except TimeoutError:
-            landed = cache.landed(calls[-1], account) if calls else None
-            if landed is not None:
-                return landed
             error, reason = self._out_of_time(timeout, calls[-1].phase if calls else ASKING)
             error.account, error.elapsed, error.stop_reason = account.name, timeout, reason
             if calls:

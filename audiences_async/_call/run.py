@@ -19,6 +19,7 @@ from audiences_async.models import Account
 
 ASKING: Final = "waiting for the API key function"
 """The phase of a call before its request."""
+_TURN: Final = "waiting for its turn"
 _OUT_OF_TIME: Final = Stop("deadline")
 
 
@@ -34,7 +35,7 @@ class Call:
         call_id: Identifies the call; ``None`` means that an identifier is made when one is needed.
     """
 
-    __slots__ = ("_attempts", "_borrows", "_context", "_next", "_place", "_was_stale", "record", "result", "time")
+    __slots__ = ("_attempts", "_borrows", "_context", "_ended_in", "_next", "_place", "_was_stale", "record", "time")
 
     def __init__(
         self,
@@ -47,8 +48,6 @@ class Call:
         call_id: str | None = None,
     ) -> None:
         self.time: CallTime = time
-        self.result: Result | None = None
-        """How it ended; ``None`` until then."""
         self.record: CallRecord = CallRecord(account.name, time.started, context.clock, context.on_event, call_id)
         self._attempts = Attempts(account, credential, time, self.record, context, place=place)
         self._context = context
@@ -56,6 +55,7 @@ class Call:
         self._next: Again | Stop | None = None  # after the latest attempt, if it failed
         self._borrows = False  # whether the next attempt waits for a place of those without tokens
         self._was_stale = False
+        self._ended_in: str | None = None  # phase
 
     @property
     def key(self) -> ApiKey | None:
@@ -74,8 +74,7 @@ class Call:
             result = await self._attempts.next() if first is None else first
             if isinstance(result, AudiencesError):
                 result = await self._after(result)
-            self.result = self._finish(result)
-            return self.result
+            return self._finish(result)
         finally:
             self._attempts.end()
 
@@ -103,21 +102,23 @@ class Call:
     @property
     def phase(self) -> str:
         """The current phase of the call, for the message of a timeout."""
+        if self._ended_in is not None:
+            return self._ended_in
         stage = self.time.scope.stage
         if self.record.sent_at is not None and stage is not None:
             return stage.phase
-        return ASKING if self._attempts.key.is_asked_for else "waiting for its turn"
+        return ASKING if self._attempts.key.is_asked_for else _TURN
 
     def cut_off(self, error: AudiencesError, stop_reason: StopReason) -> AudiencesError:
         """Return the error of a call that ended from outside: by timeout, a closing client or a failed key function."""
         self.hint_at_turn(error)
+        self._ended_in = self.phase
         self.record.cut_off(stop_reason)
-        self.result = self.record.failed(error, stop_reason)
-        return self.result
+        return self.record.failed(error, stop_reason)
 
     def hint_at_turn(self, error: AudiencesError) -> None:
         """Set the time of the next turn on the error of a caller that had no more time to wait for it."""
-        waits = self.record.sent_at is None and not self._attempts.key.is_asked_for
+        waits = self.record.sent_at is None and self.phase == _TURN
         if waits and isinstance(error, DeadlineExceededError) and error.retry_after is None:
             error.retry_after = self._attempts.expected()
 
@@ -169,10 +170,10 @@ class Call:
                 await self._place.borrow()
 
     def _finish(self, result: Result) -> Result:
-        # Decoding may have taken longer than the call had.
+        self._ended_in = "decoding the reply"  # which may have taken longer than the call had
         if not isinstance(result, AudiencesError) and self._context.clock.monotonic() >= self.time.deadline:
             self._next = _OUT_OF_TIME
-            result = out_of_time(self.time.timeout, "decoding the reply")
+            result = out_of_time(self.time.timeout, self._ended_in)
         if not isinstance(result, AudiencesError):
             self._context.tokens.give_back()
             self.record.answered(result)

@@ -287,7 +287,9 @@ class ServiceLane(PacedQueue):
 
     def _impatient(self, now: float, patience: float) -> TransportError:
         silent = self.outage.silent_for(now)
-        message = f"the service has answered no account for {silent:.3g} s, longer than patience={patience:g} s allows"
+        bound = f"patience={patience:g} s"
+        end = f"longer than {bound} allows" if silent >= patience else f"and {bound} ends before the next probe"
+        message = f"the service has answered no account for {silent:.3g} s, {end}"
         return TransportError(message, stop_reason="patience", retry_after=self.closing.left(now) or None)
 
     def _draw_pause(self) -> float:

@@ -13,7 +13,14 @@ from audiences_async import errors
 from audiences_async._jobs.results import Line
 from audiences_async.cli.timing import Timing
 from audiences_async.errors import AudiencesError, StatusError, printable
-from audiences_async.events import Event, ServiceConcurrencyLearned, ServicePaused, ServiceRateLearned, ServiceResumed
+from audiences_async.events import (
+    AttemptFinished,
+    Event,
+    ServiceConcurrencyLearned,
+    ServicePaused,
+    ServiceRateLearned,
+    ServiceResumed,
+)
 from audiences_async.models import Failed, Outcome
 
 _NAMED: Final = 3  # accounts shown per reason
@@ -27,6 +34,7 @@ class ServiceLog:
         self._out_since: float | None = None
         self._next_probe = 0.0
         self._out_for = 0.0
+        self._problem = ""  # of the latest attempt that failed
         self._rate: ServiceRateLearned | None = None
         self._concurrency: int | None = None
 
@@ -40,6 +48,8 @@ class ServiceLog:
             case ServiceResumed():
                 self._out_for += 0.0 if self._out_since is None else now - self._out_since
                 self._out_since = None
+            case AttemptFinished() if event.attempt.error is not None and event.attempt.reason != "patience":
+                self._problem = f" ({printable(event.attempt.error)})"
             case ServiceRateLearned():
                 self._rate = event
             case ServiceConcurrencyLearned():
@@ -60,7 +70,8 @@ class ServiceLog:
         if self._out_since is None:
             return "" if self._rate is None else f"limited to {self._rate.rate:.3g}/s"
         now = time.monotonic()
-        return f"no answer for {now - self._out_since:.0f} s, next probe in {max(0.0, self._next_probe - now):.0f} s"
+        probe = f"next probe in {max(0.0, self._next_probe - now):.0f} s"
+        return f"no answer for {now - self._out_since:.0f} s{self._problem}, {probe}"
 
     def learned(self) -> dict[str, float]:
         """Return what was learned: seconds of outages, requests per second, requests in flight; empty if nothing."""
@@ -74,8 +85,10 @@ class ServiceLog:
 
     def advice(self) -> Iterator[str]:
         """Yield lines about outages and learned limits, with hints; none if there were none."""
-        if self._out_for >= _MIN_OUTAGE:
-            yield f"  no answer from the service for {self._out_for:.0f} s in total; --patience bounds each outage"
+        out_for = self._out_for + (0.0 if self._out_since is None else time.monotonic() - self._out_since)
+        if out_for >= _MIN_OUTAGE:
+            problem = self._problem if self.is_out else ""
+            yield f"  no answer from the service for {out_for:.0f} s in total{problem}; --patience bounds each outage"
         if self._rate is not None:
             window = "" if self._rate.per is None else f", in windows of {self._rate.per:.2g} s"
             yield f"  the service limits all accounts together to about {self._rate.rate:.3g} requests/s{window}"
@@ -172,9 +185,10 @@ def text(tally: Tally, out: Path) -> Iterator[str]:
     """Yield each reason for failure and what was learned, then one line with everything that was counted."""
     yield from failures(tally)
     yield from tally.service.advice()
+    of_this_run = f" of {tally.now:,} accounts in this run," if tally.earlier else ""
     parts = [
         f"{tally.fetched:,} of {tally.total:,} accounts fetched, {tally.failed:,} failed",
-        f"{tally.audiences:,} audiences in {tally.elapsed:,.1f} s",
+        f"{tally.audiences:,} audiences{of_this_run} in {tally.elapsed:,.1f} s",
         *([_times(tally.timing.quantiles())] if tally.timing.quantiles() else []),
         *_learned(tally.service),
         f"written to {printable(str(out))}",
