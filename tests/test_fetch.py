@@ -276,6 +276,8 @@ def test_what_a_job_meets_of_the_service_is_reported(monkeypatch: pytest.MonkeyP
     refused = events.Attempt(1, None, "cannot connect to 127.0.0.1", 0.1, 0.0, "final")
     log(events.AttemptFinished("a0", refused, call_id="id"))
     assert log.now() == "no answer for 5 s (cannot connect to 127.0.0.1), next probe in 2 s"
+    assert next(log.advice()).startswith("  no answer from the service for 5 s in total (cannot connect to 127.0.0.1);")
+    assert log.learned() == {"outage_seconds": 5.0}
     log(events.ServiceResumed(""))
     log(events.ServiceResumed(""))
     log(events.ServiceRateLearned("", 49.7, per=10.0))

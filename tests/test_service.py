@@ -450,6 +450,9 @@ def test_a_job_without_patience(run: RunJob) -> None:
     last, outcome = done.outcomes[-1]
     assert isinstance(outcome, Failed)
     assert "answered no account for" in str(outcome.error)
+    errors = [str(each.error) for at, each in done.outcomes if isinstance(each, Failed) and at < 5.2]
+    assert errors
+    assert all("and patience=5 s ends before the next probe" in error for error in errors)
     assert last == pytest.approx(5.2, abs=1.5)
 
 

@@ -46,8 +46,7 @@ class ServiceLog:
                 self._out_since = now if self._out_since is None else self._out_since
                 self._next_probe = now + event.seconds
             case ServiceResumed():
-                self._out_for += 0.0 if self._out_since is None else now - self._out_since
-                self._out_since = None
+                self._out_for, self._out_since = self._silence, None
             case AttemptFinished() if event.attempt.error is not None and event.attempt.reason != "patience":
                 self._problem = f" ({printable(event.attempt.error)})"
             case ServiceRateLearned():
@@ -65,6 +64,11 @@ class ServiceLog:
         """Learned requests per second of all accounts together; ``None`` if no limit is known."""
         return None if self._rate is None else self._rate.rate
 
+    @property
+    def _silence(self) -> float:
+        """Seconds of all outages, with the current one."""
+        return self._out_for + (0.0 if self._out_since is None else time.monotonic() - self._out_since)
+
     def now(self) -> str:
         """Return the state of the service for the progress; empty if it answers without a limit."""
         if self._out_since is None:
@@ -76,7 +80,7 @@ class ServiceLog:
     def learned(self) -> dict[str, float]:
         """Return what was learned: seconds of outages, requests per second, requests in flight; empty if nothing."""
         found = {
-            "outage_seconds": self._out_for if self._out_for >= _MIN_OUTAGE else None,
+            "outage_seconds": self._silence if self._silence >= _MIN_OUTAGE else None,
             "rate": self.rate,
             "window_seconds": None if self._rate is None else self._rate.per,
             "concurrency": self._concurrency,
@@ -85,10 +89,9 @@ class ServiceLog:
 
     def advice(self) -> Iterator[str]:
         """Yield lines about outages and learned limits, with hints; none if there were none."""
-        out_for = self._out_for + (0.0 if self._out_since is None else time.monotonic() - self._out_since)
-        if out_for >= _MIN_OUTAGE:
-            problem = self._problem if self.is_out else ""
-            yield f"  no answer from the service for {out_for:.0f} s in total{problem}; --patience bounds each outage"
+        if self._silence >= _MIN_OUTAGE:
+            total = f"for {self._silence:.0f} s in total{self._problem if self.is_out else ''}"
+            yield f"  no answer from the service {total}; --patience bounds each outage"
         if self._rate is not None:
             window = "" if self._rate.per is None else f", in windows of {self._rate.per:.2g} s"
             yield f"  the service limits all accounts together to about {self._rate.rate:.3g} requests/s{window}"
