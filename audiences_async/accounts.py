@@ -323,6 +323,8 @@ def no_key() -> str:
 def _name_problem(name: str) -> str:
     if not name:
         return "an account needs a name"
+    if name != name.strip():
+        return "the name has leading or trailing white space"
     if any("\ud800" <= character <= "\udfff" for character in name):
         return "has a character that UTF-8 cannot encode"
     return ""

@@ -18,7 +18,14 @@ from audiences_async._http.transport import (
     check_session,
 )
 from audiences_async._http.urls import Params, url_below
-from audiences_async._http.wire import PRODUCTION, JsonAnswer, endpoint, fixed_headers, header_name, proxy_url
+from audiences_async._http.wire import (
+    JsonAnswer,
+    base_url_or_default,
+    endpoint,
+    fixed_headers,
+    header_name,
+    proxy_url,
+)
 from audiences_async._jobs import jobs
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, Secret
@@ -107,7 +114,7 @@ class AudiencesClient:
     ) -> None:
         # Secrets leave this frame's locals before anything can raise: tracebacks may print locals.
         key = None if api_key is None else ApiKey(api_key)
-        base, via = Secret(_base_url(base_url)), None if proxy is None else Secret(proxy)
+        base, via = Secret(base_url_or_default(base_url)), None if proxy is None else Secret(proxy)
         del api_key, base_url, proxy
         self._default = _default_account(key)
         self._timeout = checks.seconds("timeout", timeout)
@@ -408,10 +415,6 @@ def _default_account(key: ApiKey | None) -> Account | None:
     if key is None and os.environ.get("AUDIENCES_API_KEY"):
         key = ApiKey(os.environ["AUDIENCES_API_KEY"])
     return None if key is None else Account(DEFAULT_ACCOUNT, key.reveal())
-
-
-def _base_url(url: str | None) -> str:
-    return url if url is not None else os.environ.get("AUDIENCES_BASE_URL") or PRODUCTION
 
 
 def _check_pool(

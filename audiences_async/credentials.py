@@ -195,7 +195,9 @@ async def _ask(provider: KeyProvider, account: str, before: ApiKey | None) -> Ap
     except (Exception, asyncio.CancelledError) as error:
         if isinstance(error, asyncio.CancelledError) and is_cancelled():
             raise
-        raise callback_error("the API key function", error) from error
+        failure = callback_error("the API key function", error)
+        failure.account = account
+        raise failure from error
     del answer  # the plain key leaves this frame before anything else can raise
     key.validate(account=account)
     return key

@@ -59,7 +59,7 @@ def test_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
         ("a.txt", b"", "unsupported file type; the name must end in one of .csv, .ndjson, .jsonl, .toml"),
         ("a.csv", b"", "a.csv: contains no accounts"),
         ("a.csv", b"name,api_key\n", "a.csv: contains no accounts"),
-        ("a.csv", b"north,%k\n", "line 1: the header must name the column name, and one of api_key, api_key_env"),
+        ("a.csv", b"north,%k\n", "line 1: the header needs a column 'name', and a column 'api_key', "),
         ("a.csv", b"name,api_key,name\n", "line 1: duplicate column name in the header"),
         ("a.csv", b"name,api_key\nn,k\nn,%k\n", "line 3, column 1 (name): duplicate name 'n', first defined in line 2"),
         ("a.csv", b"name,api_key\nn,%k,\n", "line 2, column 3: expected 2 fields as in the header, got 3"),
@@ -67,6 +67,9 @@ def test_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
         ("a.csv", b"name,api_key\nn, %k\n", "line 2, column 2 (api_key): the API key has leading or trailing"),
         ("a.csv", b'name,api_key\nn,k\nm,"%k\n\n', "line 3: a quote is opened here and never closed"),
         ("a.csv", b'name,api_key\n"n,k\no,%k\np",k\n', "line 2, column 1: the cell has 3 lines; is a quote missing?"),
+        ("a.csv", b"name,api_key\nn,%k\n1.23E+15,%k\n", "line 3, column 1: a number that a spreadsheet has shortened"),
+        ("a.csv", b"api_key,name\n1E+14,n\n", "line 2, column 1: a number that a spreadsheet has shortened"),
+        ("a.csv", b"name,api_key\nn ,%k\n", "line 2, column 1 (name): the name has leading or trailing white space"),
         ("a.csv", b"name,api_key\n\xff,%k\n", "line 2, column 1: is not UTF-8 text"),
         ("a.csv", "name,api_key\nn,k\n".encode("utf-16"), "line 1: is not UTF-8 text"),
         ("a.csv", b"name,api_key\nn,\n", "(api_key): an account needs one of api_key, api_key_env and api_key_from"),
@@ -158,6 +161,8 @@ def test_the_first_mistakes_are_described_and_all_are_counted(tmp_path: Path) ->
         ("Name\tAPI Key", ""),
         (" NAME , api-key,,", ""),
         ("\n\nname,api_key", ""),
+        ("sep=;\nname;api_key", ""),
+        ('"sep=,"\n\nname,api_key', ""),
         ("account;key", "found 'account', 'key', separated by semicolons"),
         (f"north;{KEY}", "found a text of 5 characters, a text of 10 characters, separated by semicolons"),
         ("name", "found 'name', separated by commas"),
@@ -168,12 +173,13 @@ def test_the_header_that_was_found(tmp_path: Path, header: str, told: str) -> No
     """Accept commas, semicolons and tabs; show a wrong header beside the expected one, but never what may be a key."""
     file = tmp_path / "a.csv"
     separator = next((each for each in ";\t" if each in header), ",")
-    file.write_text(f"{header}\n{separator.join(['north', KEY, '', ''][: header.count(separator) + 1])}\n")
+    columns = header.splitlines()[-1].count(separator) + 1
+    file.write_text(f"{header}\n{separator.join(['north', KEY, '', ''][:columns])}\n")
     report = check(file)
     assert report.problems == bool(told)
     assert KEY not in str(report)
     if told:
-        expected = "line 1: the header must name the column name, and one of api_key, api_key_env and api_key_from, "
+        expected = "line 1: the header needs a column 'name', and a column 'api_key', 'api_key_env' or 'api_key_from', "
         assert report.described[0].endswith(f"{expected}separated by commas, semicolons or tabs; {told}")
     else:
         assert list(AccountFile(file)) == [Account("north", KEY)]

@@ -16,6 +16,7 @@ import pytest
 from command import COMMAND, KEY, Done, counted, runner
 
 from audiences_async import events
+from audiences_async._http import wire
 from audiences_async._jobs import results
 from audiences_async.cli import summary
 from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox, many_audiences
@@ -95,6 +96,41 @@ def test_failures_are_lines_too_and_are_summed_up(run: Callable[..., Done], sand
     assert len(sandbox.seen("a5")) == 1
     assert run(*command, "--resume").returncode == 0
     assert fetched(out) == expected(6)
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["fetch", "--log-format", "json"]])
+def test_production_by_default_is_no_surprise(
+    run: Callable[..., Done],
+    sandbox: Sandbox,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: Sequence[str],
+) -> None:
+    """Name the service on stderr if no URL is given and a job begins, or a call fails."""
+    monkeypatch.setattr(wire, "PRODUCTION", sandbox.base_url)
+    monkeypatch.delenv("AUDIENCES_BASE_URL")
+    monkeypatch.setenv("AUDIENCES_API_KEY", "unknown")
+    job = ["--accounts", str(opened(sandbox, tmp_path, 1)), "--out", str(tmp_path / "out"), "--resume"]
+    command = [*arguments, *(job if arguments[0] == "fetch" else [])]
+    done = run(*command)
+    assert "requests go to production, https://api.commbox.io/: neither --base-url nor AUDIENCES_BASE" in done.stderr
+    assert len(sandbox.requests) == 1
+    assert "go to production" not in run(*command, "--base-url", sandbox.base_url).stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("out.csv", b"account,"), ("out.JSON", b"["), ("out.csv.gz", b"\x1f\x8b"), ("out.jsonl", b'{"account"')],
+)
+def test_the_file_name_selects_the_format(
+    run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path, name: str, start: bytes
+) -> None:
+    """Write CSV or JSON without --output if the file's extension says so, else NDJSON."""
+    command = ["fetch", "--accounts", str(opened(sandbox, tmp_path, 2)), "--out"]
+    assert run(*command, str(tmp_path / name)).returncode == 0
+    assert (tmp_path / name).read_bytes().startswith(start)
+    assert run(*command, str(tmp_path / "other.csv"), "--output", "ndjson").returncode == 0
+    assert (tmp_path / "other.csv").read_bytes().startswith(b'{"account"')
 
 
 @pytest.mark.parametrize("output", ["json", "csv"])

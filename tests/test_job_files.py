@@ -163,6 +163,30 @@ def test_parquet_has_types_and_can_be_resumed(job: Job) -> None:
 
 @pytest.mark.once
 @needs_pyarrow
+@needs_polars
+@needs_duckdb
+def test_the_output_is_read_as_on_the_page(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the page's program on the files of a job whose first accounts have only Dynamic audiences."""
+    dynamic = [audience for audience in EXAMPLE_AUDIENCES if audience["type"] == "Dynamic"]
+    for number in range(200):
+        job.open(f"dynamic-{number}", dynamic)
+    mixed(job)
+    job.run("audiences.parquet", "--allow-partial")
+    job.run("rows.ndjson", "--rows")
+    page = (Path(audiences_async.__file__).parent / "help/jobs.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(job.folder)
+    found: dict[str, Any] = {}
+    exec(program, found)
+    for frame in (found["frame"], found["rows"]):
+        types = [str(kind) for kind in frame.dtypes]
+        assert types.count("Datetime(time_unit='us', time_zone='UTC')") == 3
+        assert "Int64" in types
+    assert found["rows"].height == found["frame"].height + 2
+
+
+@pytest.mark.once
+@needs_pyarrow
 def test_parquet_is_written_in_row_groups(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write a row group for each so many rows, so that memory does not grow with the job."""
     import pyarrow.parquet

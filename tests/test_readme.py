@@ -196,8 +196,8 @@ def test_the_tests_run_as_printed(pytester: pytest.Pytester, plugins: tuple[str,
 
 
 def test_every_program_is_run() -> None:
-    """Every program of README and the pages is tested here, or in test_web.py."""
-    here = {"agents": 1, "limits": 1, "many-machines": 1, "telemetry": 2, "testing": 1, "workers": 2}
+    """Every program of README and the pages is tested here, in test_web.py or in test_job_files.py."""
+    here = {"agents": 1, "jobs": 1, "limits": 1, "many-machines": 1, "telemetry": 2, "testing": 1, "workers": 2}
     assert {topic: count for topic, text in PAGES.items() if (count := len(PROGRAM.findall(text)))} == here | {"web": 9}
     assert len(PROGRAM.findall(README)) == 5
     assert program("In a worker") == program_of("workers")

@@ -4,6 +4,7 @@ HTTP follows RFC 9110: https://www.rfc-editor.org/rfc/rfc9110.
 """
 
 import ipaddress
+import os
 import re
 from collections.abc import Generator, Mapping
 from typing import Any, Final, TypeAlias
@@ -32,6 +33,9 @@ from audiences_async.structuring import data_of, decode_in_steps, parse, respons
 
 PRODUCTION: Final = "https://api.commbox.io/"
 """The vendor's published base URL: https://api.commbox.io/."""
+
+BASE_URL_VARIABLE: Final = "AUDIENCES_BASE_URL"
+"""Environment variable for another one."""
 
 # The service's own, RFC 9457's (https://www.rfc-editor.org/rfc/rfc9457#section-3.1), and what gateways send.
 _DESCRIPTIONS: Final = ("description", "detail", "title", "message", "error")
@@ -80,6 +84,11 @@ class Reply:
     body: bytes = field(repr=False)
     exceeded: int | None = None
     is_json: bool = False
+
+
+def base_url_or_default(base_url: str | None) -> str:
+    """Return *base_url*; without one, ``AUDIENCES_BASE_URL``, else production."""
+    return base_url if base_url is not None else os.environ.get(BASE_URL_VARIABLE) or PRODUCTION
 
 
 def endpoint(base_url: Secret, *, allow_http: bool) -> URL:

@@ -21,6 +21,9 @@ _SEPARATORS: Final[Mapping[str, str]] = {",": "commas", ";": "semicolons", "\t":
 _TOML_TABLE: Final = re.compile(r"\s*\[\[\s*accounts\s*\]\]")
 _TOML_FIELD: Final = re.compile(rf"\s*({'|'.join(FIELDS)})\s*=")
 _TOML_PLACE: Final = re.compile(r" \(at (line \d+, column \d+|end of document)\)$")
+_SEPARATOR_LINE: Final = re.compile(r'"?sep=(.|\t)?"?', re.IGNORECASE)
+# What a spreadsheet makes of a long number: digits are lost.
+_SHORTENED: Final = re.compile(r"\d([.,]\d+)?E\+\d+")
 _NOT_UTF_8: Final = "is not UTF-8 text; a spreadsheet writes it as 'CSV UTF-8'"
 _CSV_ERRORS: Final[Mapping[str, str]] = {"unexpected end of data": "a quote is opened here and never closed"}
 # If the header is missing, the first line may contain a key: only words that headers are made of are repeated.
@@ -92,7 +95,7 @@ class Header:
             return "duplicate column name in the header"
         if "name" in named and set(KEY_FIELDS) & set(named):
             return ""
-        expected = "the header must name the column name, and one of api_key, api_key_env and api_key_from"
+        expected = "the header needs a column 'name', and a column 'api_key', 'api_key_env' or 'api_key_from'"
         separators = "commas, semicolons or tabs"
         found = f"found {', '.join(map(_shown, self.names))}, separated by {_SEPARATORS[self.separator]}"
         return f"{expected}, separated by {separators}; {found}"
@@ -107,7 +110,7 @@ def layout(file: BinaryIO, suffix: str) -> str:
     """Return what the file is, for people: its format, and of CSV the separator and the header."""
     if suffix != ".csv":
         return "TOML" if suffix == ".toml" else "NDJSON"
-    return str(_header("".join(_start(_Lines(file)))))
+    return str(_header(list(_start(_Lines(file)))))
 
 
 def suffixes() -> tuple[str, ...]:
@@ -139,16 +142,17 @@ def _is_text(text: str) -> bool:
 
 
 def _start(lines: Iterator[str]) -> Iterator[str]:
-    """Yield the lines up to the first that is not empty."""
+    """Yield the lines up to the header: the first that is neither empty nor tells a spreadsheet the separator."""
     for line in lines:
         yield line
-        if line.strip():
+        if line.strip() and not _SEPARATOR_LINE.fullmatch(line.strip()):
             return
 
 
-def _header(text: str) -> Header:
+def _header(start: list[str]) -> Header:
     """Return the header; its separator is the one that makes a column of ``name``, or else the most frequent one."""
-    headers = [Header(separator, _names(text.strip("\r\n"), separator)) for separator in _SEPARATORS]
+    text = start[-1].strip("\r\n") if start else ""
+    headers = [Header(separator, _names(text, separator)) for separator in _SEPARATORS]
     return next((each for each in headers if "name" in each.names), max(headers, key=lambda each: len(each.names)))
 
 
@@ -164,7 +168,7 @@ def _csv(lines: _Lines) -> Iterator[Row | Problem]:
     start = list(_start(lines))
     if not any(line.strip() for line in start):
         return
-    header = _header(start[-1])
+    header = _header(start)
     problem = header.problem() if _is_text(start[-1]) else _NOT_UTF_8
     if problem:
         yield Problem(f"line {len(start)}", problem)
@@ -177,19 +181,23 @@ def _csv(lines: _Lines) -> Iterator[Row | Problem]:
             yield record
             continue
         line, offset, cells = record
-        swallows = [columns[name] for name in FIELDS if name in columns and _swallows(cells[columns[name] - 1], header)]
-        if swallows:
-            count = cells[swallows[0] - 1].count("\n") + 1
-            yield Problem(f"line {line}, column {swallows[0]}", f"the cell has {count} lines; is a quote missing?")
+        read = {columns[name]: cells[columns[name] - 1] for name in FIELDS if name in columns}
+        problems = ((f"line {line}, column {column}", _cell_problem(cell, header)) for column, cell in read.items())
+        if mistake := next((Problem(place, problem) for place, problem in problems if problem), None):
+            yield mistake
             continue
         # CSV leaves a field out by an empty cell.
         fields = {name: cells[column - 1] or None for name, column in columns.items()}
         yield Row(number, line, {name: (line, column) for name, column in columns.items()}, fields, offset)
 
 
-def _swallows(cell: str, header: Header) -> bool:
-    """Return whether a cell seems to be several rows, between a stray quote and the next one."""
-    return "\n" in cell and header.separator in cell
+def _cell_problem(cell: str, header: Header) -> str:
+    """Return what is wrong with the cell of a name or key; empty if nothing is."""
+    if "\n" in cell and header.separator in cell:  # several rows, between a stray quote and the next one
+        return f"the cell has {cell.count(chr(10)) + 1} lines; is a quote missing?"
+    if _SHORTENED.fullmatch(cell):
+        return "a number that a spreadsheet has shortened; format the column as text, and enter it again"
+    return ""
 
 
 def _records(lines: _Lines, header: Header, line: int) -> Iterator[tuple[int, int, list[str]] | Problem]:

@@ -119,7 +119,8 @@ def _head(name: str, number: int, text: bytes) -> _Head:
     with suppress(msgspec.MsgspecError):
         return _decode(text)
     where = f"{printable(name)}, line {number},"
-    raise ConfigurationError(f"{where} is not the outcome of an account; choose another file")
+    hint = "choose another file, or use the options --output and --rows that it was written with"
+    raise ConfigurationError(f"{where} is not the outcome of an account; {hint}")
 
 
 _decode: Final = msgspec.json.Decoder(_Head).decode

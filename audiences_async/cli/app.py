@@ -15,7 +15,7 @@ from cyclopts import App, Parameter, Token
 from rich.console import Console
 
 from audiences_async._base import checks
-from audiences_async._http.wire import PRODUCTION, endpoint
+from audiences_async._http.wire import base_url_or_default, endpoint
 from audiences_async._version import __version__
 from audiences_async.accounts import AccountFile
 from audiences_async.cli import check as checking
@@ -26,9 +26,9 @@ from audiences_async.cli import pages, signals, summary
 from audiences_async.cli import status as looking
 from audiences_async.cli import worker as working
 from audiences_async.cli.exits import AUTHENTICATION, DONE, FAILED, PARTIAL, USAGE, exit_code
-from audiences_async.cli.log import Log, LogFormat, client_log
+from audiences_async.cli.log import Log, LogFormat, client_log, notify_production
 from audiences_async.cli.output import Format, notices, notify, write
-from audiences_async.cli.target import FileFormat, Target
+from audiences_async.cli.target import FileFormat, Target, format_of
 from audiences_async.client import AudiencesClient
 from audiences_async.credentials import Secret
 from audiences_async.errors import AudiencesError, ConfigurationError, printable
@@ -144,7 +144,9 @@ def list_audiences(
     except AudiencesError as error:
         if debug:
             notify(traceback.format_exc())
-        return _report_error(error.summary, error.hint, exit_code(error))
+        code = _report_error(error.summary, error.hint, exit_code(error))
+        notify_production(base_url)
+        return code
     write(response, output)
     return DONE
 
@@ -172,7 +174,7 @@ def doctor(
     """
     source = "AUDIENCES_API_KEY" if api_key_file is None else str(api_key_file)
     try:
-        where = endpoint(Secret(base_url or os.environ.get("AUDIENCES_BASE_URL") or PRODUCTION), allow_http=False)
+        where = endpoint(Secret(base_url_or_default(base_url)), allow_http=False)
         limit = checks.seconds("timeout", timeout)
         if accounts is not None:
             file = AccountFile(accounts)
@@ -196,7 +198,7 @@ def fetch(
     *,
     accounts: Path,
     out: Path | None = None,
-    output: FileFormat = "ndjson",
+    output: FileFormat | None = None,
     rows: _Flag = False,
     errors: Path | None = None,
     resume: _Flag = False,
@@ -224,9 +226,10 @@ def fetch(
         File to write; .gz and .zst at the end of its name compress it. NDJSON is appended account by account, and is
         the checkpoint for --resume.
     output
-        Format of the file; all but NDJSON are written at the end, from an NDJSON file beside it that is kept. In CSV, a
-        cell that a spreadsheet would execute, or that begins with an apostrophe, gets an apostrophe in front; to
-        restore the text, remove one leading apostrophe. Parquet has one row per audience.
+        Format of the file; by default that of its extension: .csv, .json or .parquet, else NDJSON. All but NDJSON are
+        written at the end, from an NDJSON file beside it that is kept. In CSV, a cell that a spreadsheet would execute,
+        or that begins with an apostrophe, gets an apostrophe in front; to restore the text, remove one leading
+        apostrophe. Parquet has one row per audience.
     rows
         Write one row per audience, always with the same columns, as NDJSON or CSV at the end.
     errors
@@ -235,7 +238,7 @@ def fetch(
     resume
         Continue an existing output: keep fetched accounts, fetch failed and missing ones.
     check
-        Only check the accounts file: print its format, its header, and all problems.
+        Only check the accounts file: print its format, its header, the first 20 problems, and their number.
     concurrency
         Maximum number of accounts in flight.
     rate
@@ -275,7 +278,8 @@ def fetch(
         if out is None:
             raise ConfigurationError("--out is missing; name the file to write, or use --check")
         file = AccountFile(accounts, with_keys=docket is None)
-        job = fetching.Job(file, Target(out, output, rows), resume, limits, base_url, errors, metrics_file, log)
+        target = Target(out, output or format_of(out), rows)
+        job = fetching.Job(file, target, resume, limits, base_url, errors, metrics_file, log)
         if docket is None:
             fetching.run(job, tally)
         else:

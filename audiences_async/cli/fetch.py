@@ -13,7 +13,7 @@ from audiences_async._base import checks
 from audiences_async._jobs.results import Line, OutcomeFile
 from audiences_async.accounts import AccountFile
 from audiences_async.cli import failures, metrics
-from audiences_async.cli.log import Log
+from audiences_async.cli.log import Log, notify_production
 from audiences_async.cli.progress import Watch, progress
 from audiences_async.cli.summary import Tally
 from audiences_async.cli.target import Target
@@ -86,6 +86,7 @@ def run(job: Job, tally: Tally) -> None:
     )
 
     async def fetch(file: OutcomeFile, watch: Watch) -> None:
+        notify_production(job.base_url, job.log)
         rest = (account for account in job.accounts if account.name not in file.fetched)
         stream = client.stream(rest, concurrency=limits.concurrency, patience=limits.patience)
         async with client, stream as outcomes:

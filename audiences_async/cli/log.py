@@ -11,6 +11,7 @@ import msgspec
 from attrs import frozen
 
 from audiences_async import events
+from audiences_async._http.wire import BASE_URL_VARIABLE, PRODUCTION
 from audiences_async.cli.output import notices, notify
 from audiences_async.errors import ConfigurationError
 
@@ -51,6 +52,13 @@ class Log:
             notify(text)
         else:
             notify(msgspec.json.encode({"time": datetime.now(UTC), "event": event, **fields}).decode())
+
+
+def notify_production(base_url: str | None, log: Log = Log()) -> None:
+    """Report that requests go to production, if neither *base_url* nor the environment names another URL."""
+    if base_url is None and not os.environ.get(BASE_URL_VARIABLE):
+        notice = f"requests go to production, {PRODUCTION}: neither --base-url nor {BASE_URL_VARIABLE} is set"
+        log.write("notice", notice, message=notice)
 
 
 def is_verbose() -> bool:

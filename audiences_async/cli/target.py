@@ -18,6 +18,14 @@ from audiences_async.errors import ConfigurationError, printable
 
 FileFormat: TypeAlias = Literal["ndjson", "json", "csv", "parquet"]
 
+_BY_NAME: Final[Mapping[str, FileFormat]] = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def format_of(out: Path) -> FileFormat:
+    """Return the format that the file's name asks for; NDJSON if it asks for none."""
+    named = out.with_suffix("") if compression.is_compressed(out) else out
+    return _BY_NAME.get(named.suffix.lower(), "ndjson")
+
 
 @frozen
 class Target:

@@ -11,6 +11,7 @@ from attrs import field, frozen, validators
 
 from audiences_async._base import checks
 from audiences_async.accounts import AccountFile
+from audiences_async.cli.log import notify_production
 from audiences_async.cli.output import notify
 from audiences_async.client import AudiencesClient
 from audiences_async.errors import printable
@@ -65,6 +66,7 @@ async def run(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(this.cancel))
     queue = settings.queue or distributed.QUEUE
+    notify_production(settings.base_url)
     async with AsyncExitStack() as stack:
         stack.enter_context(_logged())
         redis: Redis | None = None
