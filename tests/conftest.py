@@ -21,7 +21,7 @@ from services import redis_server
 
 from audiences_async import Account, RetryPolicy
 from audiences_async.sandbox import Sandbox, SteppedTime
-from audiences_async.sandbox.server import all_accepted
+from audiences_async.sandbox.thread import all_accepted
 
 pytest_plugins = ["pytester"]
 

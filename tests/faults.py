@@ -74,7 +74,7 @@ from audiences_async import (
     TooManyRequestsError,
     UnauthorizedError,
 )
-from audiences_async.sandbox.server import all_accepted
+from audiences_async.sandbox.thread import all_accepted
 
 MIB: Final = 2**20
 KERNEL: Final = 16 * MIB  # capacity of both sockets' buffers, beyond what the client has read

@@ -82,7 +82,7 @@ from audiences_async import (
 from audiences_async.clock import Clock
 from audiences_async.events import AttemptFinished, CallFinished
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
-from audiences_async.sandbox.server import all_accepted
+from audiences_async.sandbox.thread import all_accepted
 
 SEED: Final = 20261125
 AT_ONCE: Final = 0.05  # s, in which a cancelled call must end

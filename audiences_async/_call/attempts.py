@@ -131,7 +131,7 @@ class Attempts:
     def _counts(self, result: Result, turn: Turn, released: Released) -> bool:
         """Return whether a request without an answer counts as an attempt."""
         if isinstance(result, ConnectionFailedError) and result.unsent:
-            return not self._context.pacer.service.shrink()  # another request will return a socket
+            return not self._context.pacer.service.load.shrink()  # another request will return a socket
         if self._place is None:
             return True
         if turn.probe:

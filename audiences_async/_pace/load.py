@@ -113,6 +113,16 @@ class Load:
         self.limit = max(1.0, limit)
         self._growth = Growth(_SLOW_STEP)
 
+    def shrink(self) -> bool:
+        """Lower the limit below the current number of requests in flight; return whether one of them will come back.
+
+        For a machine that cannot open another socket.
+        """
+        if not self._in_flight:
+            return False
+        self.cut(float(len(self._in_flight)))
+        return True
+
     def refused(self) -> None:
         """Note a refusal of a shared limit whose rate is unknown."""
         self.limit = max(2.0, _AFTER_REFUSAL * self.limit)

@@ -4,6 +4,7 @@ import math
 from typing import Final
 
 from audiences_async.clock import Clock
+from audiences_async.errors import TransportError
 
 _FIRST_PROBE: Final = 0.25  # s after the first failure; twice as long after each probe
 _LONGEST_PROBE: Final = 1.5  # s, and up to a third more at random
@@ -30,6 +31,29 @@ class Outage:
     def silent_for(self, now: float) -> float:
         """Return the seconds for which no account has been answered, from the first failure on."""
         return 0.0 if self.silent_since is None else now - self.silent_since
+
+    def check_patience(self, now: float, patience: float, left: float) -> None:
+        """Refuse a call that would have to wait, if no account has been answered for *patience* seconds.
+
+        Args:
+            now: The time.
+            patience: Seconds.
+            left: Seconds until the next probe, for the error.
+
+        Raises:
+            TransportError: The call is refused.
+        """
+        silent = self.silent_for(now)
+        if silent > 0 and silent >= patience:
+            raise self.impatient(now, patience, left)
+
+    def impatient(self, now: float, patience: float, left: float) -> TransportError:
+        """Return the error of a call that would wait *left* seconds for a probe, and longer than *patience* allows."""
+        silent = self.silent_for(now)
+        bound = f"patience={patience:g} s"
+        end = f"longer than {bound} allows" if silent >= patience else f"and {bound} ends before the next probe"
+        message = f"the service has answered no account for {silent:.3g} s, {end}"
+        return TransportError(message, stop_reason="patience", retry_after=left or None)
 
     def began(self, now: float) -> None:
         """Note a failure: unless others came before, the time without an answer begins."""

@@ -13,7 +13,7 @@ from audiences_async._base.deadlines import CallTime, Deadlines
 from audiences_async._http.quota import Quota
 from audiences_async._pace.allowance import QuotaScope
 from audiences_async._pace.lanes import Lane
-from audiences_async._pace.pacing import REFUSALS, PauseSettings, Report, Turn, Verdict, never
+from audiences_async._pace.pacing import REFUSALS, PauseSettings, Report, SharedPauseSettings, Turn, Verdict, never
 from audiences_async._pace.places import Place
 from audiences_async._pace.queue import NO_TIME
 from audiences_async._pace.service import ServiceLane
@@ -85,7 +85,7 @@ class Pacer:
             attempt_timeout=attempt_timeout,
             clock=clock,
             deadlines=deadlines,
-            settings=self._settings,
+            settings=SharedPauseSettings(self._settings.first, self._settings.longest),
             emit=self._emit,
         )
         self._scope: QuotaScope | None = None  # once a quota was announced
@@ -141,7 +141,7 @@ class Pacer:
                     return turn
 
     async def _single_turn(self, lane: Lane, time: CallTime) -> Turn | None:
-        if self.service.is_out:
+        if self.service.state == "out":
             await self.service.opened_or_out()  # not behind those that wait for the end of the outage
             return self._sent(lane)
         async with self.service.head(time.deadline):
@@ -152,7 +152,9 @@ class Pacer:
 
     async def _jobs_turn(self, lane: Lane, time: CallTime, place: Place) -> Turn | None:
         with time.held():
-            self.service.check_patience(place.patience)
+            now = self.clock.monotonic()
+            if self.service.delay(now) > 0:
+                self.service.outage.check_patience(now, place.patience, self.service.closing.left(now))
             async with self.service.head(math.inf, place.patience):
                 await self.service.ask_limiter("service_rate_limit", lane.account)
                 await self.service.opened()
@@ -213,7 +215,7 @@ class Pacer:
         if verdict == "answered":
             return _ANSWERED
         if of_service:
-            is_paced = self.service.paces_retries or (in_job and self.service.is_limited)
+            is_paced = self.service.paces_retries or (in_job and self.service.state == "limited")
             return Released(is_paced, waits=in_job and verdict in REFUSALS and not lane.was_alone)
         return Released(verdict == "throttled" and lane.paces_retries, waits=False)
 
@@ -230,12 +232,16 @@ class Pacer:
         fails_alone = lane.fails_alone(self.service.answers)
         if verdict == "throttled" and lane.explains(turn.sent_at):
             return False
-        return not fails_alone or (verdict in REFUSALS and self.service.refuses_many)
+        if not fails_alone:
+            return True
+        # An account that is refused again and again need not be the cause if many are.
+        is_limited = self.service.state == "limited" and self.service.paces.rate is None
+        return verdict in REFUSALS and (is_limited or self.service.evidence.shows_refusals)
 
     def expected(self, lane: Lane, time: CallTime) -> float:
         """Estimate the seconds until a call that comes now gets its turn, as far as they count for its time."""
         now = self.clock.monotonic()
-        if time.stands_still or self.service.is_out:
+        if time.stands_still or self.service.state == "out":
             return lane.expected(now)
         return max(lane.expected(now), self.service.expected(now))
 

@@ -51,6 +51,8 @@ NOTHING: Final = Report("nothing")
 _IDLE: Final = 1.0  # s without a request, after which an account counts as idle
 _LONGEST_PAUSE: Final = 86_400.0  # s; a longer one is in a mistaken unit
 _DOUBLINGS: Final = 5  # pauses, each twice as long as the one before
+_LONGEST_PACED: Final = 1.0  # s; of a shared pause once a rate is known, or two intervals of it
+_LONGEST_UNPACED: Final = 1.5  # s; of a shared pause until a rate is known
 _LATER: Final = 6.2  # the next ones: a quarter of the time since the first refusal
 
 
@@ -90,6 +92,19 @@ class PauseSettings:
         return min(self.longest, base * times * (1 + clock.random()))
 
 
+@frozen
+class SharedPauseSettings(PauseSettings):
+    """The same for all accounts together, with shorter pauses.
+
+    During a long pause other processes use the limit, and accounts may run out of attempts.
+    """
+
+    def draw(self, rate: float | None, failures: int, clock: Clock) -> float:
+        """Draw the seconds to pause after *failures* refusals in a row."""
+        longest = _LONGEST_UNPACED if rate is None else max(_LONGEST_PACED, 2 / rate)
+        return min(super().draw(rate, failures, clock), longest)
+
+
 class PacedQueue(Queue):
     """A queue at a known or a learned pace, closed for a while after a refusal; one probe then goes ahead."""
 
@@ -108,6 +123,11 @@ class PacedQueue(Queue):
         self.paces: Paces = Paces(known if isinstance(known, RateLimit) else None, is_shared=self.is_shared)
         self._settings = settings
         self._last_at = -math.inf  # when a request last came back
+
+    @property
+    def learned_rate(self) -> float | None:
+        """Requests per second, as learned; ``None`` if no rate is."""
+        return self.paces.learned_rate
 
     @property
     def paces_retries(self) -> bool:
@@ -162,10 +182,8 @@ class PacedQueue(Queue):
         if learned.refused(now, sent_at, asked=asked):
             assert learned.rate is not None
             self._on_rate(learned.rate, learned.per)
-        return self._draw_pause() if learned.until_open is None else learned.until_open
-
-    def _draw_pause(self) -> float:
-        """Draw the seconds to pause after a refusal that names no time."""
+        if learned.until_open is not None:
+            return learned.until_open
         return self._settings.draw(self.paces.rate, self.closing.failures, self.clock)
 
     def _close(self, now: float, seconds: float, *, asked: bool) -> None:

@@ -13,7 +13,6 @@ from audiences_async._pace.outage import Outage
 from audiences_async._pace.pacing import REFUSALS, PacedQueue, PauseSettings, Report, Turn, Verdict
 from audiences_async._pace.queue import NO_TIME
 from audiences_async.clock import Clock
-from audiences_async.errors import TransportError
 from audiences_async.events import (
     Event,
     ServiceConcurrencyLearned,
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from audiences_async.credentials import ApiKey
 
 _MANY: Final = 8  # requests in flight; fewer show no stall
-_LONGEST_PACED: Final = 1.0  # s; of a pause once a rate is known, or two intervals of it
-_LONGEST_UNPACED: Final = 1.5  # s; of a pause until a rate is known
 _SOON: Final = 5.0  # s; a longer pause ends a measurement
 _SAMPLE: Final = 32  # answers without a refusal, after which there is no shared limit
 
@@ -49,7 +46,7 @@ class ServiceLane(PacedQueue):
 
     is_shared = True
 
-    __slots__ = ("_emit", "_state", "_unrefused", "abandon", "answers", "evidence", "load", "outage", "witness")
+    __slots__ = ("_emit", "_unrefused", "abandon", "answers", "evidence", "load", "outage", "state", "witness")
 
     def __init__(
         self,
@@ -72,32 +69,13 @@ class ServiceLane(PacedQueue):
         """The key of an account that was answered."""
         self.abandon: Callable[[], None] = _do_nothing
         """Called to time out all requests in flight."""
+        self.state: State = "open"
+        """Whether all accounts are held to a limit, or no account is answered."""
         self._emit = emit
-        self._state: State = "open"
         self._unrefused = 0  # answers since the latest refusal
         attach = getattr(limit, "attach_pace", None)
         if attach is not None:
             attach(self)
-
-    @property
-    def learned_rate(self) -> float | None:
-        """Requests per second, as learned; ``None`` if no rate is."""
-        return self.paces.learned_rate
-
-    @property
-    def refuses_many(self) -> bool:
-        """Whether an account that is refused repeatedly need not be the cause."""
-        return (self.is_limited and self.paces.rate is None) or self.evidence.shows_refusals
-
-    @property
-    def is_out(self) -> bool:
-        """Whether the service answers no account."""
-        return self._state == "out"
-
-    @property
-    def is_limited(self) -> bool:
-        """Whether the service holds all accounts to a limit."""
-        return self._state == "limited"
 
     def snapshot(self, now: float) -> ServicePace:
         """Return how the service holds all accounts together."""
@@ -107,13 +85,13 @@ class ServiceLane(PacedQueue):
             waiting=self.waiting,
             in_flight=self.in_flight,
             window=int(self.load.limit),
-            state=self._state,
+            state=self.state,
             silent_for=self.outage.silent_for(now),
         )
 
     def delay(self, now: float) -> float:
         """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
-        if self._state == "out":
+        if self.state == "out":
             if self.closing.probe_is_out:
                 return self.outage.next_probe(now)
         elif self.in_flight >= int(self.load.limit):
@@ -125,13 +103,13 @@ class ServiceLane(PacedQueue):
 
         For calls outside of jobs: they have a deadline, and do not wait for the end of an outage.
         """
-        while not self.is_out and (delay := self.delay(self.clock.monotonic())) > NO_TIME:
+        while self.state != "out" and (delay := self.delay(self.clock.monotonic())) > NO_TIME:
             await self._wait(delay)
         while self.in_flight >= self.load.connections:
             await self._wait(math.inf)
 
     async def _wait(self, delay: float) -> None:
-        if not self.is_out or delay == math.inf:
+        if self.state != "out" or delay == math.inf:
             await super()._wait(delay)
             return
         # An answer may end the outage before the next probe is due.
@@ -147,24 +125,13 @@ class ServiceLane(PacedQueue):
         """Begin an outage if many requests are in flight and no reply has come for a while. For jobs."""
         now = self.clock.monotonic()
         many = self.in_flight >= max(_MANY, int(self.load.limit) // 2)
-        if self._state != "open" or not self.answers or not many:
+        if self.state != "open" or not self.answers or not many:
             return
         if self.outage.is_stall(now - self._last_at, self.load.slowest):
             self.load.ignore_until(now)
             self._trip(now, now, "timed out", None)
             self.outage.hangs = True
             self.abandon()
-
-    def check_patience(self, patience: float) -> None:
-        """Refuse a call that would wait although no account has been answered for *patience* seconds.
-
-        Raises:
-            TransportError: The call may not even be a probe.
-        """
-        now = self.clock.monotonic()
-        silent = self.outage.silent_for(now)
-        if silent > 0 and silent >= patience and self.delay(now) > 0:
-            raise self._impatient(now, patience)
 
     def returned(self, now: float, turn: Turn, report: Report, lane: Lane, *, is_shared: bool) -> bool:
         """Learn from the end of a request; return whether a refusal is the service's, and not the account's.
@@ -184,7 +151,8 @@ class ServiceLane(PacedQueue):
             if verdict != "answered" or self.evidence.is_needed:
                 self.evidence.returned(verdict, lane)
             if self.load.follow(now, turn, verdict):
-                self._limit_in_flight()
+                self.paces.forget()
+                self._emit(ServiceConcurrencyLearned("", int(self.load.concurrency)))
             if verdict == "answered":
                 self._heard(now, turn.sent_at, fresh=fresh)
                 return False
@@ -201,40 +169,24 @@ class ServiceLane(PacedQueue):
         """Keep to *rate* requests per second, as if it had been learned."""
         now = self.clock.monotonic()
         self.paces.learn(now).steady.adopt(now, rate)
-        self._state = "limited" if self._state == "open" else self._state
+        self.state = "limited" if self.state == "open" else self.state
         self._on_rate(rate, None)
         self.changed()
-
-    def shrink(self) -> bool:
-        """Lower the limit of requests in flight below the current number; return whether one will come back.
-
-        For a machine that cannot open another socket.
-        """
-        if not self.in_flight:
-            return False
-        self.load.cut(float(self.in_flight))
-        return True
-
-    def _limit_in_flight(self) -> None:
-        """Keep to a limit of requests in flight that was just recognized, or lowered, and to no rate."""
-        self.paces.forget()
-        self._emit(ServiceConcurrencyLearned("", int(self.load.concurrency)))
 
     def _heard(self, now: float, sent_at: float, *, fresh: bool) -> None:
         self.answers += 1
         self._unrefused += 1
-        is_end = self._state == "out"  # any answer ends an outage, even to an old request
+        is_end = self.state == "out"  # any answer ends an outage, even to an old request
         was_closed = now < self.closing.until
         if is_end:
             self.closing.until, fresh = now, True
         self.outage.silent_since = None
         self._answered(now, sent_at, fresh=fresh)
         if is_end and was_closed and self.paces.learned is not None:
-            self.paces.learned.steady.measurement.restart(
-                now
-            )  # a measurement leaves the whole pause out, and the grant that ended it
-        if self._state == "limited" and self.paces.rate is None and self._unrefused >= _SAMPLE:
-            self._state = "open"
+            # A measurement leaves the whole pause out, and the grant that ended it.
+            self.paces.learned.steady.measurement.restart(now)
+        if self.state == "limited" and self.paces.rate is None and self._unrefused >= _SAMPLE:
+            self.state = "open"
 
     def _is_service(self, now: float, turn: Turn, verdict: Verdict, pause: float | None, lane: Lane) -> bool:
         """Return whether a refusal or failure, which may be the service's, is taken for that."""
@@ -244,28 +196,24 @@ class ServiceLane(PacedQueue):
             return True
         if verdict in REFUSALS and self.load.concurrency < math.inf:
             return True
-        if verdict in REFUSALS and (self.is_limited or self.refuses_many):
-            return self._is_rate(now, turn, pause)
-        if not self.evidence.suffices(verdict, lane, self.load.peak):
+        if verdict in REFUSALS and (self.state == "limited" or self.evidence.shows_refusals):
+            self._unrefused = 0
+            learned = self.paces.learned
+            if learned is not None and not learned.steady.explains_refusals:
+                learned.steady.throttled(now)
+                return False
+            verdict = "throttled"
+        elif not self.evidence.suffices(verdict, lane, self.load.peak):
             return False
         self._trip(now, turn.sent_at, verdict, pause)
-        return True
-
-    def _is_rate(self, now: float, turn: Turn, pause: float | None) -> bool:
-        """Return whether a refusal may be due to the shared rate, which then is lowered."""
-        self._unrefused = 0
-        if self.paces.learned is not None and not self.paces.learned.steady.explains_refusals:
-            self.paces.learned.steady.throttled(now)
-            return False
-        self._trip(now, turn.sent_at, "throttled", pause)
         return True
 
     def _trip(self, now: float, sent_at: float, verdict: Verdict, pause: float | None) -> None:
         """Close the service until a probe is answered."""
         self.outage.began(now)
-        may_be_limit = self.outage.may_be_limit(now, is_limited=self.is_limited, rate=self.paces.rate)
+        may_be_limit = self.outage.may_be_limit(now, is_limited=self.state == "limited", rate=self.paces.rate)
         if verdict == "throttled" or (verdict == "unavailable" and may_be_limit):
-            self._state = "limited"
+            self.state = "limited"
             if self.paces.rate is None:
                 self.load.refused()
             self._throttled(now, sent_at, pause, fresh=True)
@@ -273,11 +221,11 @@ class ServiceLane(PacedQueue):
             self._fail(now, verdict, pause)
         for waiter in self.waiters():
             if self.outage.silent_for(self.closing.until) >= waiter.patience:
-                waiter.refuse(self._impatient(now, waiter.patience))
+                waiter.refuse(self.outage.impatient(now, waiter.patience, self.closing.left(now)))
 
     def _fail(self, now: float, verdict: Verdict, pause: float | None) -> None:
         """Begin or continue an outage."""
-        self._state = "out"
+        self.state = "out"
         self.closing.refused(now)
         if verdict == "unavailable":
             self.paces.learn(now).steady.measurement.restart(now)  # in case it is a limit after all
@@ -285,28 +233,16 @@ class ServiceLane(PacedQueue):
         is_asked = pause is not None and seconds < pause
         self._close(now, pause if is_asked and pause is not None else seconds, asked=is_asked)
 
-    def _impatient(self, now: float, patience: float) -> TransportError:
-        silent = self.outage.silent_for(now)
-        bound = f"patience={patience:g} s"
-        end = f"longer than {bound} allows" if silent >= patience else f"and {bound} ends before the next probe"
-        message = f"the service has answered no account for {silent:.3g} s, {end}"
-        return TransportError(message, stop_reason="patience", retry_after=self.closing.left(now) or None)
-
-    def _draw_pause(self) -> float:
-        # During a long pause other processes use the limit, and accounts may run out of attempts.
-        longest = _LONGEST_UNPACED if self.paces.rate is None else max(_LONGEST_PACED, 2 / self.paces.rate)
-        return min(super()._draw_pause(), longest)
-
     def _on_paused(self, seconds: float, *, asked: bool) -> None:
-        self._emit(ServicePaused("", seconds, asked, self._state))
+        self._emit(ServicePaused("", seconds, asked, self.state))
 
     def _on_resumed(self) -> None:
         now = self.clock.monotonic()
         if now - self.closing.cut_at > _SOON and self.paces.learned is not None:
             self.paces.learned.idle()
         self.outage.resumed(now)
-        if self.is_out:
-            self._state = "open" if self.paces.learned_rate is None else "limited"
+        if self.state == "out":
+            self.state = "open" if self.paces.learned_rate is None else "limited"
             self.load.reopen(now)
             if self.outage.hangs:
                 self.outage.hangs = False

@@ -26,6 +26,7 @@ from audiences_async.sandbox.accounts import EXAMPLE_AUDIENCES, SandboxAccount
 from audiences_async.sandbox.answers import Answer, SeenRequest
 from audiences_async.sandbox.limits import Limit, TokenBucket
 from audiences_async.sandbox.outages import Outage
+from audiences_async.sandbox.thread import ServerThread
 from audiences_async.sandbox.throttling import Refusal, Throttle, admission, quota_headers
 
 # The descriptions of the service's own page: https://api.commbox.io/ (GET /audiences).
@@ -61,44 +62,34 @@ class Sandbox:
 
     Attributes:
         requests: What reached the server, in order.
-        base_url: Where it listens, for ``AudiencesClient(base_url=...)``; empty before it started.
     """
 
     def __init__(self, *, seed: int = 0, port: int = 0, time: Callable[[], float] = time.monotonic) -> None:
         self.requests: list[SeenRequest] = []
-        self.base_url: str = ""
         self._seed = seed
-        self._port = port
         self._time = time
         self._accounts: dict[str, SandboxAccount] = {}
         self._by_key: dict[str, SandboxAccount] = {}
         self._shared: Throttle | None = None
         self._outages: list[tuple[Answer, asyncio.Event]] = []  # the answer, and whether the outage has ended
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop = asyncio.Event()
-        self._thread: threading.Thread | None = None
-        self._started = threading.Event()
+        self._server = ServerThread(self._handle, port)
         self._seen = threading.Condition()
-        self._failure: BaseException | None = None
 
     def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=self._run, name="audiences-sandbox", daemon=True)
-        self._thread.start()
-        self._started.wait()
-        if self._failure is not None:
-            self._thread.join()
-            raise self._failure
+        self._server.start()
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._loop is not None
-        assert self._thread is not None
         for outage in list(self._outages):
             self._end_outage(outage)
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join()
+        self._server.stop()
+
+    @property
+    def base_url(self) -> str:
+        """Where it listens, for ``AudiencesClient(base_url=...)``; empty before it started."""
+        return self._server.base_url
 
     def add_account(
         self,
@@ -215,39 +206,13 @@ class Sandbox:
             if not self._seen.wait_for(lambda: len(self.requests) >= count, timeout):
                 raise TimeoutError(f"{len(self.requests)} of {count} requests came within {timeout:g} s")
 
-    def _run(self) -> None:
-        try:
-            asyncio.run(self._serve())
-        except BaseException as error:  # noqa: BLE001 - raised where the caller waits
-            self._failure = error
-        finally:
-            self._started.set()
-
-    async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self._handle)
-        # A client that leaves ends its request: it no longer hangs, and no longer counts as a connection.
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, "127.0.0.1", self._port).start()
-            self.base_url = f"http://127.0.0.1:{runner.addresses[0][1]}/"
-            self._started.set()
-            await self._stop.wait()
-            await all_accepted()
-        finally:
-            await runner.cleanup()
-
     def _end_outage(self, outage: tuple[Answer, asyncio.Event]) -> None:
         with suppress(ValueError):  # it has ended before
             self._outages.remove(outage)
-        if self._loop is not None:
-            with suppress(RuntimeError):  # the sandbox has closed
-                self._loop.call_soon_threadsafe(outage[1].set)
+        self._server.call_soon(outage[1].set)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
-        now, account = self._time(), self._account_of(request)
+        now, account = self._time(), self._by_key.get(_key_of(request))
         outage = next(reversed(self._outages), None)
         if outage is not None:
             answer, ended = outage
@@ -278,17 +243,13 @@ class Sandbox:
             await asyncio.sleep(answer.delay)
         body = _body(answer, account)
         if answer.failure == "hang":
-            await (hang_until or self._stop).wait()
+            await (self._server.stopped() if hang_until is None else hang_until.wait())
             transport.close()
         elif answer.failure == "reset":
             _reset(transport)
         elif answer.failure is not None:
             await _write_half(request, transport, answer, body)
         return web.Response(status=answer.status, body=body, headers=_headers(answer))
-
-    def _account_of(self, request: web.Request) -> SandboxAccount | None:
-        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        return self._by_key.get(key.strip()) if scheme.lower() == "bearer" else None
 
     def _remember(self, request: web.Request, account: SandboxAccount | None, answer: Answer, now: float) -> None:
         headers = {name: value for name, value in request.headers.items() if name.lower() != "authorization"}
@@ -305,16 +266,6 @@ class Sandbox:
             self._seen.notify_all()
 
 
-async def all_accepted() -> None:
-    """Return when each connection that waited at a server of this event loop is known to its handler.
-
-    For before a server is closed: asyncio then drops what it has taken and not yet made a transport of, unclosed.
-    The loop needs five turns for it: the socket, its task, the transport, the protocol, the handler's task.
-    """
-    for _ in range(5):
-        await asyncio.sleep(0)
-
-
 def _one_limit(rate: float | None, burst: int, limit: Limit | None) -> Limit | None:
     """Return the limit that *rate* and *burst* stand for, or else *limit*."""
     checks.count("burst", burst)
@@ -323,6 +274,11 @@ def _one_limit(rate: float | None, burst: int, limit: Limit | None) -> Limit | N
     if limit is not None:
         raise ConfigurationError("an account has either rate or limit, got both")
     return TokenBucket(checks.number("rate", rate), burst)
+
+
+def _key_of(request: web.Request) -> str:
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 def _routing_error(request: web.Request) -> Answer | None:
