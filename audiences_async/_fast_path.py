@@ -26,7 +26,7 @@ _SEEMING_END: Final = re.compile(rb"\}[ \t\n\r]*,").search
 # msgspec reads times as the reference does, with two exceptions: it rounds to microseconds, which the reference
 # truncates, and it accepts a lower-case T or Z. Each pattern begins with a character that `re` finds fast.
 _BEYOND_MICROSECONDS: Final = re.compile(rb"\.[0-9]{7}").search
-_LOWER_T: Final = re.compile(rb"-[0-9]{2}t").search
+_LOWER_T: Final = re.compile(rb"-[0-9][0-9]t").search
 _LOWER_Z: Final = re.compile(rb'z(?<=[0-9]z)"').search
 _ANY_OF_IT_ESCAPED: Final = re.compile(rb"\\u00(?:00|2[DdEe]|3[0-9]|7[4Aa])").search
 
@@ -73,7 +73,6 @@ def _mutable_twin(cls: type[Any]) -> type[Any]:
 
 _Static: Final = _mutable_twin(StaticAudience)
 _Dynamic: Final = _mutable_twin(DynamicAudience)
-_new: Final = object.__new__
 
 
 def decode_plain(body: bytes, headers: Mapping[str, str] = NOTHING) -> AudiencesResponse | None:
@@ -115,11 +114,11 @@ def _audiences(records: Sequence[_Record]) -> tuple[Audience, ...]:
         if plain.type == "Static":
             if count is UNSET:
                 raise ValueError("a static audience without user_count")
-            audience = _new(_Static)
+            audience = _Static()
             audience.user_count, audience.extra = count, NOTHING
             final = StaticAudience
         else:
-            audience = _new(_Dynamic)
+            audience = _Dynamic()
             audience.extra = NOTHING if count is UNSET else {"user_count": count}
             final = DynamicAudience
         audience.id, audience.name, audience.created_time = plain.id, plain.name, time
