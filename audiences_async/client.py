@@ -178,12 +178,11 @@ class AudiencesClient:
             timeout: Seconds for this whole call; ``None`` means the client's ``timeout``.
 
         Raises:
-            ConfigurationError: There is no account or no key, the key is invalid, or its key function failed, perhaps
-                after a 401.
+            ConfigurationError: There is no account or no key, the key is invalid, or its key function has a bug.
             ClientClosedError: The client is closed, was closed during the call, or belongs to another event loop.
             StatusError: The service answered with an error status; see its subclasses.
             InvalidResponseError: The service's answer is unreadable.
-            TransportError: No answer arrived.
+            TransportError: No answer arrived, or the key function or the limiter failed on each attempt.
             DeadlineExceededError: ``timeout`` ran out in the queue or during an attempt, or the account's next turn
                 comes after it. If the *wait* after an attempt does not fit, that attempt's error is raised at once
                 instead, with ``stop_reason="deadline"``.
@@ -263,7 +262,9 @@ class AudiencesClient:
             concurrency: Maximum number of accounts in flight, without those that only wait for a retry. More than the
                 client's connections brings no gain.
             timeout: Seconds for each account's call; ``None`` means the client's ``timeout``. Delays caused by the
-                service as a whole do not count: its outages, a rate limit shared by all accounts, and its load.
+                service as a whole do not count once they are recognized: its outages, a rate limit shared by all
+                accounts, and its load. That the service accepts requests and does not answer is recognized after
+                ``attempt_timeout``, so this should be longer.
             patience: Longest outage in seconds: after that long without an answer to any account, the remaining
                 accounts fail with ``stop_reason="patience"``. Until then one probe at a time is sent, and the other
                 accounts wait.

@@ -40,7 +40,7 @@ class AudiencesError(Exception):
     Attributes:
         message: The failure of the last attempt, or the problem with the arguments.
         account: The account's name; ``None`` if the error does not concern one account.
-        attempts: One record per request sent, the first included.
+        attempts: One record per request sent, the first included, and per failure of a key function or a limiter.
         elapsed: Seconds since the call began.
         retry_after: Seconds to wait before the next call: the wait that the service asked for, else the wait that did
             not fit into ``timeout``; ``None`` if neither is known.
@@ -302,7 +302,7 @@ class NotFoundError(StatusError):
 class TooManyRequestsError(StatusError):
     """429: the account sent too many requests."""
 
-    hint = "ask less often, or wait longer with a larger timeout"
+    hint = "ask less often, or allow more time or attempts"
 
     @property
     def gateway_status(self) -> int:

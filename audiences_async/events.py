@@ -27,7 +27,7 @@ _log.addHandler(logging.NullHandler())  # without logging configured, print noth
 
 @frozen
 class Attempt:
-    """The record of one request.
+    """The record of one request; or of a failure of a key function or a limiter, after which none was sent.
 
     Attributes:
         number: 1 for the first attempt of the call.
@@ -104,7 +104,7 @@ class CallFinished(Event):
     """A call ended, with an answer or an error.
 
     Attributes:
-        attempts: Number of requests sent, the first included.
+        attempts: Number of attempts, the first included: requests, and failures of a key function or a limiter.
         elapsed: Seconds for the whole call, every wait included.
         error: The error's class name; ``CancelledError`` if the caller cancelled; ``None`` for an answer.
         stale: Whether a cached answer stands in for the error, as `CachePolicy` allows: no caller gets the error.

@@ -38,8 +38,10 @@ class ServicePace:
         waiting: Calls that wait for the service.
         in_flight: Requests in flight.
         window: Requests that may be in flight at the same time, as far as is known.
-        state: ``"open"``, ``"limited"`` (all accounts share a limit), or ``"out"`` (no account is answered).
-        silent_for: Seconds for which no account has been answered although requests were sent; 0.0 if one has.
+        state: ``"open"``, ``"limited"`` (all accounts share a limit), or ``"out"`` (many accounts failed, and none was
+            answered).
+        silent_for: Seconds since the first of the latest failures, without an answer to any account since; 0.0 if the
+            latest reply was an answer.
     """
 
     rate: float | None

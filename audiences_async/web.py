@@ -17,7 +17,10 @@ Receive: TypeAlias = Callable[[], Awaitable[Mapping[str, object]]]
 
 
 class DisconnectedError(AudiencesError):
-    """The web app's own client has gone, so the call was cancelled; the response is not read."""
+    """The web app's own client has gone, so the call was cancelled; the response is not read.
+
+    It has no ``account`` and no ``call_id``: those are on the call's `CallFinished` event.
+    """
 
     @property
     def gateway_status(self) -> int:

@@ -67,6 +67,13 @@ def test_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
         ("a.csv", b"name,api_key\nn, %k\n", "line 2, column 2 (api_key): the API key has leading or trailing"),
         ("a.csv", b'name,api_key\nn,k\nm,"%k\n\n', "line 3: a quote is opened here and never closed"),
         ("a.csv", b'name,api_key\n"n,k\no,%k\np",k\n', "line 2, column 1: the cell has 3 lines; is a quote missing?"),
+        ("a.csv", b'name,api_key\n"n" m,%k\n', "line 2: ',' expected after"),
+        ("a.csv", b'name,api_key\n"n,k\no,k\n"p,%k\n', "lines 2 to 4: ',' expected after"),
+        ("a.csv", b'name,api_key,note\nn,%k,"x\no,%k,y\np,%k,z"\n', "line 2, column 3: the cell has 3 lines; is a"),
+        ("a.csv", b'note,name,api_key\n"x,n,%k\ny,m,%k\nz",o,%k\n', "line 2, column 1: the cell has 3 lines; is a"),
+        ("a.csv", b'note,name,api_key\n"x\ny,n",m,%k\na,b,\n', "line 4, column 3 (api_key): an account needs one of"),
+        ("a.csv", b"name,api_key\n#NAME?,%k\n", "line 2, column 1: an error value of a spreadsheet"),
+        ("a.csv", b"name,api_key\n#12,%k\nn,########\n", "line 3, column 2: an error value of a spreadsheet"),
         ("a.csv", b"name,api_key\nn,%k\n1.23E+15,%k\n", "line 3, column 1: a number that a spreadsheet has shortened"),
         ("a.csv", b"api_key,name\n1E+14,n\n", "line 2, column 1: a number that a spreadsheet has shortened"),
         ("a.csv", b"name,api_key\nn ,%k\n", "line 2, column 1 (name): the name has leading or trailing white space"),
@@ -140,6 +147,13 @@ def test_every_mistake_is_found_at_once(tmp_path: Path) -> None:
     assert KEY not in str(report)
     with pytest.raises(ConfigurationError, match=r"an account needs a name; 5 more: see .+ --check"):
         AccountFile(file)
+
+
+def test_a_text_of_several_lines_is_no_mistake(tmp_path: Path) -> None:
+    """Accept line breaks and separators in a column that is not read, unless they look like rows of the file."""
+    file = tmp_path / "a.csv"
+    file.write_text(f'name,api_key,note\nnorth,{KEY},"Call Monday,\nor later.\n"\nsouth,{KEY},"a,b,c\nd,e"\n')
+    assert [account.name for account in AccountFile(file)] == ["north", "south"]
 
 
 def test_the_first_mistakes_are_described_and_all_are_counted(tmp_path: Path) -> None:

@@ -197,6 +197,26 @@ def test_the_rate_holds_for_all_accounts_together(run: Callable[..., Done], sand
     assert sandbox.requests[-1].at - sandbox.requests[0].at >= 20 / 50 * 0.9
 
 
+@pytest.mark.parametrize("name", ["out.ndjson", "out.csv"])
+def test_a_folder_that_does_not_exist(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path, name: str) -> None:
+    """Name the folder, and promise nothing, if the output cannot be begun."""
+    folder = tmp_path / "none"
+    done = run("fetch", "--accounts", str(opened(sandbox, tmp_path, 1)), "--out", str(folder / name))
+    assert done.stderr == f"error: cannot write {folder}: No such directory\nhint: choose another --out\n"
+
+
+def test_a_check_whose_reader_has_gone(tmp_path: Path) -> None:
+    """End in silence if the output of --check is piped into a program that reads no further."""
+    accounts = tmp_path / "accounts.csv"
+    accounts.write_text("name,api_key\n" + "north,\n" * 20)
+    command = [*COMMAND, "fetch", "--accounts", str(accounts), "--check"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        _, told = process.communicate(timeout=50)
+    assert (process.returncode, told) == (1, "")
+
+
 def test_a_disk_that_is_full(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path) -> None:
     """End the job at once, with one line, if an output cannot be written."""
     accounts = opened(sandbox, tmp_path, 3)

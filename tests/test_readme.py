@@ -192,7 +192,7 @@ def test_the_tests_run_as_printed(pytester: pytest.Pytester, plugins: tuple[str,
     pytester.makepyfile(test_readme=before + program("Testing your own code"), test_page=before + program_of("testing"))
     unused = [f"-pno:{name}" for name in ("cacheprovider", "faker", "hypothesispytest", "schemathesis", "xdist")]
     result = pytester.runpytest_subprocess(*unused, *plugins)
-    result.assert_outcomes(passed=2 + 5)
+    result.assert_outcomes(passed=2 + 7)
 
 
 def test_every_program_is_run() -> None:

@@ -11,8 +11,8 @@ import aiohttp
 import pytest
 from yarl import URL
 
-from audiences_async import Account, AudiencesClient, RetryPolicy
-from audiences_async.sandbox import Answer, Sandbox, many_audiences
+from audiences_async import Account, AudiencesClient, NotFoundError, RetryPolicy
+from audiences_async.sandbox import Answer, Sandbox, SteppedTime, many_audiences
 from audiences_async.sandbox.accounts import SandboxAccount
 from audiences_async.sandbox.throttling import admission
 
@@ -63,6 +63,30 @@ async def test_other_paths_and_methods(sandbox: Sandbox, north: Account, http: a
     assert (await get(http, sandbox, str(north.api_key), "audience"))[0] == 404
     async with http.post(sandbox.base_url + "audiences") as response:
         assert (response.status, response.headers["Allow"]) == (405, "GET")
+
+
+async def test_a_scripted_answer_is_for_any_path(sandbox: Sandbox, north: Account) -> None:
+    """Answer another call of the API with what is scripted, and with 404 if nothing is."""
+    sandbox.script("north", Answer(500), Answer(body={"status": "200", "data": {"id": 7}}))
+    async with AudiencesClient(base_url=sandbox.base_url, retry=RetryPolicy(base_delay=0)) as client:
+        assert await client.get_json("campaigns/7", north) == {"id": 7}
+        with pytest.raises(NotFoundError):
+            await client.get_json("campaigns/7", north)
+
+
+async def test_stepped_sleeps_overlap() -> None:
+    """Let sleeps of several tasks end in order, at their times, and a cancelled one hold up no other."""
+    time, ended = SteppedTime(now=0.0), []
+
+    async def sleep(seconds: float) -> None:
+        await time.sleep(seconds)
+        ended.append((seconds, time.now))
+
+    cancelled = asyncio.create_task(time.sleep(0.5))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    await asyncio.gather(*map(sleep, (3.0, 1.0, 2.0, 1.0)))
+    assert ended == [(1.0, 1.0), (1.0, 1.0), (2.0, 2.0), (3.0, 3.0)]
 
 
 @pytest.mark.parametrize("status", [400, 404, 429, 500, 502])
@@ -120,7 +144,7 @@ def test_the_rate_limit_is_a_real_one() -> None:
 def test_a_429_says_when_to_come_back_if_asked_to() -> None:
     """Send the limit's Retry-After in whole seconds, and long enough."""
     north = account(rate=0.5, retry_after=True)
-    assert [answer.retry_after for answer in answers(north, 0.0, 0.0, 0.5, 2.0)] == [None, 3, 2, None]
+    assert [answer.retry_after for answer in answers(north, 0.0, 0.0, 0.5, 2.0)] == [None, 2, 2, None]
 
 
 def test_faults_come_from_the_seed() -> None:

@@ -233,9 +233,9 @@ async def test_quota_headers(stepped: Sandbox, time: SteppedTime, http: aiohttp.
         assert headers["RateLimit-Policy"] == '"shared";q=2;w=4, "default";q=5;w=60'
         time.now += 0.5
     assert seen == [
-        (500, '"shared";r=1;t=3, "default";r=4;t=61'),
+        (500, '"shared";r=1;t=2, "default";r=4;t=60'),
         (200, '"shared";r=0;t=2, "default";r=3;t=60'),
-        (429, '"shared";r=0;t=2, "default";r=3;t=60'),
+        (429, '"shared";r=0;t=1, "default";r=3;t=59'),
     ]
 
 
@@ -297,7 +297,7 @@ async def test_a_limit_of_your_own(stepped: Sandbox, http: aiohttp.ClientSession
 
     north = stepped.add_account("north", limit=Closed(), retry_after=True)
     status, headers = await get(http, stepped, north)
-    assert (status, headers["Retry-After"]) == (429, "7201")
+    assert (status, headers["Retry-After"]) == (429, "7200")
 
 
 @pytest.mark.parametrize("status", [500, 503])

@@ -5,6 +5,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -452,7 +453,7 @@ def test_a_job_without_patience(run: RunJob) -> None:
     assert "answered no account for" in str(outcome.error)
     errors = [str(each.error) for at, each in done.outcomes if isinstance(each, Failed) and at < 5.2]
     assert errors
-    assert all("and patience=5 s ends before the next probe" in error for error in errors)
+    assert all("and patience=5 s ends before the next probe; the latest failure: HTTP 503" in error for error in errors)
     assert last == pytest.approx(5.2, abs=1.5)
 
 
@@ -511,6 +512,28 @@ def test_the_snapshot_during_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pace.silent_for == pytest.approx(9.8, abs=0.5)
     assert 0 < pace.paused_for <= 2
     assert pace.waiting >= 99
+
+
+def test_one_account_shows_that_the_service_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Report since when nobody has been answered, also if a single account asks and no outage is recognized."""
+    service = Service(lambda key, at: 500 if at < 14 else 200, round_trip=0.5)
+    monkeypatch.setattr("audiences_async._call.engine.Transport", service)
+
+    async def main() -> list[float]:
+        silent = []
+        async with AudiencesClient("key", base_url="http://localhost/", clock=virtual.clock()) as client:
+            for _ in range(3):
+                with suppress(ServerError):
+                    await client.get_audiences(timeout=10.0)
+                pace = client.snapshot().service
+                assert pace is not None
+                assert pace.state == "open"
+                silent.append(pace.silent_for)
+        return silent
+
+    first, second, after = virtual.run(main())
+    assert 0 < first < second
+    assert after == 0.0
 
 
 def test_a_single_call_does_not_wait_for_the_end_of_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,9 @@ _TOML_TABLE: Final = re.compile(r"\s*\[\[\s*accounts\s*\]\]")
 _TOML_FIELD: Final = re.compile(rf"\s*({'|'.join(FIELDS)})\s*=")
 _TOML_PLACE: Final = re.compile(r" \(at (line \d+, column \d+|end of document)\)$")
 _SEPARATOR_LINE: Final = re.compile(r'"?sep=(.|\t)?"?', re.IGNORECASE)
-# What a spreadsheet makes of a long number: digits are lost.
-_SHORTENED: Final = re.compile(r"\d([.,]\d+)?E\+\d+")
+# What a spreadsheet makes of a long number, whose digits are lost; what it shows for an error, or in a narrow column.
+_SHORTENED: Final = re.compile(r"\d([.,]\d+)?E\+\d+", re.IGNORECASE)
+_ERROR_VALUE: Final = re.compile(r"#([^\W\d_]+[?!]|DIV/0!|N/A|NV|#+)")
 _NOT_UTF_8: Final = "is not UTF-8 text; a spreadsheet writes it as 'CSV UTF-8'"
 _CSV_ERRORS: Final[Mapping[str, str]] = {"unexpected end of data": "a quote is opened here and never closed"}
 # If the header is missing, the first line may contain a key: only words that headers are made of are repeated.
@@ -181,9 +182,7 @@ def _csv(lines: _Lines) -> Iterator[Row | Problem]:
             yield record
             continue
         line, offset, cells = record
-        read = {columns[name]: cells[columns[name] - 1] for name in FIELDS if name in columns}
-        problems = ((f"line {line}, column {column}", _cell_problem(cell, header)) for column, cell in read.items())
-        if mistake := next((Problem(place, problem) for place, problem in problems if problem), None):
+        if mistake := next(_mistakes(line, cells, header), None):
             yield mistake
             continue
         # CSV leaves a field out by an empty cell.
@@ -191,13 +190,31 @@ def _csv(lines: _Lines) -> Iterator[Row | Problem]:
         yield Row(number, line, {name: (line, column) for name, column in columns.items()}, fields, offset)
 
 
-def _cell_problem(cell: str, header: Header) -> str:
-    """Return what is wrong with the cell of a name or key; empty if nothing is."""
-    if "\n" in cell and header.separator in cell:  # several rows, between a stray quote and the next one
-        return f"the cell has {cell.count(chr(10)) + 1} lines; is a quote missing?"
-    if _SHORTENED.fullmatch(cell):
-        return "a number that a spreadsheet has shortened; format the column as text, and enter it again"
-    return ""
+def _mistakes(line: int, cells: list[str], header: Header) -> Iterator[Problem]:
+    """Yield what is wrong with the cells of a row."""
+    for column, (name, cell) in enumerate(zip(header.names, cells, strict=True), 1):
+        is_read = name in FIELDS
+        problem = ""
+        if "\n" in cell and _swallows(column, cell, header, is_read=is_read):
+            problem = f"the cell has {cell.count(chr(10)) + 1} lines; is a quote missing?"
+        elif is_read and _SHORTENED.fullmatch(cell):
+            problem = "a number that a spreadsheet has shortened; format the column as text, and enter it again"
+        elif is_read and _ERROR_VALUE.fullmatch(cell):
+            problem = "an error value of a spreadsheet"
+        if problem:
+            yield Problem(f"line {line}, column {column}", problem)
+
+
+def _swallows(column: int, cell: str, header: Header, *, is_read: bool) -> bool:
+    """Return whether a cell seems to be several rows, between a stray quote and the next one.
+
+    A name or key has no separators. Any other cell may have a text with some; rows have as many as the columns demand.
+    """
+    if is_read:
+        return header.separator in cell
+    _, *rows, last = (line.count(header.separator) for line in cell.splitlines())
+    looks_so = last == column - 1 and all(count == len(header.names) - 1 for count in rows)
+    return looks_so and (column > 1 or bool(rows))
 
 
 def _records(lines: _Lines, header: Header, line: int) -> Iterator[tuple[int, int, list[str]] | Problem]:
@@ -210,7 +227,9 @@ def _records(lines: _Lines, header: Header, line: int) -> Iterator[tuple[int, in
             cells = next(reader, None)
         except csv.Error as error:
             line = above + reader.line_num
-            yield Problem(f"line {start}", _CSV_ERRORS.get(str(error), str(error)))
+            what = _CSV_ERRORS.get(str(error))
+            many = what is None and line > start
+            yield Problem(f"lines {start} to {line}" if many else f"line {start}", what or str(error))
             continue
         if cells is None:
             return

@@ -16,13 +16,15 @@ _FEW: Final = 3  # intervals of a learned rate, after which no limit explains a 
 class Outage:
     """The time without an answer, and the probes in it."""
 
-    __slots__ = ("_probed_at", "_resumed_at", "_stall", "hangs", "probes", "silent_since")
+    __slots__ = ("_probed_at", "_resumed_at", "_stall", "hangs", "probes", "problem", "silent_since")
 
     def __init__(self) -> None:
         self.probes: int = 0
         """Number of probes sent so far."""
         self.hangs: bool = False
         """Whether requests are accepted and not answered."""
+        self.problem: str = ""
+        """The latest failure of a request."""
         self.silent_since: float | None = None
         """When the first of the latest failures came, without an answer since; ``None`` after an answer."""
         self._resumed_at = self._probed_at = -math.inf
@@ -52,7 +54,7 @@ class Outage:
         silent = self.silent_for(now)
         bound = f"patience={patience:g} s"
         end = f"longer than {bound} allows" if silent >= patience else f"and {bound} ends before the next probe"
-        message = f"the service has answered no account for {silent:.3g} s, {end}"
+        message = f"the service has answered no account for {silent:.3g} s, {end}; the latest failure: {self.problem}"
         return TransportError(message, stop_reason="patience", retry_after=left or None)
 
     def began(self, now: float) -> None:

@@ -286,13 +286,11 @@ def fetch(
             fetching.run_distributed(job, tally, docket, queue, parts or str(out.with_name(f"{out.name}.parts")))
     except AudiencesError as error:
         return _report_error(error.summary, error.hint, exit_code(error), log)
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        return _report_error(
-            f"cannot write {error.filename or out}: {error.strerror or error}",
-            "fetched accounts are kept; use --resume to continue",
-            FAILED,
-            log,
-        )
+        hint = "fetched accounts are kept; use --resume to continue" if tally.total else "choose another --out"
+        return _report_error(f"cannot write {error.filename or out}: {error.strerror or error}", hint, FAILED, log)
     except KeyboardInterrupt:
         kept = f"{tally.fetched:,} of {tally.total:,} accounts are fetched and kept"
         return _report_error(

@@ -78,7 +78,10 @@ class Target:
                 f"{printable(str(self.out))} was not written from {printable(self.checkpoint.name)} by this command"
             )
             raise ConfigurationError(f"{problem}; choose another file")
-        with TemporaryFile(dir=self.out.resolve().parent):
+        folder = self.out.resolve().parent
+        if not folder.is_dir():
+            raise FileNotFoundError(2, "No such directory", str(folder))
+        with TemporaryFile(dir=folder):
             pass
 
     def convert(self) -> None:

@@ -182,7 +182,7 @@ class Sandbox:
         return Outage(partial(self._end_outage, outage))
 
     def script(self, name: str, *answers: Answer) -> None:
-        """Answer the account's next requests so, one after the other; then as usual again."""
+        """Answer the account's next requests so, one after the other, whatever their path; then as usual again."""
         self._accounts[name].script.extend(answers)
 
     def revoke(self, name: str, *, api_key: str) -> None:
@@ -217,7 +217,7 @@ class Sandbox:
         if outage is not None:
             answer, ended = outage
             return await self._reply(request, account, answer, now, hang_until=ended)
-        error = _routing_error(request)
+        error = None if account is not None and account.script else _routing_error(request)
         if error is not None or account is None:
             return await self._reply(request, account, error or Answer(401), now)
         throttles = [throttle for throttle in (self._shared, account.throttle) if throttle is not None]

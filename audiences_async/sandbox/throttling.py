@@ -1,5 +1,6 @@
 """Limits in force: they refuse requests and announce quotas."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -95,4 +96,4 @@ def quota_headers(throttles: Sequence[Throttle], now: float) -> dict[str, str]:
 
 def _whole_seconds(wait: float) -> int:
     """Round up, so that a client which waits this long is not early."""
-    return int(wait) + 1
+    return max(1, math.ceil(wait))
