@@ -41,6 +41,8 @@ class Caller:
         self.rate.throttled(self.now, asked=self._asked)
         if self._asked:
             self.rate.measurement.excuse(self._pause)
+        else:
+            self.rate.measurement.paused += self._pause
         self.now += self._pause
         self.rate.paused_until(self.now)
 
@@ -54,6 +56,25 @@ def test_the_rate_of_a_bucket_is_found(limit: Callable[[str, float], int]) -> No
     caller = Caller(limit).send(600)
     assert caller.rate.rate == pytest.approx(20, rel=0.1)
     assert caller.refused <= 0.1 * 600
+
+
+@pytest.mark.parametrize(("paused", "answers"), [(1.4, 60), (0.0, 600)], ids=["mostly pause", "no pause"])
+def test_a_first_measurement_that_is_mostly_pause_is_left_quickly(paused: float, answers: int) -> None:
+    """Grow fast from a rate that was measured in a pause, since it is far too low, and slowly from any other."""
+    rate = LearnedRate()
+    rate.throttled(0.0)
+    for _ in range(60):
+        rate.answered(fresh=True)
+    rate.measurement.paused = paused
+    rate.throttled(now := 1.6)
+    assert rate.rate == pytest.approx(37, rel=0.02)
+    count = 0
+    while rate.rate is not None and rate.rate < 200:
+        now += max(0.0, rate.delay(now))
+        rate.sent(now)
+        rate.answered(fresh=True)
+        count += 1
+    assert answers / 6 < count < answers
 
 
 def test_a_measurement_is_the_grants_between_two_refusals() -> None:

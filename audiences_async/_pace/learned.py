@@ -81,8 +81,11 @@ class LearnedPace:
 
     def paused(self, now: float, until: float, closed_until: float, *, asked: bool) -> None:
         """Note a pause *until* a moment, after one that lasts until *closed_until*."""
+        seconds = until - max(now, closed_until)
         if asked:
-            self.steady.measurement.excuse(until - max(now, closed_until))
+            self.steady.measurement.excuse(seconds)
+        else:
+            self.steady.measurement.paused += seconds
         self.steady.paused_until(until)
 
     def resumed(self, now: float) -> None:

@@ -16,6 +16,7 @@ _FADING: Final = 0.93
 _SLOW: Final = 10.0  # requests per second
 _FEW: Final = 8
 _SLOW_GROWTH: Final = 0.005
+_NO_TIME: Final = 0.001  # s
 _MIN_RATE: Final = 0.01  # requests per second
 _MAX_RATE: Final = 10_000.0
 
@@ -143,15 +144,19 @@ class LearnedRate:
     def _measure(self, seconds: float) -> None:
         # What the limit would have granted while nothing was sent may be lost: the measurement is a lower bound. The
         # rate that was refused is an upper one.
-        granted = self.measurement.granted
+        granted, doubt = self.measurement.granted, 0.0
         measured = granted / seconds
         lower_bound = measured * (1 - 0.5 / (granted + 1))
         if self.rate is None:
             self._begin_at(lower_bound)
+            paused = self.measurement.paused
+            doubt = paused / max(
+                _NO_TIME, seconds - paused
+            )  # the more of the first measurement was pause, the lower it is
         else:
             self._cut(self.rate, max(0.25 * self.rate, min(0.9 * self.rate, 1.2 * measured), lower_bound))
         is_slow = self._is_shared and self.rate is not None and self.rate < _SLOW and granted > _FEW
-        self._growth = min(_SLOW_GROWTH if is_slow else _MAX_GROWTH, max(_MIN_GROWTH, 2 / granted**2))
+        self._growth = min(_SLOW_GROWTH if is_slow else _MAX_GROWTH, max(_MIN_GROWTH, 2 / granted**2, doubt / _ENOUGH))
 
     def _measure_carefully(self, active: float) -> None:
         granted, excused = self.measurement.granted, self.measurement.excused
@@ -199,7 +204,7 @@ class LearnedRate:
 class Measurement:
     """The requests that were granted since a refusal."""
 
-    __slots__ = ("_counted", "excused", "granted", "since")
+    __slots__ = ("_counted", "excused", "granted", "paused", "since")
 
     def __init__(self) -> None:
         self.since: float | None = None
@@ -207,11 +212,14 @@ class Measurement:
         self.granted: int = 0
         self.excused: float = 0.0
         """Seconds of pauses that were asked for, by which *since* was moved."""
-        self._counted = 0  # of them, at the latest refusal
+        self.paused: float = 0.0
+        """Seconds of other pauses since then."""
+        self._counted = 0  # grants, at the latest refusal
 
     def restart(self, now: float) -> None:
         """Begin anew."""
-        self.since, self.granted, self.excused, self._counted = now, 0, 0.0, 0
+        self.since, self.granted, self._counted = now, 0, 0
+        self.excused = self.paused = 0.0
 
     def stop(self) -> None:
         """End it: for a while nothing was held back."""
