@@ -217,7 +217,7 @@ class Sandbox:
         if outage is not None:
             answer, ended = outage
             return await self._reply(request, account, answer, now, hang_until=ended)
-        error = None if account is not None and account.script else _routing_error(request)
+        error = _routing_error(request, is_scripted=account is not None and bool(account.script))
         if error is not None or account is None:
             return await self._reply(request, account, error or Answer(401), now)
         throttles = [throttle for throttle in (self._shared, account.throttle) if throttle is not None]
@@ -281,8 +281,8 @@ def _key_of(request: web.Request) -> str:
     return key.strip() if scheme.lower() == "bearer" else ""
 
 
-def _routing_error(request: web.Request) -> Answer | None:
-    if request.path.lower() != "/audiences":
+def _routing_error(request: web.Request, *, is_scripted: bool) -> Answer | None:
+    if request.path.lower() != "/audiences" and not is_scripted:
         return Answer(404)
     return None if request.method == "GET" else Answer(405, headers={"Allow": "GET"})
 
