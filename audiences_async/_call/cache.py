@@ -9,6 +9,7 @@ from typing import Final, TypeVar
 
 from attrs import define, field, frozen
 
+from audiences_async._base.deadlines import Scope
 from audiences_async._call.run import Call
 from audiences_async._http.wire import Result
 from audiences_async._pace.places import Place
@@ -102,6 +103,7 @@ class Cache:
         on_call: Callable[[Call], object],
         place: Place | None = None,
         *,
+        scope: Scope,
         policy: RetryPolicy | None = None,
     ) -> Result:
         """Return the account's answer, cached or new, or the error.
@@ -109,9 +111,10 @@ class Cache:
         Args:
             account: The account.
             key: Its current key.
-            timeout: Seconds that the caller has left; the caller enforces them.
+            timeout: Seconds that the caller has left.
             on_call: Called with the call that the caller waits for.
             place: The caller's place in a job; ``None`` outside a job.
+            scope: Enforces the time that the caller has left.
             policy: That of a new request; ``None`` means the client's.
         """
         digest = key.digest(self._salt)
@@ -127,7 +130,7 @@ class Cache:
                 if digest not in self._flights:
                     self._start(digest, account, self._timeout, None, policy, is_refresh=True).waiters = 1
                 return self._reuse(kept, account, "stale", age)
-        result = await self._joined(digest, account, timeout, on_call, place, policy=policy)
+        result = await self._joined(digest, account, timeout, on_call, place, scope=scope, policy=policy)
         return self._or_stale(result, account, digest) if isinstance(result, AudiencesError) else result
 
     def in_place_of(self, error: AudiencesError, account: Account) -> Result:
@@ -188,6 +191,7 @@ class Cache:
         on_call: Callable[[Call], object],
         place: Place | None,
         *,
+        scope: Scope,
         policy: RetryPolicy | None,
     ) -> Result:
         """Return the result of the request in flight, or of a new one."""
@@ -199,25 +203,26 @@ class Cache:
         flight.names.add(account.name)
         flight.call.time.extend(timeout)
         on_call(flight.call)
-        result = await self._result_of(flight)
+        result = await self._result_of(flight, scope)
         if not isinstance(result, AudiencesError):
             record = flight.call.record
             self._report(account, "shared" if joined else "wire", 0.0, record.call_id if record.is_watched else None)
             return result
         left = until - self._now()
         if joined and _may_help(result, left, place):
-            return await self._joined(digest, account, left, on_call, place, policy=policy)
-        return _copy_for(result, account)
+            return await self._joined(digest, account, left, on_call, place, scope=scope, policy=policy)
+        return copy_for(result, account)
 
-    async def _result_of(self, flight: _Flight) -> Result:
-        """Wait for a request, and cancel it if the last of its callers leaves."""
+    async def _result_of(self, flight: _Flight, scope: Scope) -> Result:
+        """Wait for a request, and end it if the last of its callers leaves: by its deadline if that is why."""
         flight.waiters += 1
         try:
             await asyncio.wait({flight.task})
         finally:
             flight.waiters -= 1
             if not flight.waiters and not flight.task.done():
-                flight.task.cancel()
+                end = flight.call.time.scope.expire if scope.expired else flight.task.cancel
+                end()
                 self._land(flight)
         return flight.task.result()
 
@@ -269,7 +274,7 @@ def _may_help(error: AudiencesError, left: float, place: Place | None) -> bool:
     return place is not None and error.stop_reason == "budget"  # outside a job it did not wait for tokens
 
 
-def _copy_for(error: AudiencesError, account: Account) -> AudiencesError:
+def copy_for(error: AudiencesError, account: Account) -> AudiencesError:
     """Return a copy of the error for one caller: an exception that is raised twice shows the frames of both."""
     copied = copy.copy(error)
     copied.__cause__ = error.__cause__

@@ -8,7 +8,7 @@ from attrs import evolve
 from yarl import URL
 
 from audiences_async._base.deadlines import CallTime, Deadlines
-from audiences_async._call.cache import Cache
+from audiences_async._call.cache import Cache, copy_for
 from audiences_async._call.context import CallContext
 from audiences_async._call.record import new_call_id
 from audiences_async._call.run import ASKING, Call, out_of_time
@@ -124,21 +124,25 @@ class Calls:
         self, cache: Cache, account: Account, timeout: float, place: Place | None, policy: RetryPolicy | None
     ) -> Result:
         credential = self._credential(account)
+        started = self.context.clock.monotonic()
         calls: list[Call] = []
         try:
             with self._deadlines.within(timeout) as scope:
                 key = credential if isinstance(credential, ApiKey) else await credential.get(account=account.name)
                 scope.check()
                 if place is None:
-                    return await cache.get(account, key, timeout, calls.append, place, policy=policy)
+                    return await cache.get(account, key, timeout, calls.append, place, scope=scope, policy=policy)
                 # In a job, the time of the request bounds the wait: it stands still in an outage.
                 with scope.suspended():
-                    return await cache.get(account, key, timeout, calls.append, place, policy=policy)
+                    return await cache.get(account, key, timeout, calls.append, place, scope=scope, policy=policy)
         except TransportError as failure:  # the key function failed, so there is no key to look up
             return await self._run(self._begin(account, timeout, place, policy), failure.with_traceback(None))
         except TimeoutError:
             error, reason = self._out_of_time(timeout, calls[-1].phase if calls else ASKING)
-            error.account, error.elapsed, error.stop_reason = account.name, timeout, reason
+            if calls and calls[-1].failure is not None and not self._closing:
+                error = copy_for(calls[-1].failure, account)  # as that of a call whose next attempt does not fit
+            elapsed = self.context.clock.monotonic() - started
+            error.account, error.elapsed, error.stop_reason = account.name, elapsed, reason
             if calls:
                 record = calls[-1].record
                 error.attempts, error.call_id = record.until_now(reason), record.call_id

@@ -35,7 +35,18 @@ class Call:
         call_id: Identifies the call; ``None`` means that an identifier is made when one is needed.
     """
 
-    __slots__ = ("_attempts", "_borrows", "_context", "_ended_in", "_next", "_place", "_was_stale", "record", "time")
+    __slots__ = (
+        "_attempts",
+        "_borrows",
+        "_context",
+        "_ended_in",
+        "_next",
+        "_place",
+        "_was_stale",
+        "failure",
+        "record",
+        "time",
+    )
 
     def __init__(
         self,
@@ -55,6 +66,8 @@ class Call:
         self._next: Again | Stop | None = None  # after the latest attempt, if it failed
         self._borrows = False  # whether the next attempt waits for a place of those without tokens
         self._was_stale = False
+        self.failure: AudiencesError | None = None
+        """The error of the latest attempt, while the call waits to retry; ``None`` at any other time."""
         self._ended_in: str | None = None  # phase
 
     @property
@@ -155,7 +168,9 @@ class Call:
     def _before_sleep(self, state: RetryCallState) -> None:
         assert isinstance(self._next, Again)
         self._was_stale |= self._next.reason == "stale-connection"
-        self.record.add(_result_of(state), self._next.wait, self._next.reason)
+        result = _result_of(state)
+        self.failure = result if isinstance(result, AudiencesError) else None
+        self.record.add(result, self._next.wait, self._next.reason)
         if self._next.reason == "fresh-key":
             self._attempts.key.refuse()
 
@@ -164,6 +179,7 @@ class Call:
         if self._place is not None:
             self._place.leave()
         await self._context.clock.sleep(seconds)
+        self.failure = None
         if self._place is not None and self._borrows:
             self._borrows = False
             with self.time.held():

@@ -129,7 +129,6 @@ class ServiceLane(PacedQueue):
             return
         if self.outage.is_stall(now - self._last_at, self.load.slowest):
             self.load.ignore_until(now)
-            self.outage.began(now)
             self._trip(now, now, "timed out", None)
             self.outage.hangs = True
             self.abandon()
@@ -157,7 +156,7 @@ class ServiceLane(PacedQueue):
             if verdict == "answered":
                 self._heard(now, turn.sent_at, fresh=fresh)
                 return False
-            if verdict != "nothing":
+            if verdict not in {"nothing", "throttled"}:  # a 429 may be due to the account's own limit
                 self.outage.began(now)
             if turn.probe and verdict != "nothing":
                 self._trip(now, turn.sent_at, verdict, report.pause)
@@ -213,6 +212,7 @@ class ServiceLane(PacedQueue):
 
     def _trip(self, now: float, sent_at: float, verdict: Verdict, pause: float | None) -> None:
         """Close the service until a probe is answered."""
+        self.outage.began(now)
         may_be_limit = self.outage.may_be_limit(now, is_limited=self.state == "limited", rate=self.paces.rate)
         if verdict == "throttled" or (verdict == "unavailable" and may_be_limit):
             self.state = "limited"
