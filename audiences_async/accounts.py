@@ -3,18 +3,19 @@
 import os
 import re
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from functools import partial
 from io import BytesIO
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Final, Literal
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from audiences_async._jobs.account_rows import FIELDS, KEY_FIELDS, Problem, Row, layout, read, suffixes
+from audiences_async.credentials import ApiKey
 from audiences_async.errors import ConfigurationError, printable
 from audiences_async.models import Account
 
@@ -33,12 +34,15 @@ class AccountFileReport:
         accounts: Number of accounts without a problem.
         problems: Number of problems.
         described: The first 20 problems, each with its line and column, and never with a key.
+        notes: The first 20 things that are allowed, but are likely to be mistakes: a key that two accounts have, or an
+            invisible character in a name or key.
     """
 
     layout: str
     accounts: int
     problems: int
     described: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def check(path: str | os.PathLike[str], *, with_keys: bool = True) -> AccountFileReport:
@@ -51,7 +55,8 @@ def check(path: str | os.PathLike[str], *, with_keys: bool = True) -> AccountFil
     Raises:
         ConfigurationError: The file's name has none of the supported extensions.
     """
-    return _Reader(Path(path), with_keys=with_keys).check()
+    reader = _Reader(Path(path), with_keys=with_keys)
+    return evolve(reader.check(), notes=tuple(islice(reader.notes(), MAX_PROBLEMS)))
 
 
 class AccountFile:
@@ -161,10 +166,31 @@ class _Reader:
 
     def check(self) -> AccountFileReport:
         """Check every account; names must be unique."""
-        names = _Names()
-        report = self._report(names.add)
+        names = _Hashes()
+        report = self._report(lambda _, account: names.add(account.name))
         repeated = names.repeated()
         return self._report(partial(_duplicate, {}, repeated)) if repeated else report
+
+    def notes(self) -> Iterator[str]:
+        """Yield what is allowed, but is likely to be a mistake."""
+        keys, places = _Hashes(), defaultdict[str, list[str]](list)
+        for row, account in self._valid():
+            if not account.name.isprintable():
+                yield f"{row.at('name')}: the name has an invisible character"
+            if isinstance(account.credential, ApiKey):
+                keys.add(account.credential.reveal())
+                if _is_strange(account.credential.reveal()):
+                    yield f"{row.place}: the key has white space, an invisible character or an apostrophe in front"
+        repeated = keys.repeated()
+        for row, account in self._valid() if repeated else ():
+            if isinstance(account.credential, ApiKey) and hash(account.credential.reveal()) in repeated:
+                places[account.credential.reveal()].append(row.place)
+        for first, second, *more in filter(lambda found: len(found) > 1, places.values()):
+            others = f" and {len(more):,} more" if more else ""
+            yield f"{first}, {second}{others}: the same key"
+
+    def _valid(self) -> Iterator[tuple[Row, Account]]:
+        return (account for account in self.accounts() if not isinstance(account, Problem))
 
     def _report(self, problem_of: Callable[[Row, Account], Problem | None]) -> AccountFileReport:
         problems: list[Problem] = []
@@ -277,19 +303,23 @@ def _all_accounts(path: Path) -> dict[str, Account] | str:
     return accounts
 
 
-class _Names:
-    """Names of which some may be the same; takes 8 bytes for each, so that millions fit into memory."""
+def _is_strange(key: str) -> bool:
+    return " " in key or key.startswith("'") or not key.isprintable()
+
+
+class _Hashes:
+    """Hashes of texts of which some may be the same; takes 8 bytes for each, so that millions fit into memory."""
 
     def __init__(self) -> None:
         self._hashes = [array("q") for _ in range(256)]
 
-    def add(self, _: Row, account: Account) -> None:
-        """Add the name of an account."""
-        number = hash(account.name)
+    def add(self, text: str) -> None:
+        """Add the hash of a text."""
+        number = hash(text)
         self._hashes[number & 255].append(number)
 
     def repeated(self) -> set[int]:
-        """Return the hashes that occur more than once; two names may have the same."""
+        """Return the hashes that occur more than once; two texts may have the same."""
         return {number for hashes in self._hashes for number, count in Counter(hashes).items() if count > 1}
 
 

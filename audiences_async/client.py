@@ -75,8 +75,9 @@ class AudiencesClient:
         ssl: TLS context of the client's own session, for your own CA or client certificate; ``None`` means the system's
             CAs.
         proxy: URL of an HTTP proxy for the client's own session; ``None`` means no proxy. The environment is ignored.
-        session: Your own session to send on; the client never closes it. A session that keeps cookies can serve only
-            one account. aiohttp itself reads what arrives on its idle connections; a connection that received anything
+        session: Your own session to send on, with its headers except ``User-Agent``; the client never closes it. A
+            session that keeps cookies can serve only one account: for more, give it an `aiohttp.DummyCookieJar`.
+            aiohttp itself reads what arrives on its idle connections; a connection that received anything
             is not used, which costs an attempt. Configure TLS, proxy and connections on the session: ``ssl``, ``proxy``
             and ``max_connections`` cannot be combined with it.
         request_id_header: Name of a header that carries the call's identifier, the ``call_id`` of its events and its

@@ -166,12 +166,22 @@ def _base64(data: bytes, after: int) -> str:
 
 
 class KeySource:
-    """The key from a key function, shared by concurrent calls of one account."""
+    """The key from a key function, shared by concurrent calls of one account, and kept no longer than they run."""
 
     def __init__(self, provider: KeyProvider) -> None:
         self._provider = provider
         self._lock = asyncio.Lock()
         self._key: ApiKey | None = None
+        self._users = 0
+
+    def __enter__(self) -> Self:
+        self._users += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._users -= 1
+        if not self._users:  # the traceback of a call that was cancelled may hold this for longer
+            self._key = None
 
     async def get(self, *, account: str, refused: ApiKey | None = None) -> ApiKey:
         """Return the current key; a fresh one if the current one is *refused*.

@@ -24,8 +24,9 @@ class Account:
     Args:
         name: A label for errors, events and outcomes; not empty. Two accounts may have the same one.
         api_key: The bearer token, or a function (sync or async) that returns it. The function is called once per call
-            of the client, and again if the service answers 401; concurrent calls of one account share the result. The
-            key never appears in a ``repr``.
+            of the client; and again if the service answers 401, and the request is repeated with what it returns then.
+            Concurrent calls with the same name and function share the result; if the call that asked is cancelled, the
+            next one asks. The key never appears in a ``repr``.
 
     Raises:
         ConfigurationError: The name is empty, or the key is empty, has white space around it or has control characters.

@@ -67,8 +67,8 @@ def test_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
         ("a.csv", b"name,api_key\nn, %k\n", "line 2, column 2 (api_key): the API key has leading or trailing"),
         ("a.csv", b'name,api_key\nn,k\nm,"%k\n\n', "line 3: a quote is opened here and never closed"),
         ("a.csv", b'name,api_key\n"n,k\no,%k\np",k\n', "line 2, column 1: the cell has 3 lines; is a quote missing?"),
-        ("a.csv", b'name,api_key\n"n" m,%k\n', "line 2: ',' expected after"),
-        ("a.csv", b'name,api_key\n"n,k\no,k\n"p,%k\n', "lines 2 to 4: ',' expected after"),
+        ("a.csv", b'name,api_key\n"n" m,%k\n', "line 2: a text goes on after the quote that ends it"),
+        ("a.csv", b'name,api_key\n"n,k\no,k\n"p,%k\n', "line 2: a text goes on after"),
         ("a.csv", b'name,api_key,note\nn,%k,"x\no,%k,y\np,%k,z"\n', "line 2, column 3: the cell has 3 lines; is a"),
         ("a.csv", b'note,name,api_key\n"x,n,%k\ny,m,%k\nz",o,%k\n', "line 2, column 1: the cell has 3 lines; is a"),
         ("a.csv", b'note,name,api_key\n"x\ny,n",m,%k\na,b,\n', "line 4, column 3 (api_key): an account needs one of"),
@@ -141,12 +141,65 @@ def test_every_mistake_is_found_at_once(tmp_path: Path) -> None:
         "line 5, column 1 (name): duplicate name 'north', first defined in line 2",
         "line 6, column 3 (api_key): the API key has leading or trailing white space",
         "line 7, column 3: expected 3 fields as in the header, got 2",
-        "line 8: ';' expected after '\"'",
+        "line 8: a text goes on after the quote that ends it; is a quote missing, or not doubled?",
         "line 9, column 1: is not UTF-8 text; a spreadsheet writes it as 'CSV UTF-8'",
     ]
     assert KEY not in str(report)
     with pytest.raises(ConfigurationError, match=r"an account needs a name; 5 more: see .+ --check"):
         AccountFile(file)
+
+
+@pytest.mark.parametrize(
+    ("note", "places"),
+    [
+        ('x"', ["line 2, column 3", "line 3, column 1 (name)", "line 5, column 1 (name)"]),
+        ('"x', ["line 2", "line 3, column 1 (name)", "line 4", "line 5, column 1 (name)"]),
+        ("x", ["line 2", "line 3, column 1 (name)", "line 5, column 1 (name)"]),
+    ],
+    ids=["closed", "opened again", "never closed"],
+)
+def test_a_stray_quote_hides_no_mistake(tmp_path: Path, note: str, places: list[str]) -> None:
+    """Report what is wrong behind a stray quote too, up to the next one and after it."""
+    file = tmp_path / "a.csv"
+    file.write_text(f'name,api_key,note\na,k,"x\n,k,\nc,k,{note}\n,k,\ne,k,\n')
+    report = check(file)
+    assert [problem.partition(", ")[2].partition(":")[0] for problem in report.described] == places
+    assert report.accounts == 5 - len(places)
+
+
+def test_quotes_without_end_take_bounded_time(tmp_path: Path) -> None:
+    """Read rows again for the first stray quotes only."""
+    file = tmp_path / "a.csv"
+    file.write_text("name,api_key\n" + '"n,k\n' * 20_000)
+    assert check(file).problems >= 20
+
+
+def test_what_is_likely_to_be_a_mistake_is_noted(tmp_path: Path) -> None:
+    """Note a key that several accounts have, and what cannot be seen, without refusing the file or repeating a key."""
+    file = tmp_path / "a.csv"
+    rows = [
+        ("a", KEY),
+        ("b", f"'{KEY}"),
+        ("c\u200b", "c"),
+        ("d", KEY),
+        ("e", KEY),
+        ("f", "x y"),
+        ("g", "k\u200bk"),
+        ("h", "h"),
+    ]
+    file.write_text("name,api_key\n" + "".join(f"{name},{key}\n" for name, key in rows), encoding="utf-8")
+    report = check(file)
+    assert (report.problems, report.accounts) == (0, len(rows))
+    strange = "the key has white space, an invisible character or an apostrophe in front"
+    assert report.notes == (
+        f"line 3: {strange}",
+        "line 4, column 1 (name): the name has an invisible character",
+        f"line 7: {strange}",
+        f"line 8: {strange}",
+        "line 2, line 5 and 1 more: the same key",
+    )
+    assert check(file, with_keys=False).notes == report.notes[1:2]
+    assert not check(tmp_path / "none.csv").notes
 
 
 def test_a_text_of_several_lines_is_no_mistake(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from audiences_async import Account, ConfigurationError
+from audiences_async import Account, AudiencesClient, CachePolicy, ConfigurationError
 from audiences_async.credentials import ApiKey, KeySource
+from audiences_async.sandbox import Sandbox
 
 KEY = "s3cr3t-k3y"
 
@@ -169,6 +170,29 @@ async def test_a_cancelled_asker_leaves_the_asking_to_the_next() -> None:
     gate.set()
     assert (await tasks[1]).reveal() == KEY
     assert tasks[0].cancelled()
+
+
+@pytest.mark.parametrize("cache", [None, CachePolicy(0.0)], ids=["no cache", "cache"])
+async def test_a_cancelled_call_keeps_no_key(sandbox: Sandbox, cache: CachePolicy | None) -> None:
+    """Ask the key function in each later call, also while the task of a cancelled one is held."""
+    key, asked = str(sandbox.add_account("north").api_key), 0
+
+    async def provider() -> str:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0.001)
+        return key
+
+    north = Account("north", provider)
+    async with AudiencesClient(base_url=sandbox.base_url, cache=cache) as client:
+        cancelled = asyncio.create_task(client.get_audiences(north))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        await asyncio.gather(cancelled, return_exceptions=True)
+        for _ in range(3):
+            await client.get_audiences(north)
+    assert asked == 4
 
 
 async def test_a_sync_function_gives_the_key() -> None:

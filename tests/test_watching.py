@@ -281,13 +281,17 @@ def test_completion(shell: Any) -> None:
 def test_check_prints_everything_at_once(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path) -> None:
     """Print the separator, the header and every problem, up to 20, and send nothing; no output is needed."""
     accounts = tmp_path / "accounts.csv"
-    accounts.write_text("name;api_key\n" + f"north;{KEY}\n" * 30)
+    accounts.write_text(f"name;api_key\neast;{KEY}\n" + f"north;{KEY}\n" * 30)
     done = run("fetch", "--accounts", str(accounts), "--check")
     lines = done.stdout.splitlines()
-    assert (done.returncode, len(lines), sandbox.requests) == (2, 23, [])
+    assert (done.returncode, len(lines), sandbox.requests) == (2, 24, [])
     assert lines[0] == f"{accounts}: CSV separated by semicolons, header: name, api_key"
-    assert "line 3, column 1 (name): duplicate name 'north', first defined in line 2" in lines[1]
-    assert lines[-2:] == ["… and 9 more problems", "accounts: 1, problems: 29"]
+    assert "line 4, column 1 (name): duplicate name 'north', first defined in line 3" in lines[1]
+    assert lines[-3:] == [
+        "… and 9 more problems",
+        "note: line 2, line 3 and 29 more: the same key",
+        "accounts: 2, problems: 29",
+    ]
     assert KEY not in done.stdout
 
 

@@ -59,11 +59,12 @@ class Attempts:
         """Take the account's lane: an unused lane is forgotten."""
         self._lane = self._context.pacer.lane(self._account)
         self._lane.users += 1
+        self.key.begin()
 
     def end(self) -> None:
         """Let go of the lane, and of the key function."""
         self._lane.users -= 1
-        self.key.forget_source()
+        self.key.end()
 
     def expected(self) -> float:
         """Estimate the seconds until the next turn, as far as they count for the call's time."""

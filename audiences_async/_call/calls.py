@@ -1,6 +1,7 @@
 """The calls of one client: each runs within its deadline, alone or by way of the cache."""
 
 from collections.abc import Coroutine
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -127,7 +128,8 @@ class Calls:
         started = self.context.clock.monotonic()
         calls: list[Call] = []
         try:
-            with self._deadlines.within(timeout) as scope:
+            in_use = credential if isinstance(credential, KeySource) else nullcontext()
+            with in_use, self._deadlines.within(timeout) as scope:
                 key = credential if isinstance(credential, ApiKey) else await credential.get(account=account.name)
                 scope.check()
                 if place is None:

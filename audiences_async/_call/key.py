@@ -20,6 +20,17 @@ class CallKey:
         self._source: KeySource | None = None if isinstance(credential, ApiKey) else credential
         self._refused: ApiKey | None = None
 
+    def begin(self) -> None:
+        """Note that the call begins: its key function is used."""
+        if self._source is not None:
+            self._source.__enter__()
+
+    def end(self) -> None:
+        """Let go of the key function: whatever still holds the call does not hold it for the calls that come later."""
+        if self._source is not None:
+            self._source.__exit__()
+        self._source = None
+
     @property
     def can_be_refreshed(self) -> bool:
         """Whether a key function can be asked for a fresh key."""
@@ -42,7 +53,3 @@ class CallKey:
             self.current = await self._source.get(account=account, refused=self._refused)
             self.is_asked_for = False
         return self.current
-
-    def forget_source(self) -> None:
-        """Let go of the key function: whatever still holds the call does not hold it for the calls that come later."""
-        self._source = None

@@ -5,6 +5,7 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from attrs import field, frozen
@@ -26,7 +27,11 @@ _SEPARATOR_LINE: Final = re.compile(r'"?sep=(.|\t)?"?', re.IGNORECASE)
 _SHORTENED: Final = re.compile(r"\d([.,]\d+)?E\+\d+", re.IGNORECASE)
 _ERROR_VALUE: Final = re.compile(r"#([^\W\d_]+[?!]|DIV/0!|N/A|NV|#+)")
 _NOT_UTF_8: Final = "is not UTF-8 text; a spreadsheet writes it as 'CSV UTF-8'"
-_CSV_ERRORS: Final[Mapping[str, str]] = {"unexpected end of data": "a quote is opened here and never closed"}
+_CSV_ERRORS: Final[Mapping[str, str]] = {
+    "unexpected end of data": "a quote is opened here and never closed",
+    "expected after": "a text goes on after the quote that ends it; is a quote missing, or not doubled?",
+}
+_REREADS: Final = 20  # of rows with a stray quote, each of which may be as long as the file
 # If the header is missing, the first line may contain a key: only words that headers are made of are repeated.
 _HEADER_WORDS: Final = frozenset({
     "account", "accounts", "api", "apikey", "bearer", "client", "comment", "company", "customer", "email", "env",
@@ -125,17 +130,39 @@ def _shown(name: str) -> str:
 
 
 class _Lines(Iterator[str]):
-    """The lines, of which bytes that are not UTF-8 are surrogates; and the byte at which the next one begins."""
+    """The lines, of which bytes that are not UTF-8 are surrogates.
+
+    Attributes:
+        number: Number of lines read so far.
+        offset: Byte at which the next line begins.
+    """
 
     def __init__(self, lines: Iterable[bytes]) -> None:
-        self.offset = 0
+        self.number: int = 0
+        self.offset: int = 0
         self._lines = iter(lines)
+        self._row: list[bytes] | None = None  # the lines of a row, if it was begun
 
     def __next__(self) -> str:
         line = next(self._lines)
         text = line.decode("utf-8" if self.offset else "utf-8-sig", "surrogateescape")
+        self.number += 1
         self.offset += len(line)
+        if self._row is not None:
+            self._row.append(line)
         return text
+
+    def begin_row(self) -> None:
+        """Note that a row begins with the next line."""
+        self._row = []
+
+    def go_back(self) -> None:
+        """Have the row end with its first line, so that the next one is read again."""
+        assert self._row is not None
+        again = self._row[1:]
+        self.number -= len(again)
+        self.offset -= sum(map(len, again))
+        self._lines = chain(again, self._lines)
 
 
 def _is_text(text: str) -> bool:
@@ -175,24 +202,59 @@ def _csv(lines: _Lines) -> Iterator[Row | Problem]:
         yield Problem(f"line {len(start)}", problem)
         return
     columns = {name: number for number, name in enumerate(header.names, 1) if name}
-    records = _records(lines, header, len(start))
-    rows = (record for record in records if isinstance(record, Problem) or any(record[2]))
+    rows = (record for record in _records(lines, header) if isinstance(record, Problem) or any(record[2]))
     for number, record in enumerate(rows):
         if isinstance(record, Problem):
             yield record
             continue
         line, offset, cells = record
-        if mistake := next(_mistakes(line, cells, header), None):
-            yield mistake
-            continue
         # CSV leaves a field out by an empty cell.
         fields = {name: cells[column - 1] or None for name, column in columns.items()}
         yield Row(number, line, {name: (line, column) for name, column in columns.items()}, fields, offset)
 
 
+def _records(lines: _Lines, header: Header) -> Iterator[tuple[int, int, list[str]] | Problem]:
+    """Yield line, offset and cells of each row, or its mistake.
+
+    A mistake in several lines may be a stray quote, which swallows rows: they are read again, one by one.
+    """
+    rereads = 0
+    reader = csv.reader(lines, delimiter=header.separator, strict=True)
+    while True:
+        line, offset = lines.number + 1, lines.offset
+        lines.begin_row()
+        mistake: Problem | None
+        try:
+            cells = next(reader)
+            mistake = next(_mistakes(line, cells, header), None)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            mistake = Problem(f"line {line}", _described(error))
+        if mistake is None:
+            yield line, offset, cells
+            continue
+        yield mistake
+        if lines.number > line and rereads < _REREADS:
+            rereads += 1
+            lines.go_back()
+            reader = csv.reader(lines, delimiter=header.separator, strict=True)
+
+
+def _described(error: csv.Error) -> str:
+    return next((text for part, text in _CSV_ERRORS.items() if part in str(error)), str(error))
+
+
 def _mistakes(line: int, cells: list[str], header: Header) -> Iterator[Problem]:
     """Yield what is wrong with the cells of a row."""
-    for column, (name, cell) in enumerate(zip(header.names, cells, strict=True), 1):
+    if not all(map(_is_text, cells)):
+        column = next(column for column, cell in enumerate(cells, 1) if not _is_text(cell))
+        yield Problem(f"line {line}, column {column}", _NOT_UTF_8)
+    expected = len(header.names)
+    if cells and len(cells) != expected:
+        place = f"line {line}, column {min(len(cells), expected) + 1}"
+        yield Problem(place, f"expected {expected} fields as in the header, got {len(cells)}")
+    for column, (name, cell) in enumerate(zip(header.names, cells, strict=False), 1):
         is_read = name in FIELDS
         problem = ""
         if "\n" in cell and _swallows(column, cell, header, is_read=is_read):
@@ -215,33 +277,6 @@ def _swallows(column: int, cell: str, header: Header, *, is_read: bool) -> bool:
     _, *rows, last = (line.count(header.separator) for line in cell.splitlines())
     looks_so = last == column - 1 and all(count == len(header.names) - 1 for count in rows)
     return looks_so and (column > 1 or bool(rows))
-
-
-def _records(lines: _Lines, header: Header, line: int) -> Iterator[tuple[int, int, list[str]] | Problem]:
-    """Yield line, offset and cells of each record after *line*, as many cells as the header has."""
-    reader, above = csv.reader(lines, delimiter=header.separator, strict=True), line
-    expected = len(header.names)
-    while True:
-        start, offset = line + 1, lines.offset
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            line = above + reader.line_num
-            what = _CSV_ERRORS.get(str(error))
-            many = what is None and line > start
-            yield Problem(f"lines {start} to {line}" if many else f"line {start}", what or str(error))
-            continue
-        if cells is None:
-            return
-        line = above + reader.line_num
-        not_text = next((column for column, cell in enumerate(cells, 1) if not _is_text(cell)), 0)
-        if not_text:
-            yield Problem(f"line {start}, column {not_text}", _NOT_UTF_8)
-        elif cells and len(cells) != expected:
-            place = f"line {start}, column {min(len(cells), expected) + 1}"
-            yield Problem(place, f"expected {expected} fields as in the header, got {len(cells)}")
-        else:
-            yield start, offset, cells
 
 
 def _ndjson(lines: _Lines) -> Iterator[Row | Problem]:

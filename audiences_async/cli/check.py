@@ -21,5 +21,7 @@ def show(path: Path, *, with_keys: bool) -> int:
     more = report.problems - len(report.described)
     if more:
         print(f"… and {more:,} more problems")
+    for note in report.notes:
+        print(f"note: {note}")
     print(f"accounts: {report.accounts:,}, problems: {report.problems:,}")
     return USAGE if report.problems else DONE

@@ -219,6 +219,7 @@ def fields(tally: Tally, out: Path) -> dict[str, Any]:
         "elapsed": round(tally.elapsed, 3),
         "times": tally.timing.quantiles(),
         "learned": tally.service.learned(),
+        "service": tally.service.now(),
         "failures": [
             {"reason": reason, "hint": hint, "accounts": len(names), "names": names[:_NAMED]}
             for reason, hint, names in tally.most_frequent()

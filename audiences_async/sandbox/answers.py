@@ -41,7 +41,7 @@ class SeenRequest:
         account: The name that the key belongs to; ``None`` for no key, or an unknown one.
         method: The HTTP method.
         path: The path and query as sent.
-        headers: The headers without ``Authorization``.
+        headers: The headers without ``Authorization``; names are case-insensitive.
         at: The time at which it came, in seconds of the sandbox's *time*.
         answer: The status that went out; ``None`` if the connection died instead.
     """

@@ -18,6 +18,7 @@ from typing import Any, Final, Self
 
 import attrs
 from aiohttp import web
+from multidict import CIMultiDict
 
 from audiences_async._base import checks
 from audiences_async.errors import ConfigurationError, phrase
@@ -252,7 +253,8 @@ class Sandbox:
         return web.Response(status=answer.status, body=body, headers=_headers(answer))
 
     def _remember(self, request: web.Request, account: SandboxAccount | None, answer: Answer, now: float) -> None:
-        headers = {name: value for name, value in request.headers.items() if name.lower() != "authorization"}
+        headers = CIMultiDict(request.headers)
+        headers.popall("Authorization", None)
         seen = SeenRequest(
             account=None if account is None else account.name,
             method=request.method,
