@@ -21,6 +21,8 @@ from audiences_async.cli.exits import exit_code
 from audiences_async.errors import ClientClosedError, DeadlineExceededError, InvalidResponseError, status_error
 from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox
 
+pytestmark = pytest.mark.measured
+
 
 @pytest.fixture
 def environment(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, str]:

@@ -296,6 +296,7 @@ def test_a_name_that_is_almost_too_long(job: Job, output: str, length: int) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", ">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.measured
 def test_a_fetch_without_its_streams(job: Job, redirection: str) -> None:
     """Fetch all accounts, write the CSV and exit with 0 if standard streams are closed or full."""
     done = job.end(*job.arguments("csv"), redirection=redirection)
@@ -305,6 +306,7 @@ def test_a_fetch_without_its_streams(job: Job, redirection: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["terminal", "pipe", "full pipe", "nohup"])
+@pytest.mark.measured
 def test_a_terminal_that_goes_away_during_a_fetch(job: Job, kind: str) -> None:
     """Keep output and exit code if stderr disappears or blocks, or on a SIGHUP under nohup."""
     job.sandbox.script("a2", Answer(delay=0.4))
@@ -420,6 +422,7 @@ def test_waiting_for_the_rate_takes_no_time(job: Job, concurrency: str, timeout:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [40, 20])
+@pytest.mark.measured
 def test_few_files_may_be_open(job: Job, limit: int) -> None:
     """Use fewer connections under a low limit on open files, and lose no account."""
     names = [f"a{number}" for number in range(300)]
@@ -436,6 +439,7 @@ def test_few_files_may_be_open(job: Job, limit: int) -> None:
 @pytest.mark.parametrize(
     ("number", "before"), [(SIGINT, ":"), (SIGTERM, ":"), (SIGHUP, ":"), (SIGTERM, NO_INT), (SIGHUP, NO_INT)]
 )
+@pytest.mark.measured
 def test_a_signal_ends_a_fetch_in_order(job: Job, number: Signals, before: str, output: str) -> None:
     """Print how to continue a fetch that a signal ended, in a background job too; --resume completes it."""
     job.sandbox.script("a2", Answer(delay=60.0))

@@ -175,6 +175,7 @@ def test_a_redis_with_room_for_few_clients(redis: str, sandbox: Sandbox, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.measured
 def test_the_command_line_of_both_sides(
     redis: str, run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

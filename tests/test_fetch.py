@@ -205,6 +205,7 @@ def test_a_folder_that_does_not_exist(run: Callable[..., Done], sandbox: Sandbox
     assert done.stderr == f"error: cannot write {folder}: No such directory\nhint: choose another --out\n"
 
 
+@pytest.mark.measured
 def test_a_check_whose_reader_has_gone(tmp_path: Path) -> None:
     """End in silence if the output of --check is piped into a program that reads no further."""
     accounts = tmp_path / "accounts.csv"

@@ -183,6 +183,7 @@ def programs(tmp_path: Path) -> Path:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("checker", ["pyright", "mypy"])
 @pytest.mark.once
+@pytest.mark.long
 def test_type_checkers_accept_the_programs_of_readme(programs: Path, checker: str) -> None:
     """Pyright, basic and strict, and mypy accept README's programs; mypy refuses each wrong call of typing_api.py."""
     if find_spec(checker) is None and not os.environ.get("CI"):
@@ -306,6 +307,7 @@ def test_an_import_brings_little(code: str) -> None:
         "import audiences_async.client as c, audiences_async as a; print(c.Account is a.Account)",
     ],
 )
+@pytest.mark.measured
 def test_names_come_on_first_use(code: str) -> None:
     """Load the public names and modules in any order of first use."""
     assert printed(code) == "True"

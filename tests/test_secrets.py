@@ -822,6 +822,7 @@ def test_a_whole_program_shows_no_key(sandbox: Sandbox, tmp_path: Path, parser: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["no status line", "header value", "long value", "long line", "chunk size", "length"])
+@pytest.mark.measured
 def test_a_broken_head_read_by_the_other_parser(tmp_path: Path, head: str) -> None:
     """With aiohttp's pure Python parser, a malformed response that quotes the key shows nothing of it."""
     program = tmp_path / "program.py"

@@ -15,7 +15,7 @@ from command import counted
 
 from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox
 
-pytestmark = [pytest.mark.once, pytest.mark.slow]
+pytestmark = [pytest.mark.once, pytest.mark.slow, pytest.mark.measured]
 
 # The standard library and filelock are imported first: they have their own code for Windows.
 WINDOWS = """

@@ -131,6 +131,11 @@ class Pacer:
         if place is not None:  # before the lane, whose other calls may hold all places
             with time.held():
                 await place.enter()
+        elif self.service.state == "out" and lane.limiter is None:
+            # Not behind a job's call of the same account, which waits for the end of the outage.
+            await self.service.opened_or_out()
+            if (turn := self._sent(lane)) is not None:
+                return turn
         async with lane.head(time.deadline):
             await lane.opened()
             await lane.ask_limiter("rate_limit", lane.account, time.deadline - self.clock.monotonic())
