@@ -6,7 +6,6 @@ import inspect
 import json
 import re
 from collections.abc import Awaitable, Callable
-from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Final, Self, TypeAlias
 from urllib.parse import quote
@@ -74,12 +73,13 @@ def _without_key() -> str:
 class ApiKey(Secret):
     """An API key."""
 
-    __slots__ = ("before",)
+    __slots__ = ("_traces", "before")
 
     def __init__(self, text: str, *, before: "ApiKey | None" = None) -> None:
         super().__init__(text)
         self.before: ApiKey | None = before
         """The key that this one replaced; a late response may still echo it."""
+        self._traces: list[_Trace] | None = None  # made when a text is first redacted
 
     def digest(self, salt: bytes) -> bytes:
         """Return a keyed digest that identifies the key without revealing it."""
@@ -90,7 +90,8 @@ class ApiKey(Secret):
         if self._text.lower() in text.lower():
             text = re.sub(re.escape(self._text), MASK, text, flags=re.IGNORECASE)
         lowered = text.lower()
-        for trace in _traces(self._text):
+        self._traces = self._traces or _traces(self._text)
+        for trace in self._traces:
             if all(run.lower() in lowered for run in trace):
                 text = _words_with(trace, self._text).sub(MASK, text)
         return text if self.before is None else self.before.redact(text)
@@ -131,7 +132,6 @@ class ApiKey(Secret):
         return None
 
 
-@lru_cache(maxsize=64)
 def _traces(key: str) -> list[_Trace]:
     """Return the traces of the key and of most of it; a word that has one of them is masked."""
     # Spellings share the trace of the key, except Base64, and all of them if the key has no Latin letters or digits.

@@ -125,7 +125,10 @@ def _restore(cls: type[_E], args: tuple[Any, ...], state: dict[str, Any]) -> _E:
 
 
 class ConfigurationError(AudiencesError, ValueError):
-    """An argument, an environment variable or a key is invalid. Raised before anything is sent."""
+    """An argument, an environment variable or a key is invalid. Raised before anything is sent.
+
+    Only the bug of a key function that is asked again after a 401, or of a limiter, can come later.
+    """
 
     @property
     def gateway_status(self) -> int:

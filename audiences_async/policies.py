@@ -79,7 +79,9 @@ class RetryBudget:
 
 @frozen
 class RateLimit:
-    """A rate that is known, for each account: at most ``burst + rate / per * t`` requests in any *t* seconds.
+    """A rate that is known: at most ``burst + rate / per * t`` requests in any *t* seconds.
+
+    As ``rate_limit`` it is that of each account, as ``service_rate_limit`` that of all accounts together.
 
     Attributes:
         rate: Requests in *per* seconds; above 0.

@@ -378,7 +378,7 @@ def _model_hook(converter: Converter, cls: type[Any]) -> _Hook:
     structure = make_dict_structure_fn(cls, converter, **overrides)
 
     def hook(sent: dict[str, Any], _: Any) -> Any:
-        if len(sent) == len(known):
+        if sent.keys() == known:
             return structure(sent, cls)
         beyond = {name: value for name, value in sent.items() if name not in known}
         return structure({**sent, _EXTRA: beyond or NOTHING}, cls)

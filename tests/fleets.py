@@ -34,7 +34,7 @@ class Distant(Service):
 
     chance: random.Random = field(factory=lambda: random.Random(1))
 
-    async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
+    async def attempt(self, key: ApiKey, call: object = None, **_: object) -> Reply | TransportError:
         """Answer after a round trip of a random length."""
         self.round_trip = self.chance.uniform(0.01, 0.03)
         return await super().attempt(key)

@@ -1,10 +1,12 @@
 """The way imports go, and the page that shows it."""
 
 import ast
+import importlib
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -91,6 +93,27 @@ def test_the_page_names_each_module() -> None:
     private = {"_base", "_call", "_distributed", "_http", "_jobs", "_pace"}
     expected = {name.removeprefix(f"{part}.") if part in private else part for name, part, _ in modules()}
     assert sorted(expected - named) == []
+
+
+def test_the_names_on_the_page_exist() -> None:
+    """Find each name of the page that has a dot, such as `_call.decide.decide`, in the code."""
+    names = set(re.findall(r"`(\w+(?:\.\w+)+)`", PAGE.read_text(encoding="utf-8")))
+    assert "_call.decide.decide" in names
+    assert [name for name in sorted(names) if not exists(name)] == []
+
+
+def exists(name: str) -> bool:
+    """Return whether a module of the package has that name, or something in one."""
+    with suppress(ModuleNotFoundError):
+        importlib.import_module(f"audiences_async.{name}")
+        return True
+    owner, _, last = name.rpartition(".")
+    with suppress(ModuleNotFoundError):
+        return hasattr(importlib.import_module(f"audiences_async.{owner}"), last)
+    owner, _, cls = owner.rpartition(".")
+    with suppress(ModuleNotFoundError):
+        return hasattr(getattr(importlib.import_module(f"audiences_async.{owner}"), cls, None), last)
+    return False
 
 
 def test_only_the_wire_and_the_sandbox_import_aiohttp() -> None:

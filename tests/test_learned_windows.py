@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from audiences_async._pace.windows import LearnedWindow
+from audiences_async._pace.learned_window import LearnedWindow
 
 pytestmark = [pytest.mark.once, pytest.mark.simulated]
 

@@ -24,6 +24,7 @@ from audiences_async import (
     RateLimit,
     RetryPolicy,
     ServerError,
+    TooManyRequestsError,
 )
 from audiences_async._distributed.shares import Pace
 from audiences_async._http.wire import Reply
@@ -204,7 +205,7 @@ def test_a_shared_quota_is_announced_to_different_accounts(run: RunJob) -> None:
         return status, {"RateLimit": f'"default";r={100 - len(used)};t={math.ceil(start + 2 - at)}'}
 
     class InOrder(Service):
-        async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
+        async def attempt(self, key: ApiKey, call: object = None, **_: object) -> Reply | TransportError:
             """Answer requests that are sent at the same moment in their order."""
             self.round_trip += 1e-9
             return await super().attempt(key)
@@ -288,7 +289,7 @@ def test_a_limit_of_connections_that_is_lowered(run: RunJob) -> None:
 
     @define
     class Falling(ConnectionLimit):
-        async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
+        async def attempt(self, key: ApiKey, call: object = None, **_: object) -> Reply | TransportError:
             self.limit = 10 if virtual.now() < 10 else 4 if virtual.now() < 20 else 1
             return await super().attempt(key)
 
@@ -361,7 +362,7 @@ def test_refusals_that_come_late_are_old_news(run: RunJob) -> None:
     """Where replies take different times, a refusal from before the last cut does not cut once more."""
 
     class Uneven(Service):
-        async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
+        async def attempt(self, key: ApiKey, call: object = None, **_: object) -> Reply | TransportError:
             self.round_trip = chance.choice((0.01, 0.2))
             return await super().attempt(key)
 
@@ -375,7 +376,7 @@ def test_a_machine_without_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     """If nothing is in flight that could return a socket, the call fails, and says what to change."""
 
     class NoSockets(Service):
-        async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
+        async def attempt(self, key: ApiKey, call: object = None, **_: object) -> Reply | TransportError:
             return ConnectionFailedError("cannot open another socket", unsent=True)
 
     monkeypatch.setattr("audiences_async._call.engine.Transport", NoSockets(lambda key, at: 200))
@@ -397,7 +398,7 @@ class Swallowing(Service):
 
     waiting: set["asyncio.Future[None]"] | None = None
 
-    async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
+    async def attempt(self, key: ApiKey, call: object = None, **_: object) -> Reply | TransportError:
         """Leave a request from second 1 to 11 without an answer, until it is abandoned or times out."""
         if not 1 < virtual.now() < 11:
             return await super().attempt(key)
@@ -551,6 +552,29 @@ def test_a_single_call_does_not_wait_for_the_end_of_an_outage(monkeypatch: pytes
                     await client.get_audiences(account, timeout=0.3)
                 assert service.times(key=str(account.api_key))[-1] >= before
                 assert virtual.now() - before <= 0.3
+            job.cancel()
+            await asyncio.wait({job})
+
+    virtual.run(main())
+
+
+def test_a_single_call_in_an_outage_waits_for_its_own_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send nothing for an account that the service has told to wait, also while the service is out."""
+    answers = {"web": iter([(429, {"Retry-After": "12"})])}
+    service = Service(lambda key, at: next(answers.get(key, iter(())), 500), round_trip=0.05)
+    monkeypatch.setattr("audiences_async._call.engine.Transport", service)
+
+    async def main() -> None:
+        async with AudiencesClient(base_url="http://localhost/", clock=virtual.clock()) as client:
+            web = Account("web", "web")
+            with pytest.raises(TooManyRequestsError):
+                await client.get_audiences(web, timeout=1.0)
+            job = asyncio.create_task(client.fetch_all([Account(f"a{number}", f"key{number}") for number in range(50)]))
+            await asyncio.sleep(5)
+            with pytest.raises(ServerError):
+                await client.get_audiences(web, timeout=8.0)
+            first, second, *_ = service.times(key="web")
+            assert second - first >= 12.0
             job.cancel()
             await asyncio.wait({job})
 

@@ -80,7 +80,7 @@ class Service:
         """Return itself in place of a `Transport`."""
         return self
 
-    async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
+    async def attempt(self, key: ApiKey, call: object = None, **_: object) -> Reply | TransportError:
         """Answer after a round trip, as decided when the request arrived."""
         await asyncio.sleep(self.round_trip / 2)
         decided = self.decide(key.reveal(), now())
@@ -184,7 +184,7 @@ class Workers(Service):
     wasted: int = 0
     _free_at: list[float] = field(factory=list)
 
-    async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
+    async def attempt(self, key: ApiKey, call: object = None, **_: object) -> Reply | TransportError:
         """Answer when a worker is done, or time out."""
         self._free_at = self._free_at or [0.0] * self.workers
         first = min(range(self.workers), key=self._free_at.__getitem__)
@@ -207,7 +207,7 @@ class ConnectionLimit(Service):
     refusal: int = 429
     _under_way: int = 0
 
-    async def attempt(self, key: ApiKey, call: object = None) -> Reply | TransportError:
+    async def attempt(self, key: ApiKey, call: object = None, **_: object) -> Reply | TransportError:
         """Answer after a round trip, or refuse at once."""
         status = 200 if self._under_way < self.limit else self.refusal
         self.seen.append((now(), key.reveal(), status))

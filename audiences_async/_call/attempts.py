@@ -79,7 +79,7 @@ class Attempts:
                 result = await self._exchange(key)
                 if result is not None:
                     return result
-        except TransportError as error:  # of the key function, of a limiter, or of a job without patience
+        except TransportError as error:  # of the key function, of a limiter, or of a job whose patience ran out
             return error.with_traceback(None)
         finally:
             if self._place is not None:
@@ -94,7 +94,9 @@ class Attempts:
         report = NOTHING
         try:
             self._record.attempt_started(queued_at)
-            reply = await self._context.transport.attempt(witness or key, self._time.scope)
+            reply = await self._context.transport.attempt(
+                witness or key, self._time.scope, url=self._context.url, header=self._context.header
+            )
             if isinstance(reply, Reply):
                 if self._record.is_watched:
                     self._look_for_notice(reply, witness or key)

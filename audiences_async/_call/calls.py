@@ -13,7 +13,6 @@ from audiences_async._call.cache import Cache, copy_for
 from audiences_async._call.context import CallContext
 from audiences_async._call.record import new_call_id
 from audiences_async._call.run import ASKING, Call, out_of_time
-from audiences_async._http.transport import CustomRequests, Transport
 from audiences_async._http.wire import Result
 from audiences_async._pace.places import Place
 from audiences_async.credentials import ApiKey, KeySource
@@ -104,7 +103,9 @@ class Calls:
         call_id: str | None = None
         if other is not None or context.request_id_header is not None:
             call_id = new_call_id()
-            context = _customized(context, other or (None, None), call_id)
+            path, url = other or (None, None)
+            header = None if context.request_id_header is None else (context.request_id_header, call_id)
+            context = evolve(context, path=path, url=url, header=header)
         now = context.clock.monotonic
         time = CallTime(now, self._deadlines.within(timeout), timeout, stands_still=place is not None)
         return Call(account, self._credential(account), time, context, place=place, call_id=call_id)
@@ -162,11 +163,3 @@ class Calls:
             return credential
         # Kept as long as a call refers to it, so that concurrent calls share one key and one refresh.
         return self._key_sources.setdefault((account.name, id(credential)), KeySource(credential))
-
-
-def _customized(context: CallContext, other: tuple[str, URL] | tuple[None, None], call_id: str) -> CallContext:
-    """Return the context of a call that has a path and a URL, or a header of its own."""
-    assert isinstance(context.transport, Transport)
-    header = None if context.request_id_header is None else (context.request_id_header, call_id)
-    path, url = other
-    return evolve(context, path=path, transport=CustomRequests(context.transport, url, header))

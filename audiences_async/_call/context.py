@@ -1,10 +1,11 @@
-"""What all calls of one client share."""
+"""What a call gets from its client."""
 
 from attrs import field, frozen
+from yarl import URL
 
 from audiences_async._call.retrying import RetryTokens
 from audiences_async._http.deprecation import Notices
-from audiences_async._http.transport import Sender
+from audiences_async._http.transport import Transport
 from audiences_async._pace.pacer import Pacer
 from audiences_async.clock import Clock
 from audiences_async.events import EventHook
@@ -13,7 +14,7 @@ from audiences_async.policies import RetryPolicy
 
 @frozen(eq=False)
 class CallContext:
-    """What all calls of one client share, but for the exceptions below.
+    """What all calls of one client share, and what one of them has of its own.
 
     Attributes:
         policy: Which failures are retried, how often and when; a variant of the client may have another one.
@@ -21,10 +22,12 @@ class CallContext:
         clock: The client's clock.
         on_event: Called with each event.
         pacer: Grants the turns.
-        transport: Sends the requests; for a call that has its own header or URL, in its own way.
+        transport: Sends the requests.
         request_id_header: Header that carries the identifier of a call; ``None`` means none.
-        path: Path of `get_json`; ``None`` means GET /audiences.
         notices: Finds the first announcement of the end of the service.
+        path: The call's own path, of `get_json`; ``None`` means GET /audiences.
+        url: The call's own URL, of that path; ``None`` means the endpoint.
+        header: Name and value of a header of the call's own; ``None`` means none.
     """
 
     policy: RetryPolicy
@@ -32,7 +35,9 @@ class CallContext:
     clock: Clock
     on_event: EventHook | None
     pacer: Pacer
-    transport: Sender
+    transport: Transport
     request_id_header: str | None = None
-    path: str | None = None
     notices: Notices = field(factory=Notices)
+    path: str | None = None
+    url: URL | None = None
+    header: tuple[str, str] | None = None

@@ -1,4 +1,4 @@
-"""Retry decisions and delays; tenacity runs the loop.
+"""How long to wait before a retry, and the tokens of the retry budget; tenacity runs the loop.
 
 The service documents 429 and 500, and no ``Retry-After``: https://api.commbox.io/ (GET /audiences). Proxies in front of
 it add 408, 502, 503 and 504.

@@ -3,7 +3,7 @@
 import asyncio
 import ssl as tls
 from collections.abc import Awaitable, Mapping
-from typing import Final, Protocol
+from typing import Final
 from weakref import WeakKeyDictionary
 
 import aiohttp
@@ -87,13 +87,6 @@ def check_cookies(session: aiohttp.ClientSession, account: Account) -> None:
         raise ConfigurationError(message, account=account.name)
 
 
-class Sender(Protocol):
-    """What sends the requests of a call."""
-
-    async def attempt(self, key: ApiKey, call: Scope | None = None) -> Reply | TransportError:
-        """Send the request once and read the whole response. See `Transport.attempt`."""
-
-
 class Transport:
     """One session on one event loop, and the size of its pool."""
 
@@ -156,7 +149,8 @@ class Transport:
         try:
             with scope:
                 response = await self._send(authorization(key), url, header)
-                return exchange.begin(response, cap) or await exchange.read(cap)
+                reply = exchange.begin(response, cap) or await exchange.read(cap)
+                return evolve(reply, is_json=True) if url is not None and isinstance(reply, Reply) else reply
         except asyncio.CancelledError as cancelled:
             if not is_cancelled():
                 return ConnectionFailedError("the exchange was cancelled, but not by its caller")
@@ -190,26 +184,6 @@ class Transport:
             timeout=NO_TIMEOUT,
             middlewares=self._middlewares,
         )
-
-
-@frozen(eq=False)
-class CustomRequests:
-    """A transport whose requests differ from those of all other calls.
-
-    Attributes:
-        transport: Where they are sent.
-        url: The URL of another call of the API; ``None`` means the endpoint.
-        header: Name and value of one more header; ``None`` means none.
-    """
-
-    transport: Transport
-    url: URL | None
-    header: tuple[str, str] | None
-
-    async def attempt(self, key: ApiKey, call: Scope | None = None) -> Reply | TransportError:
-        """Do the same as `Transport.attempt`."""
-        reply = await self.transport.attempt(key, call, url=self.url, header=self.header)
-        return evolve(reply, is_json=True) if isinstance(reply, Reply) and self.url is not None else reply
 
 
 def _limit_of(connector: aiohttp.BaseConnector | None) -> int:

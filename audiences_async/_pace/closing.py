@@ -12,7 +12,7 @@ class Closing:
         self.until: float = -math.inf
         """When requests may go again; a time in the past if they may."""
         self.cut_at: float = -math.inf
-        """When the latest refusal came; what was sent before is old news."""
+        """When the latest refusal came; the reply to an earlier request shows nothing about the time after it."""
         self.failures: int = 0
         """Refusals in a row, without an answer between them."""
         self.is_probing: bool = False

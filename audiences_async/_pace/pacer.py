@@ -88,7 +88,7 @@ class Pacer:
             settings=SharedPauseSettings(self._settings.first, self._settings.longest),
             emit=self._emit,
         )
-        self._scope: QuotaScope | None = None  # once a quota was announced
+        self._quota_scope: QuotaScope | None = None  # once a quota was announced
         self._lanes: OrderedDict[Account | str, Lane] = OrderedDict()
 
     def lane(self, account: Account) -> Lane:
@@ -215,7 +215,7 @@ class Pacer:
             lane.returned(now, turn.sent_at, "nothing", None)
         else:
             lane.returned(now, turn.sent_at, verdict, pause)
-            if quota is not None or self._scope is not None:
+            if quota is not None or self._quota_scope is not None:
                 self._announced(lane, now, turn, quota)
         if verdict == "answered":
             return _ANSWERED
@@ -225,10 +225,10 @@ class Pacer:
         return Released(verdict == "throttled" and lane.paces_retries, waits=False)
 
     def _announced(self, lane: Lane, now: float, turn: Turn, quota: Quota | None) -> None:
-        self._scope = self._scope or QuotaScope()
+        self._quota_scope = self._quota_scope or QuotaScope()
         if quota is not None:
-            self._scope.announced(lane, now, quota)
-        is_shared = quota is not None and self._scope.is_shared
+            self._quota_scope.announced(lane, now, quota)
+        is_shared = quota is not None and self._quota_scope.is_shared
         self.service.paces.announced(now, turn.sent_at, quota if is_shared else None)
         lane.paces.announced(now, turn.sent_at, None if is_shared else quota)
 

@@ -4,8 +4,8 @@ import math
 
 from audiences_async._http.quota import Quota
 from audiences_async._pace.allowance import Allowance
-from audiences_async._pace.learned import LearnedPace
-from audiences_async._pace.rates import KnownRate
+from audiences_async._pace.known_rate import KnownRate
+from audiences_async._pace.learned_pace import LearnedPace
 from audiences_async.policies import RateLimit
 
 

@@ -154,7 +154,7 @@ class PacedQueue(Queue):
         return self.closing.sent()
 
     def _returned(self, now: float, sent_at: float) -> bool:
-        """Note that a request has come to its end; ``False`` if it was sent before the last cut, and is old news."""
+        """Note that a request has come to its end; return whether it was sent after the latest refusal."""
         self._last_at = now
         self.in_flight -= 1
         return sent_at >= self.closing.cut_at

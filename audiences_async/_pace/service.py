@@ -66,7 +66,7 @@ class ServiceLane(PacedQueue):
         self.answers: int = 0
         """Number of requests answered so far."""
         self.witness: ApiKey | None = None
-        """The key of an account that was answered."""
+        """The latest key that was answered, for probes; kept as long as the client."""
         self.abandon: Callable[[], None] = _do_nothing
         """Called to time out all requests in flight."""
         self.state: State = "open"

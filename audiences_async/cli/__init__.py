@@ -3,7 +3,7 @@
 import sys
 
 from audiences_async.cli.exits import USAGE
-from audiences_async.cli.signals import ending_as_ctrl_c, exit_code
+from audiences_async.cli.signals import ending_as_ctrl_c, interrupted_code
 from audiences_async.cli.streams import replace_closed
 
 
@@ -13,7 +13,7 @@ def main() -> None:
     try:
         from audiences_async.cli.app import run  # noqa: PLC0415 - of an optional extra
     except KeyboardInterrupt:
-        sys.exit(exit_code())
+        sys.exit(interrupted_code())
     except ModuleNotFoundError as error:
         if error.name not in {"cyclopts", "filelock", "rich"}:
             raise

@@ -68,7 +68,7 @@ def run(arguments: list[str] | None = None) -> int:
         with client_log():
             code = app(arguments)
     except KeyboardInterrupt:
-        return signals.exit_code()
+        return signals.interrupted_code()
     except ConfigurationError as error:
         return _report_error(error.summary, error.hint, USAGE)
     except OSError as error:
@@ -294,7 +294,7 @@ def fetch(
     except KeyboardInterrupt:
         kept = f"{tally.fetched:,} of {tally.total:,} accounts are fetched and kept"
         return _report_error(
-            f"interrupted; {kept}", "run the same command with --resume to continue", signals.exit_code(), log
+            f"interrupted; {kept}", "run the same command with --resume to continue", signals.interrupted_code(), log
         )
     log.write("summary", "\n".join(summary.text(tally, out)), **summary.fields(tally, out))
     return DONE if allow_partial or not tally.failed else PARTIAL

@@ -35,6 +35,6 @@ def _end(number: int, _: FrameType | None) -> None:
     signal.raise_signal(signal.SIGINT)  # asyncio cancels its main task on it
 
 
-def exit_code() -> int:
+def interrupted_code() -> int:
     """Return the exit code of an interrupted command: 128 plus the signal number."""
     return SIGNALLED + (_received[-1] if _received else signal.SIGINT)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from audiences_async import ConfigurationError, RateLimit
-from audiences_async._pace.rates import KnownRate
+from audiences_async._pace.known_rate import KnownRate
 from audiences_async.policies import Limiter
 
 pytestmark = [pytest.mark.once, pytest.mark.simulated]

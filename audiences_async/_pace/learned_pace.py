@@ -1,7 +1,7 @@
 """The pace that refusals have shown: a rate, or a number of requests in a window."""
 
-from audiences_async._pace.learning import LearnedRate
-from audiences_async._pace.windows import LearnedWindow
+from audiences_async._pace.learned_rate import LearnedRate
+from audiences_async._pace.learned_window import LearnedWindow
 
 
 class LearnedPace:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from virtual import LeakyBucket, TokenBucket
 
-from audiences_async._pace.learning import LearnedRate, Strays
+from audiences_async._pace.learned_rate import LearnedRate, Strays
 
 pytestmark = [pytest.mark.once, pytest.mark.simulated]
 

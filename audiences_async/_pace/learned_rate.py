@@ -97,7 +97,7 @@ class LearnedRate:
         assert self._strays is not None
         self.measurement.granted += 1
         self._strays.granted()
-        if self._held:  # else the callers are slower than the pace, and that it is kept shows nothing
+        if self._held:  # else the callers are slower than the pace, and no answer shows that more is granted
             self._grow(self.rate)
 
     def _grow(self, rate: float) -> None:
@@ -113,7 +113,7 @@ class LearnedRate:
         self.rate = min(_MAX_RATE, rate * min(1 + _MAX_GROWTH, (1 + self._growth) ** weight))
 
     def throttled(self, now: float, *, asked: bool = False) -> bool:
-        """Learn from a refusal; return whether there is a new rate.
+        """Learn from a refusal; return whether the rate was measured, and not only lowered by guess.
 
         Args:
             now: The time.

@@ -1,4 +1,4 @@
-"""The rate of requests that a limit allows: known, or kept elsewhere."""
+"""A rate that the user knows."""
 
 import math
 
