@@ -56,7 +56,7 @@ def check(path: str | os.PathLike[str], *, with_keys: bool = True) -> AccountFil
         ConfigurationError: The file's name has none of the supported extensions.
     """
     reader = _Reader(Path(path), with_keys=with_keys)
-    return evolve(reader.check(), notes=tuple(islice(reader.notes(), MAX_PROBLEMS)))
+    return evolve(reader.check(), notes=tuple(islice(_notes(reader.valid), MAX_PROBLEMS)))
 
 
 class AccountFile:
@@ -171,25 +171,8 @@ class _Reader:
         repeated = names.repeated()
         return self._report(partial(_duplicate, {}, repeated)) if repeated else report
 
-    def notes(self) -> Iterator[str]:
-        """Yield what is allowed, but is likely to be a mistake."""
-        keys, places = _Hashes(), defaultdict[str, list[str]](list)
-        for row, account in self._valid():
-            if not account.name.isprintable():
-                yield f"{row.at('name')}: the name has an invisible character"
-            if isinstance(account.credential, ApiKey):
-                keys.add(account.credential.reveal())
-                if _is_strange(account.credential.reveal()):
-                    yield f"{row.place}: the key has white space, an invisible character or an apostrophe in front"
-        repeated = keys.repeated()
-        for row, account in self._valid() if repeated else ():
-            if isinstance(account.credential, ApiKey) and hash(account.credential.reveal()) in repeated:
-                places[account.credential.reveal()].append(row.place)
-        for first, second, *more in filter(lambda found: len(found) > 1, places.values()):
-            others = f" and {len(more):,} more" if more else ""
-            yield f"{first}, {second}{others}: the same key"
-
-    def _valid(self) -> Iterator[tuple[Row, Account]]:
+    def valid(self) -> Iterator[tuple[Row, Account]]:
+        """Yield each account without a problem, with its row."""
         return (account for account in self.accounts() if not isinstance(account, Problem))
 
     def _report(self, problem_of: Callable[[Row, Account], Problem | None]) -> AccountFileReport:
@@ -301,6 +284,29 @@ def _all_accounts(path: Path) -> dict[str, Account] | str:
             return reader.described(account)
         accounts[account[1].name] = account[1]
     return accounts
+
+
+def _notes(accounts: Callable[[], Iterator[tuple[Row, Account]]]) -> Iterator[str]:
+    """Yield what is allowed, but is likely to be a mistake.
+
+    Args:
+        accounts: Called for the accounts once, or twice.
+    """
+    keys, places = _Hashes(), defaultdict[str, list[str]](list)
+    for row, account in accounts():
+        if not account.name.isprintable():
+            yield f"{row.at('name')}: the name has an invisible character"
+        if isinstance(account.credential, ApiKey):
+            keys.add(account.credential.reveal())
+            if _is_strange(account.credential.reveal()):
+                yield f"{row.place}: the key has white space, an invisible character or an apostrophe in front"
+    repeated = keys.repeated()
+    for row, account in accounts() if repeated else ():
+        if isinstance(account.credential, ApiKey) and hash(account.credential.reveal()) in repeated:
+            places[account.credential.reveal()].append(row.place)
+    for first, second, *more in filter(lambda found: len(found) > 1, places.values()):
+        others = f" and {len(more):,} more" if more else ""
+        yield f"{first}, {second}{others}: the same key"
 
 
 def _is_strange(key: str) -> bool:
