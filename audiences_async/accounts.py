@@ -56,7 +56,7 @@ def check(path: str | os.PathLike[str], *, with_keys: bool = True) -> AccountFil
         ConfigurationError: The file's name has none of the supported extensions.
     """
     reader = _Reader(Path(path), with_keys=with_keys)
-    return evolve(reader.check(), notes=tuple(islice(_notes(reader.valid), MAX_PROBLEMS)))
+    return evolve(reader.check(), notes=tuple(map(reader.described, islice(_notes(reader.valid), MAX_PROBLEMS))))
 
 
 class AccountFile:
@@ -207,14 +207,17 @@ class _Reader:
     def rows(self, place: int = 0, head: int = 0) -> Iterator[Row | Problem]:
         """Yield the rows, whatever their fields are, from a place on; *head* is the place of the first row."""
         try:
-            with self.path.open("rb") as file:
+            file = self.path.open("rb")
+        except (OSError, ValueError) as error:  # the latter for a NUL in the path
+            yield Problem("", f"cannot be read: {getattr(error, 'strerror', None) or error}")
+            return
+        with file:
+            try:
                 header = BytesIO(file.read(head) if place else b"")
                 file.seek(place)
                 yield from read(chain(header, file), self._suffix)
-        except OSError as error:
-            yield Problem("", f"cannot be read: {error.strerror or error}")
-        except ValueError as error:  # a NUL in the path
-            yield Problem("", f"cannot be read: {error}")
+            except OSError as error:
+                yield Problem("", f"cannot be read: {error.strerror or error}")
 
     def key_source(self, row: Row) -> tuple[Literal["api_key_env", "api_key_from"], str]:
         """Return the field, without a key, by which another account file finds the key of this row."""
@@ -286,7 +289,7 @@ def _all_accounts(path: Path) -> dict[str, Account] | str:
     return accounts
 
 
-def _notes(accounts: Callable[[], Iterator[tuple[Row, Account]]]) -> Iterator[str]:
+def _notes(accounts: Callable[[], Iterator[tuple[Row, Account]]]) -> Iterator[Problem]:
     """Yield what is allowed, but is likely to be a mistake.
 
     Args:
@@ -295,22 +298,27 @@ def _notes(accounts: Callable[[], Iterator[tuple[Row, Account]]]) -> Iterator[st
     keys, places = _Hashes(), defaultdict[str, list[str]](list)
     for row, account in accounts():
         if not account.name.isprintable():
-            yield f"{row.at('name')}: the name has an invisible character"
+            yield Problem(row.at("name"), "the name has an invisible character")
         if isinstance(account.credential, ApiKey):
             keys.add(account.credential.reveal())
-            if _is_strange(account.credential.reveal()):
-                yield f"{row.place}: the key has white space, an invisible character or an apostrophe in front"
+            if strange := _strange(account.credential.reveal()):
+                yield Problem(row.place, f"the key has {strange}")
     repeated = keys.repeated()
     for row, account in accounts() if repeated else ():
         if isinstance(account.credential, ApiKey) and hash(account.credential.reveal()) in repeated:
             places[account.credential.reveal()].append(row.place)
     for first, second, *more in filter(lambda found: len(found) > 1, places.values()):
         others = f" and {len(more):,} more" if more else ""
-        yield f"{first}, {second}{others}: the same key"
+        yield Problem(f"{first}, {second}{others}", "the same key")
 
 
-def _is_strange(key: str) -> bool:
-    return " " in key or key.startswith("'") or not key.isprintable()
+def _strange(key: str) -> str:
+    """Return what is strange about a key; empty if nothing is."""
+    if key.startswith("'"):
+        return "an apostrophe in front"
+    if any(character.isspace() for character in key):
+        return "white space inside"
+    return "" if key.isprintable() else "an invisible character"
 
 
 class _Hashes:

@@ -27,6 +27,7 @@ from audiences_async._http.wire import (
     proxy_url,
 )
 from audiences_async._jobs import jobs
+from audiences_async._pace.pacer import watching
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, Secret
 from audiences_async.errors import AudiencesError, ConfigurationError
@@ -360,7 +361,7 @@ class AudiencesClient:
 
     @asynccontextmanager
     async def _watched(self, job: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
-        with self._engine.open().context.pacer.watching():
+        with watching(self._engine.open().context.pacer.service):
             async with job as outcomes:
                 yield outcomes
 

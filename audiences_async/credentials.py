@@ -5,7 +5,8 @@ import base64
 import inspect
 import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any, Final, Self, TypeAlias
 from urllib.parse import quote
@@ -172,16 +173,23 @@ class KeySource:
         self._provider = provider
         self._lock = asyncio.Lock()
         self._key: ApiKey | None = None
-        self._users = 0
+        self.users: int = 0
+        """Calls that use it."""
 
-    def __enter__(self) -> Self:
-        self._users += 1
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._users -= 1
-        if not self._users:  # the traceback of a call that was cancelled may hold this for longer
+    def release(self) -> None:
+        """Note that a call uses it no longer; the last one forgets the key."""
+        self.users -= 1
+        if not self.users:  # the traceback of a call that was cancelled may hold this for longer
             self._key = None
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the key inside the block."""
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.release()
 
     async def get(self, *, account: str, refused: ApiKey | None = None) -> ApiKey:
         """Return the current key; a fresh one if the current one is *refused*.

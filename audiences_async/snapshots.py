@@ -40,8 +40,8 @@ class ServicePace:
         window: Requests that may be in flight at the same time, as far as is known.
         state: ``"open"``, ``"limited"`` (all accounts share a limit), or ``"out"`` (many accounts failed, and none was
             answered).
-        silent_for: Seconds since the first of the latest failures, without an answer to any account since; 0.0 if the
-            latest reply was an answer.
+        silent_for: Seconds from the first of the latest failures, without an answer to any account since, until now, or
+            until the latest failure if nothing is under way; 0.0 if the latest reply was an answer.
     """
 
     rate: float | None

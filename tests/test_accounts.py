@@ -167,6 +167,49 @@ def test_a_stray_quote_hides_no_mistake(tmp_path: Path, note: str, places: list[
     assert report.accounts == 5 - len(places)
 
 
+@pytest.mark.parametrize(
+    ("rows", "names"),
+    [
+        (f'a,{KEY},"x\n"\n', "a"),
+        (f'a,{KEY},"Main St 5\nBerlin, Germany"\n', "a"),
+        (f'a,{KEY},"\n\n"\nb,{KEY},"\u2028"\n', "ab"),
+        (f"#a!,{KEY},\n", ["#a!"]),
+    ],
+)
+def test_what_is_no_stray_quote(tmp_path: Path, rows: str, names: str) -> None:
+    """Accept texts that end in a line break, or have separators in their lines."""
+    file = tmp_path / "a.csv"
+    file.write_text(f"name,api_key,note\n{rows}", encoding="utf-8")
+    assert [account.name for account in AccountFile(file)] == list(names)
+
+
+def test_a_quote_in_the_first_column_swallows_no_account(tmp_path: Path) -> None:
+    """Find a pair of stray quotes in a column before those that are read, and the account between them."""
+    file = tmp_path / "a.csv"
+    file.write_text(f'note,name,api_key\n"x,n,{KEY}\ny",o,{KEY}\n')
+    assert [problem.partition(", ")[2] for problem in check(file).described] == [
+        "line 2, column 1: the cell has 2 lines; is a quote missing?"
+    ]
+
+
+def test_a_mistake_beside_a_long_text_is_one(tmp_path: Path) -> None:
+    """Report no mistakes in the lines of a cell, because its row has one."""
+    file = tmp_path / "a.csv"
+    file.write_text(f'name,api_key,note\na,1.2E+15,"one\ntwo\nthree"\nb,{KEY},\n')
+    report = check(file)
+    assert (report.accounts, [problem.partition(", ")[2][:16] for problem in report.described]) == (
+        1,
+        ["line 2, column 2"],
+    )
+
+
+def test_a_quote_that_is_not_closed_for_long(tmp_path: Path) -> None:
+    """Say so, as of one that is never closed."""
+    file = tmp_path / "a.csv"
+    file.write_text(f'name,api_key\n"n,{KEY}\n' + f"m,{KEY}\n" * 20_000)
+    assert "line 2: a quote is opened here and not closed within 131,072 characters" in check(file).described[0]
+
+
 def test_quotes_without_end_take_bounded_time(tmp_path: Path) -> None:
     """Read rows again for the first stray quotes only."""
     file = tmp_path / "a.csv"
@@ -190,14 +233,13 @@ def test_what_is_likely_to_be_a_mistake_is_noted(tmp_path: Path) -> None:
     file.write_text("name,api_key\n" + "".join(f"{name},{key}\n" for name, key in rows), encoding="utf-8")
     report = check(file)
     assert (report.problems, report.accounts) == (0, len(rows))
-    strange = "the key has white space, an invisible character or an apostrophe in front"
-    assert report.notes == (
-        f"line 3: {strange}",
+    assert [note.removeprefix(f"{file}, ") for note in report.notes] == [
+        "line 3: the key has an apostrophe in front",
         "line 4, column 1 (name): the name has an invisible character",
-        f"line 7: {strange}",
-        f"line 8: {strange}",
+        "line 7: the key has white space inside",
+        "line 8: the key has an invisible character",
         "line 2, line 5 and 1 more: the same key",
-    )
+    ]
     assert check(file, with_keys=False).notes == report.notes[1:2]
     assert not check(tmp_path / "none.csv").notes
 

@@ -284,6 +284,7 @@ async def test_a_caller_whose_time_ends_in_the_backoff(sandbox: Sandbox, north: 
         assert (type(error), error.stop_reason, error.gateway_status) == (ServerError, "deadline", 502)
         assert ([attempt.status for attempt in error.attempts], error.account) == ([503], "north")
         assert error.elapsed == pytest.approx(0.2, abs=0.1)
+        assert error.retry_after == pytest.approx(0.8, abs=0.1)
         assert len(await second) == 2
     assert [request.answer for request in sandbox.requests] == [503, 200]
 
@@ -599,6 +600,26 @@ async def test_a_stale_answer_is_reported_with_the_error_that_it_replaces(
     ends = [(event.error, event.stale) for event in events if isinstance(event, CallFinished)]
     assert ends == [(None, False), ("ServerError", True), ("NotFoundError", False), ("DeadlineExceededError", True)]
     assert lookups(events) == [("wire", 0.0), ("stale", 50.0), ("stale", 50.0)]
+
+
+async def test_a_refresh_uses_the_key_that_its_caller_was_given(
+    sandbox: Sandbox, north: Account, time: SteppedTime, make: Callable[..., AudiencesClient]
+) -> None:
+    """Ask a key function once for a stale answer and the request that replaces it."""
+    asked: list[float] = []
+
+    def provider() -> str:
+        asked.append(time.now)
+        return str(north.api_key)
+
+    account = Account("north", provider)
+    async with make(ttl=10.0, stale_while_revalidate=60.0) as client:
+        await client.get_audiences(account)
+        time.now += 20.0
+        await client.get_audiences(account)
+        await asyncio.to_thread(sandbox.wait_for_requests, 2)
+        await the_others()
+    assert len(asked) == 2
 
 
 async def test_a_failed_refresh_is_marked_stale(

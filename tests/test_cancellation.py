@@ -19,7 +19,7 @@ closes the client, and counts the turns of the event loop until it has ended. `s
 is held, and `scene.sound()` checks that the next call is answered. At the end, no task, no socket and no queued call
 is left. The fixture runs each state with the client's own session, and again with a session of the caller.
 
-**How a state is recognized.** `scene.call("Queue._wait")` starts a call and returns when it waits in the function of
+**How a state is recognized.** `scene.call("Queue.wait")` starts a call and returns when it waits in the function of
 this qualified name. `awaited` lists these names for any task; print it to find the right one. If a function is
 renamed, the scenes that wait in it fail with a timeout, and only the name has to be changed.
 
@@ -363,7 +363,7 @@ async def _slots(scene: Scene) -> None:
     scene.open(connections=1)
     await scene.serve()
     await scene.call("ClientResponse.start", Account("south", "key"))
-    await scene.call("Queue._wait")
+    await scene.call("Queue.wait")
 
 
 async def _window(scene: Scene) -> None:
@@ -371,21 +371,21 @@ async def _window(scene: Scene) -> None:
     await scene.serve()
     for _ in range(2):  # the initial number of requests in flight of an unknown account
         await scene.call("ClientResponse.start")
-    await scene.call("Queue._wait")
+    await scene.call("Queue.wait")
 
 
 async def _rate(scene: Scene) -> None:
     scene.open(rate_limit=RateLimit(0.001))
     await scene.serve()
     await scene.call("ClientResponse.start")
-    await scene.call("Queue._wait")
+    await scene.call("Queue.wait")
 
 
 async def _pause(scene: Scene) -> None:
     scene.open()
     await scene.serve(reply(b"429 Too Many", b"", b"Retry-After: 60"))
     await scene.call("Scene.sleep")
-    await scene.call("Queue._wait")
+    await scene.call("Queue.wait")
 
 
 async def _limiter(scene: Scene) -> None:
@@ -727,7 +727,7 @@ def right(account: Account, response: AudiencesResponse) -> None:
 
 KINDS_OF_WAITING: Final = {
     "key": {"Load._keyed.<locals>.key"},
-    "turn": {"Queue._wait"},
+    "turn": {"Queue.wait"},
     "connecting": {"BaseSelectorEventLoop.sock_connect", "BaseEventLoop._create_connection_transport"},
     "headers": {"ClientResponse.start"},
     "body": {"StreamReader.readany"},

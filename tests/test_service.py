@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -536,6 +537,29 @@ def test_one_account_shows_that_the_service_is_silent(monkeypatch: pytest.Monkey
     assert after == 0.0
 
 
+@pytest.mark.parametrize("limit", [None, RateLimit(50)])
+def test_an_old_failure_uses_up_no_patience(monkeypatch: pytest.MonkeyPatch, limit: RateLimit | None) -> None:
+    """Count idle time neither as silence nor for the patience of a job that begins later."""
+    service = Service(lambda key, at: 500 if at < 20 else 200, round_trip=0.05)
+    monkeypatch.setattr("audiences_async._call.engine.Transport", service)
+
+    async def main() -> None:
+        clock = virtual.clock()
+        async with AudiencesClient(
+            "key", base_url="http://localhost/", clock=clock, service_rate_limit=limit
+        ) as client:
+            with pytest.raises(ServerError):
+                await client.get_audiences(timeout=10.0)
+            await asyncio.sleep(3600)
+            pace = client.snapshot().service
+            assert pace is not None
+            assert 0 < pace.silent_for < 20
+            accounts = [Account(f"a{number}", f"key{number}") for number in range(300)]
+            assert all(outcome.ok for outcome in await client.fetch_all(accounts, patience=60.0))
+
+    virtual.run(main())
+
+
 def test_a_single_call_does_not_wait_for_the_end_of_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     """While the service is out, a call of no job goes out at once."""
     service = Service(lambda key, at: 500, round_trip=0.05)
@@ -552,6 +576,29 @@ def test_a_single_call_does_not_wait_for_the_end_of_an_outage(monkeypatch: pytes
                     await client.get_audiences(account, timeout=0.3)
                 assert service.times(key=str(account.api_key))[-1] >= before
                 assert virtual.now() - before <= 0.3
+            job.cancel()
+            await asyncio.wait({job})
+
+    virtual.run(main())
+
+
+def test_a_single_call_in_an_outage_keeps_to_its_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retry in an outage at the account's known rate, also beside a job's call of the same account, which waits."""
+    service = Service(lambda key, at: 500, round_trip=0.05)
+    monkeypatch.setattr("audiences_async._call.engine.Transport", service)
+
+    async def main() -> None:
+        options: dict[str, Any] = {"clock": virtual.clock(), "rate_limit": RateLimit(1.0), "budget": None}
+        async with AudiencesClient(base_url="http://localhost/", **options) as client:
+            accounts = [Account(f"a{number}", f"key{number}") for number in range(100)]
+            job = asyncio.create_task(client.fetch_all(accounts))
+            await asyncio.sleep(10)
+            for account in accounts[20:40]:
+                with pytest.raises(ServerError) as caught:
+                    await client.get_audiences(account, timeout=8.0)
+                assert len(caught.value.attempts) >= 3
+                times = service.times(key=str(account.api_key))[-len(caught.value.attempts) :]
+                assert all(later - sooner >= 0.999 for sooner, later in pairwise(times))
             job.cancel()
             await asyncio.wait({job})
 

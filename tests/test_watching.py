@@ -289,7 +289,7 @@ def test_check_prints_everything_at_once(run: Callable[..., Done], sandbox: Sand
     assert "line 4, column 1 (name): duplicate name 'north', first defined in line 3" in lines[1]
     assert lines[-3:] == [
         "… and 9 more problems",
-        "note: line 2, line 3 and 29 more: the same key",
+        f"note: {accounts}, line 2, line 3 and 29 more: the same key",
         "accounts: 2, problems: 29",
     ]
     assert KEY not in done.stdout

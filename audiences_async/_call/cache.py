@@ -241,9 +241,11 @@ class Cache:
             periods = [self._policy.stale_if_error, self._policy.stale_while_revalidate if is_refresh else 0.0]
             flight.call.record.stands_in = lambda error: self._replaces(kept, error, max(periods))
         self._flights[digest] = flight  # before creating the task, which may start eagerly
+        flight.call.begin()  # the caller may leave before the task begins
         flight.task = asyncio.get_running_loop().create_task(self._fly(flight, account))
         self._tasks.add(flight.task)
         flight.task.add_done_callback(self._tasks.discard)
+        flight.task.add_done_callback(lambda _: flight.call.end())
         return flight
 
     async def _fly(self, flight: _Flight, account: Account) -> Result:

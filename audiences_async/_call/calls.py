@@ -129,7 +129,7 @@ class Calls:
         started = self.context.clock.monotonic()
         calls: list[Call] = []
         try:
-            in_use = credential if isinstance(credential, KeySource) else nullcontext()
+            in_use = credential.in_use() if isinstance(credential, KeySource) else nullcontext()
             with in_use, self._deadlines.within(timeout) as scope:
                 key = credential if isinstance(credential, ApiKey) else await credential.get(account=account.name)
                 scope.check()
@@ -142,10 +142,11 @@ class Calls:
             return await self._run(self._begin(account, timeout, place, policy), failure.with_traceback(None))
         except TimeoutError:
             error, reason = self._out_of_time(timeout, calls[-1].phase if calls else ASKING)
+            now = self.context.clock.monotonic()
             if calls and calls[-1].failure is not None and not self._closing:
                 error = copy_for(calls[-1].failure, account)  # as that of a call whose next attempt does not fit
-            elapsed = self.context.clock.monotonic() - started
-            error.account, error.elapsed, error.stop_reason = account.name, elapsed, reason
+                error.retry_after = max(error.retry_after or 0.0, calls[-1].retry_at - now)
+            error.account, error.elapsed, error.stop_reason = account.name, now - started, reason
             if calls:
                 record = calls[-1].record
                 error.attempts, error.call_id = record.until_now(reason), record.call_id

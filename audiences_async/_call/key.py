@@ -10,7 +10,7 @@ class CallKey:
         credential: The key, or the source of keys.
     """
 
-    __slots__ = ("_refused", "_source", "current", "is_asked_for")
+    __slots__ = ("_is_in_use", "_refused", "_source", "current", "is_asked_for")
 
     def __init__(self, credential: ApiKey | KeySource) -> None:
         self.current: ApiKey | None = credential if isinstance(credential, ApiKey) else None
@@ -19,16 +19,18 @@ class CallKey:
         """Whether the call waits for the key function."""
         self._source: KeySource | None = None if isinstance(credential, ApiKey) else credential
         self._refused: ApiKey | None = None
+        self._is_in_use = False
 
     def begin(self) -> None:
-        """Note that the call begins: its key function is used."""
-        if self._source is not None:
-            self._source.__enter__()
+        """Note that the key function is used; once for each call."""
+        if self._source is not None and not self._is_in_use:
+            self._is_in_use = True
+            self._source.users += 1
 
     def end(self) -> None:
         """Let go of the key function: whatever still holds the call does not hold it for the calls that come later."""
-        if self._source is not None:
-            self._source.__exit__()
+        if self._source is not None and self._is_in_use:
+            self._source.release()
         self._source = None
 
     @property

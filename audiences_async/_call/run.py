@@ -36,17 +36,9 @@ class Call:
     """
 
     __slots__ = (
-        "_attempts",
-        "_borrows",
-        "_context",
-        "_ended_in",
-        "_next",
-        "_place",
-        "_was_stale",
-        "failure",
-        "record",
-        "time",
-    )
+        "_attempts", "_borrows", "_context", "_ended_in", "_next", "_place", "_was_stale", "failure", "record",
+        "retry_at", "time",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -68,12 +60,22 @@ class Call:
         self._was_stale = False
         self.failure: AudiencesError | None = None
         """The error of the latest attempt, while the call waits to retry; ``None`` at any other time."""
+        self.retry_at: float = 0.0
+        """When that wait ends, on the client's clock."""
         self._ended_in: str | None = None  # phase
 
     @property
     def key(self) -> ApiKey | None:
         """The key of the last attempt; ``None`` before the first."""
         return self._attempts.key.current
+
+    def begin(self) -> None:
+        """Keep the key that the account's key function has given, until `end`; without an effect if it is kept."""
+        self._attempts.key.begin()
+
+    def end(self) -> None:
+        """Let go of the key function."""
+        self._attempts.key.end()
 
     async def run(self, first: AudiencesError | None = None) -> Result:
         """Return the answer, or the error of the last attempt; tenacity comes in if something has failed.
@@ -170,6 +172,7 @@ class Call:
         self._was_stale |= self._next.reason == "stale-connection"
         result = _result_of(state)
         self.failure = result if isinstance(result, AudiencesError) else None
+        self.retry_at = self._context.clock.monotonic() + self._next.wait
         self.record.add(result, self._next.wait, self._next.reason)
         if self._next.reason == "fresh-key":
             self._attempts.key.refuse()

@@ -15,7 +15,7 @@ from audiences_async._distributed.shares import Pace, Share
 from audiences_async._pace.queue import acquire
 from audiences_async.errors import TransportError
 from audiences_async.events import AttemptFinished, Event, ServicePaused, ServiceResumed
-from audiences_async.policies import Limiter, RateLimit
+from audiences_async.policies import Limiter, RateLimit, RetryPolicy
 
 KEY: Final = "reports"
 """Name of the hash with the reports, below the queue's prefix."""
@@ -25,6 +25,7 @@ FRESH: Final = 3.0
 _EVERY: Final = 0.5  # s between two reports
 _KEPT: Final = 60.0  # s after which another worker removes the report of one that died
 _TURN: Final = 2.0  # s for which a worker is the one that probes
+_RETRIED: Final = RetryPolicy().statuses  # any other shows that the service answers, as the client sees it too
 _SETTLED: Final = 1.0  # s; a shorter pause for which the service named no time belongs to learning its rate
 
 
@@ -90,7 +91,7 @@ class Seen:
         """Learn from an event of the client."""
         match event:
             case AttemptFinished(attempt=attempt):
-                if attempt.status is not None and attempt.status < 500 and attempt.status != 429:
+                if attempt.status is not None and attempt.status not in _RETRIED:
                     self.answered_at = now
             case ServicePaused(state=state, asked=asked):
                 self._closed_at = now if self._state == "open" else self._closed_at

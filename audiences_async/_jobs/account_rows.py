@@ -25,10 +25,13 @@ _TOML_PLACE: Final = re.compile(r" \(at (line \d+, column \d+|end of document)\)
 _SEPARATOR_LINE: Final = re.compile(r'"?sep=(.|\t)?"?', re.IGNORECASE)
 # What a spreadsheet makes of a long number, whose digits are lost; what it shows for an error, or in a narrow column.
 _SHORTENED: Final = re.compile(r"\d([.,]\d+)?E\+\d+", re.IGNORECASE)
-_ERROR_VALUE: Final = re.compile(r"#([^\W\d_]+[?!]|DIV/0!|N/A|NV|#+)")
+_ERROR_VALUE: Final = re.compile(
+    r"#(DIV/0!|N/A|NV|NAME\?|(REF|VALUE|NUM|NULL|SPILL|CALC|BEZUG|WERT|ZAHL|ÜBERLAUF)!|#{3,})"
+)
 _NOT_UTF_8: Final = "is not UTF-8 text; a spreadsheet writes it as 'CSV UTF-8'"
 _CSV_ERRORS: Final[Mapping[str, str]] = {
     "unexpected end of data": "a quote is opened here and never closed",
+    "field limit": "a quote is opened here and not closed within 131,072 characters",
     "expected after": "a text goes on after the quote that ends it; is a quote missing, or not doubled?",
 }
 _REREADS: Final = 20  # of rows with a stray quote, each of which may be as long as the file
@@ -216,7 +219,7 @@ def _csv(lines: _Lines) -> Iterator[Row | Problem]:
 def _records(lines: _Lines, header: Header) -> Iterator[tuple[int, int, list[str]] | Problem]:
     """Yield line, offset and cells of each row, or its mistake.
 
-    A mistake in several lines may be a stray quote, which swallows rows: they are read again, one by one.
+    If that may be a stray quote, which swallows the rows up to the next one, these are read again, one by one.
     """
     rereads = 0
     reader = csv.reader(lines, delimiter=header.separator, strict=True)
@@ -226,13 +229,13 @@ def _records(lines: _Lines, header: Header) -> Iterator[tuple[int, int, list[str
         mistake: Problem | None
         try:
             cells = next(reader)
-            mistake = next(_mistakes(line, cells, header), None)
+            mistake = _quote_mistake(line, cells, header)
         except StopIteration:
             return
         except csv.Error as error:
             mistake = Problem(f"line {line}", _described(error))
         if mistake is None:
-            yield line, offset, cells
+            yield _cell_mistake(line, cells, header) or (line, offset, cells)
             continue
         yield mistake
         if lines.number > line and rereads < _REREADS:
@@ -245,38 +248,44 @@ def _described(error: csv.Error) -> str:
     return next((text for part, text in _CSV_ERRORS.items() if part in str(error)), str(error))
 
 
-def _mistakes(line: int, cells: list[str], header: Header) -> Iterator[Problem]:
-    """Yield what is wrong with the cells of a row."""
-    if not all(map(_is_text, cells)):
-        column = next(column for column, cell in enumerate(cells, 1) if not _is_text(cell))
-        yield Problem(f"line {line}, column {column}", _NOT_UTF_8)
+def _quote_mistake(line: int, cells: list[str], header: Header) -> Problem | None:
+    """Return what is wrong with a row if a stray quote may be the cause."""
     expected = len(header.names)
     if cells and len(cells) != expected:
         place = f"line {line}, column {min(len(cells), expected) + 1}"
-        yield Problem(place, f"expected {expected} fields as in the header, got {len(cells)}")
-    for column, (name, cell) in enumerate(zip(header.names, cells, strict=False), 1):
-        is_read = name in FIELDS
-        problem = ""
-        if "\n" in cell and _swallows(column, cell, header, is_read=is_read):
-            problem = f"the cell has {cell.count(chr(10)) + 1} lines; is a quote missing?"
-        elif is_read and _SHORTENED.fullmatch(cell):
-            problem = "a number that a spreadsheet has shortened; format the column as text, and enter it again"
-        elif is_read and _ERROR_VALUE.fullmatch(cell):
-            problem = "an error value of a spreadsheet"
-        if problem:
-            yield Problem(f"line {line}, column {column}", problem)
+        return Problem(place, f"expected {expected} fields as in the header, got {len(cells)}")
+    for column, cell in enumerate(cells, 1):
+        if "\n" in cell and _swallows(column, cell, header):
+            text = f"the cell has {cell.count(chr(10)) + 1} lines; is a quote missing?"
+            return Problem(f"line {line}, column {column}", text)
+    return None
 
 
-def _swallows(column: int, cell: str, header: Header, *, is_read: bool) -> bool:
+def _swallows(column: int, cell: str, header: Header) -> bool:
     """Return whether a cell seems to be several rows, between a stray quote and the next one.
 
     A name or key has no separators. Any other cell may have a text with some; rows have as many as the columns demand.
     """
-    if is_read:
+    if header.names[column - 1] in FIELDS:
         return header.separator in cell
-    _, *rows, last = (line.count(header.separator) for line in cell.splitlines())
-    looks_so = last == column - 1 and all(count == len(header.names) - 1 for count in rows)
-    return looks_so and (column > 1 or bool(rows))
+    first, *rows, last = (line.count(header.separator) for line in cell.split("\n"))
+    columns = len(header.names)
+    return (first, last) == (columns - column, column - 1) and all(count == columns - 1 for count in rows)
+
+
+def _cell_mistake(line: int, cells: list[str], header: Header) -> Problem | None:
+    """Return what is wrong with a cell of a row."""
+    for column, (name, cell) in enumerate(zip(header.names, cells, strict=False), 1):
+        problem = ""
+        if not _is_text(cell):
+            problem = _NOT_UTF_8
+        elif name in FIELDS and _SHORTENED.fullmatch(cell):
+            problem = "a number that a spreadsheet has shortened; format the column as text, and enter it again"
+        elif name in FIELDS and _ERROR_VALUE.fullmatch(cell):
+            problem = "an error value of a spreadsheet"
+        if problem:
+            return Problem(f"line {line}, column {column}", problem)
+    return None
 
 
 def _ndjson(lines: _Lines) -> Iterator[Row | Problem]:

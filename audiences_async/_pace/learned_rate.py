@@ -149,10 +149,9 @@ class LearnedRate:
         lower_bound = measured * (1 - 0.5 / (granted + 1))
         if self.rate is None:
             self._begin_at(lower_bound)
+            # The more of the first measurement was pause, the lower it is.
             paused = self.measurement.paused
-            doubt = paused / max(
-                _NO_TIME, seconds - paused
-            )  # the more of the first measurement was pause, the lower it is
+            doubt = paused / max(_NO_TIME, seconds - paused)
         else:
             self._cut(self.rate, max(0.25 * self.rate, min(0.9 * self.rate, 1.2 * measured), lower_bound))
         is_slow = self._is_shared and self.rate is not None and self.rate < _SLOW and granted > _FEW

@@ -16,7 +16,9 @@ _FEW: Final = 3  # intervals of a learned rate, after which no limit explains a 
 class Outage:
     """The time without an answer, and the probes in it."""
 
-    __slots__ = ("_probed_at", "_resumed_at", "_stall", "hangs", "probes", "problem", "silent_since")
+    __slots__ = (
+        "_probed_at", "_resumed_at", "_stall", "failing_since", "hangs", "probes", "problem", "silent_since",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.probes: int = 0
@@ -26,13 +28,19 @@ class Outage:
         self.problem: str = ""
         """The latest failure of a request."""
         self.silent_since: float | None = None
-        """When the first of the latest failures came, without an answer since; ``None`` after an answer."""
+        """When the service was first closed, without an answer since, for patience; ``None`` after an answer."""
+        self.failing_since: float | None = None
+        """When the first of the latest failures came, of a single account too; ``None`` after an answer."""
         self._resumed_at = self._probed_at = -math.inf
         self._stall = _STALL
 
     def silent_for(self, now: float) -> float:
-        """Return the seconds for which no account has been answered, from the first failure on."""
+        """Return the seconds for which no account has been answered, from the first time on that it was closed."""
         return 0.0 if self.silent_since is None else now - self.silent_since
+
+    def failing_for(self, until: float) -> float:
+        """Return the seconds from the first of the latest failures *until* a moment; 0.0 after an answer."""
+        return 0.0 if self.failing_since is None else until - self.failing_since
 
     def check_patience(self, now: float, patience: float, left: float) -> None:
         """Refuse a call that would have to wait, if no account has been answered for *patience* seconds.
@@ -54,13 +62,24 @@ class Outage:
         silent = self.silent_for(now)
         bound = f"patience={patience:g} s"
         end = f"longer than {bound} allows" if silent >= patience else f"and {bound} ends before the next probe"
-        message = f"the service has answered no account for {silent:.3g} s, {end}; the latest failure: {self.problem}"
+        latest = f"; the latest failure: {self.problem}" if self.problem else ""
+        message = f"the service has answered no account for {silent:.3g} s, {end}{latest}"
         return TransportError(message, stop_reason="patience", retry_after=left or None)
 
     def began(self, now: float) -> None:
-        """Note a failure: unless others came before, the time without an answer begins."""
+        """Note that it is closed: unless it was before, the time without an answer begins."""
         if self.silent_since is None:
             self.silent_since = now
+        self.failed(now)
+
+    def failed(self, now: float) -> None:
+        """Note a failure, perhaps of a single account."""
+        if self.failing_since is None:
+            self.failing_since = now
+
+    def answered(self) -> None:
+        """Note an answer."""
+        self.silent_since = self.failing_since = None
 
     def resumed(self, now: float) -> None:
         """Note that the service is open again."""

@@ -131,11 +131,8 @@ class Pacer:
         if place is not None:  # before the lane, whose other calls may hold all places
             with time.held():
                 await place.enter()
-        elif self.service.state == "out" and lane.limiter is None:
-            # Not behind a job's call of the same account, which waits for the end of the outage.
-            await self.service.opened_or_out()
-            if (turn := self._sent(lane)) is not None:
-                return turn
+        elif lane.limiter is None and (turn := await self._turn_in_outage(lane)) is not None:
+            return turn
         async with lane.head(time.deadline):
             await lane.opened()
             await lane.ask_limiter("rate_limit", lane.account, time.deadline - self.clock.monotonic())
@@ -144,6 +141,16 @@ class Pacer:
                 turn = await (self._single_turn(lane, time) if place is None else self._jobs_turn(lane, time, place))
                 if turn is not None:  # else the lane has been closed meanwhile
                     return turn
+
+    async def _turn_in_outage(self, lane: Lane) -> Turn | None:
+        """Return a turn that is not behind a job's call of the same account, which waits for the end of the outage."""
+        while self.service.state == "out":
+            await self.service.opened_or_out()
+            turn = self._sent(lane)
+            if turn is not None:
+                return turn
+            await lane.wait(lane.delay(self.clock.monotonic()))
+        return None
 
     async def _single_turn(self, lane: Lane, time: CallTime) -> Turn | None:
         if self.service.state == "out":
@@ -250,23 +257,6 @@ class Pacer:
             return lane.expected(now)
         return max(lane.expected(now), self.service.expected(now))
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Look now and then, for the length of the block, whether the service swallows requests."""
-        loop = asyncio.get_running_loop()
-        timer: asyncio.TimerHandle
-
-        def look() -> None:
-            nonlocal timer
-            self.service.look_for_stall()
-            timer = loop.call_later(_LOOK_EVERY, look)
-
-        timer = loop.call_later(_LOOK_EVERY, look)
-        try:
-            yield
-        finally:
-            timer.cancel()
-
     def snapshot(self) -> Iterator[AccountPace]:
         """Return how each account is paced right now."""
         now = self.clock.monotonic()
@@ -281,3 +271,21 @@ class Pacer:
                 del self._lanes[key]
             else:
                 self._lanes.move_to_end(key)
+
+
+@contextmanager
+def watching(service: ServiceLane) -> Iterator[None]:
+    """Look now and then, for the length of the block, whether the service swallows requests."""
+    loop = asyncio.get_running_loop()
+    timer: asyncio.TimerHandle
+
+    def look() -> None:
+        nonlocal timer
+        service.look_for_stall()
+        timer = loop.call_later(_LOOK_EVERY, look)
+
+    timer = loop.call_later(_LOOK_EVERY, look)
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -93,9 +93,10 @@ class Queue(ABC):
     async def opened(self) -> None:
         """Return when a request may go. For the head of the queue."""
         while (delay := self.delay(self.clock.monotonic())) > NO_TIME:
-            await self._wait(delay)
+            await self.wait(delay)
 
-    async def _wait(self, delay: float) -> None:
+    async def wait(self, delay: float) -> None:
+        """Return after *delay* seconds, or, if that is ``inf``, when something has changed."""
         if delay == math.inf:
             await self._change()
         else:

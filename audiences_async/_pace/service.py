@@ -86,7 +86,7 @@ class ServiceLane(PacedQueue):
             in_flight=self.in_flight,
             window=int(self.load.limit),
             state=self.state,
-            silent_for=self.outage.silent_for(now),
+            silent_for=self.outage.failing_for(now if self.in_flight or self._waiters else self._last_at),
         )
 
     def delay(self, now: float) -> float:
@@ -104,13 +104,13 @@ class ServiceLane(PacedQueue):
         For calls outside of jobs: they have a deadline, and do not wait for the end of an outage.
         """
         while self.state != "out" and (delay := self.delay(self.clock.monotonic())) > NO_TIME:
-            await self._wait(delay)
+            await self.wait(delay)
         while self.in_flight >= self.load.connections:
-            await self._wait(math.inf)
+            await self.wait(math.inf)
 
-    async def _wait(self, delay: float) -> None:
+    async def wait(self, delay: float) -> None:
         if self.state != "out" or delay == math.inf:
-            await super()._wait(delay)
+            await super().wait(delay)
             return
         # An answer may end the outage before the next probe is due.
         sleeping = asyncio.ensure_future(self.clock.sleep(delay))
@@ -157,7 +157,7 @@ class ServiceLane(PacedQueue):
                 self._heard(now, turn.sent_at, fresh=fresh)
                 return False
             if verdict not in {"nothing", "throttled"}:  # a 429 may be due to the account's own limit
-                self.outage.began(now)
+                self.outage.failed(now)
             if turn.probe and verdict != "nothing":
                 self._trip(now, turn.sent_at, verdict, report.pause)
                 return True
@@ -182,7 +182,7 @@ class ServiceLane(PacedQueue):
         was_closed = now < self.closing.until
         if is_end:
             self.closing.until, fresh = now, True
-        self.outage.silent_since = None
+        self.outage.answered()
         self._answered(now, sent_at, fresh=fresh)
         if is_end and was_closed and self.paces.learned is not None:
             # A measurement leaves the whole pause out, and the grant that ended it.

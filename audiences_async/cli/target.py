@@ -77,7 +77,7 @@ class Target:
             problem = (
                 f"{printable(str(self.out))} was not written from {printable(self.checkpoint.name)} by this command"
             )
-            raise ConfigurationError(f"{problem}; choose another file")
+            raise ConfigurationError(f"{problem}; choose another file, or --output ndjson to continue NDJSON in it")
         folder = self.out.resolve().parent
         if not folder.is_dir():
             raise FileNotFoundError(2, "No such directory", str(folder))
@@ -101,7 +101,7 @@ class Target:
     def _check_format(self) -> None:
         compression.check_available(self.out)
         if self.output == "json" and self.rows:
-            raise ConfigurationError("--rows cannot be combined with --output json; use ndjson, csv or parquet")
+            raise ConfigurationError("--rows cannot be combined with JSON; use ndjson, csv or parquet")
         if self.output == "parquet":
             parquet.check_available()
             if compression.is_compressed(self.out):

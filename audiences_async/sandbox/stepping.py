@@ -10,7 +10,7 @@ from audiences_async.clock import Clock
 
 @define
 class SteppedTime:
-    """Time that moves only if a task sleeps or a test moves it; for ``AudiencesClient(clock=time.clock)``.
+    """Time that moves only if a task sleeps or a test moves it; for ``AudiencesClient(clock=time.clock)``, on one loop.
 
     What the client waits between attempts, for a pause or for a turn then takes no time at all. Sleeps of several tasks
     at the same time overlap. Requests under way do not hold the time back, so a job over many accounts sees them take
