@@ -605,6 +605,45 @@ def test_a_single_call_in_an_outage_keeps_to_its_own_rate(monkeypatch: pytest.Mo
     virtual.run(main())
 
 
+@pytest.mark.parametrize("is_limiter", [False, True])
+def test_single_calls_in_an_outage_keep_to_a_known_rate_of_all(
+    monkeypatch: pytest.MonkeyPatch, is_limiter: bool
+) -> None:
+    """Send them one by one at the rate of all accounts together, or as the caller's own limiter lets them."""
+    service = Service(lambda key, at: 500, round_trip=0.05)
+    monkeypatch.setattr("audiences_async._call.engine.Transport", service)
+
+    class Limiter:
+        async def acquire(self, account_name: str) -> None:
+            asked.append(account_name)
+
+    asked: list[str] = []
+    limit: Any = Limiter() if is_limiter else RateLimit(2.0)
+
+    async def main() -> None:
+        options: dict[str, Any] = {"clock": virtual.clock(), "service_rate_limit": limit}
+        async with AudiencesClient(base_url="http://localhost/", **options) as client:
+            job = asyncio.create_task(client.fetch_all([Account(f"a{number}", f"key{number}") for number in range(50)]))
+            await asyncio.sleep(30)
+            pace = client.snapshot().service
+            assert pace is not None
+            assert pace.state == "out"
+            asked.clear()
+            once = client.with_options(retry=RetryPolicy(max_attempts=1))
+            singles = [Account(f"s{number}", f"single{number}") for number in range(8)]
+            results = await asyncio.gather(*map(once.get_audiences, singles), return_exceptions=True)
+            assert {type(result) for result in results} == {ServerError}
+            job.cancel()
+            await asyncio.wait({job})
+
+    virtual.run(main())
+    times = sorted(moment for number in range(8) for moment in service.times(key=f"single{number}"))
+    if is_limiter:
+        assert {name for name in asked if name.startswith("s")} == {f"s{number}" for number in range(8)}
+    else:
+        assert all(later - sooner >= 0.499 for sooner, later in pairwise(times))
+
+
 def test_a_single_call_in_an_outage_waits_for_its_own_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send nothing for an account that the service has told to wait, also while the service is out."""
     answers = {"web": iter([(429, {"Retry-After": "12"})])}

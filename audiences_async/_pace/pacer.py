@@ -131,7 +131,7 @@ class Pacer:
         if place is not None:  # before the lane, whose other calls may hold all places
             with time.held():
                 await place.enter()
-        elif lane.limiter is None and (turn := await self._turn_in_outage(lane)) is not None:
+        elif lane.limiter is None and (turn := await self._turn_in_outage(lane, time)) is not None:
             return turn
         async with lane.head(time.deadline):
             await lane.opened()
@@ -142,8 +142,11 @@ class Pacer:
                 if turn is not None:  # else the lane has been closed meanwhile
                     return turn
 
-    async def _turn_in_outage(self, lane: Lane) -> Turn | None:
-        """Return a turn that is not behind a job's call of the same account, which waits for the end of the outage."""
+    async def _turn_in_outage(self, lane: Lane, time: CallTime) -> Turn | None:
+        """Return a turn that is not behind a job's calls, which wait for the end of the outage; ``None`` after it."""
+        if self.service.state == "out":
+            left = time.deadline - self.clock.monotonic()
+            await self.service.ask_limiter("service_rate_limit", lane.account, left)
         while self.service.state == "out":
             await self.service.opened_or_out()
             turn = self._sent(lane)
@@ -154,8 +157,7 @@ class Pacer:
 
     async def _single_turn(self, lane: Lane, time: CallTime) -> Turn | None:
         if self.service.state == "out":
-            await self.service.opened_or_out()  # not behind those that wait for the end of the outage
-            return self._sent(lane)
+            return await self._turn_in_outage(lane, time)
         async with self.service.head(time.deadline):
             left = time.deadline - self.clock.monotonic()
             await self.service.ask_limiter("service_rate_limit", lane.account, left)

@@ -40,10 +40,14 @@ class Paces:
 
     def delay(self, now: float, in_flight: int) -> float:
         """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
-        delay = 0.0 if self._known is None else self._known.delay(now)
+        delay = self.known_delay(now)
         if self.learned is not None:
             delay = max(delay, self.learned.delay(now, in_flight))
         return delay if self._allowance is None else max(delay, self._allowance.delay(now, in_flight))
+
+    def known_delay(self, now: float) -> float:
+        """Return the seconds until the known rate lets the next request go; 0.0 if no rate is known."""
+        return 0.0 if self._known is None else self._known.delay(now)
 
     def backlog(self, now: float, ahead: int) -> float:
         """Estimate the seconds until the turn of a request behind *ahead* others; 0.0 if that is unknown."""

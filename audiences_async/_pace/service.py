@@ -99,7 +99,7 @@ class ServiceLane(PacedQueue):
         return super().delay(now)
 
     async def opened_or_out(self) -> None:
-        """Return when a request may go; if the service is out, as soon as a connection is free.
+        """Return when a request may go; if the service is out, as soon as a connection and a known rate let it.
 
         For calls outside of jobs: they have a deadline, and do not wait for the end of an outage.
         """
@@ -107,6 +107,8 @@ class ServiceLane(PacedQueue):
             await self.wait(delay)
         while self.in_flight >= self.load.connections:
             await self.wait(math.inf)
+        while self.state == "out" and (delay := self.paces.known_delay(self.clock.monotonic())) > NO_TIME:
+            await self.wait(delay)
 
     async def wait(self, delay: float) -> None:
         if self.state != "out" or delay == math.inf:
