@@ -303,6 +303,15 @@ def test_a_missing_file_is_a_problem(tmp_path: Path) -> None:
     assert check(tmp_path / "latin.toml").described[0].endswith("latin.toml, line 3: is not UTF-8 text")
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="not Linux")
+def test_a_file_that_cannot_be_read_to_its_end(tmp_path: Path) -> None:
+    """Report a file that can be opened, but not read, such as one on a disk that fails."""
+    file = tmp_path / "a.csv"
+    file.symlink_to("/proc/self/mem")
+    (problem,) = check(file).described
+    assert problem.endswith("a.csv: cannot be read: Input/output error")
+
+
 def test_keys_of_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Take keys from another file by name, in whatever way that file has them; its path may be relative."""
     monkeypatch.setenv("SOUTH_KEY", "another key")
