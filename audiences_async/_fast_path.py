@@ -107,19 +107,20 @@ def _audiences(records: Sequence[_Record]) -> tuple[Audience, ...]:
     audiences: list[Any] = []
     audience: Any
     final: type[Audience]
+    unset, nothing, utc = UNSET, NOTHING, UTC  # looked up once, and not for each record
     for plain in records:
         time, count = plain.created_time, plain.user_count
-        if time.tzinfo is not UTC:
+        if time.tzinfo is not utc:
             time = in_utc(time)
         if plain.type == "Static":
-            if count is UNSET:
+            if count is unset:
                 raise ValueError("a static audience without user_count")
             audience = _Static()
-            audience.user_count, audience.extra = count, NOTHING
+            audience.user_count, audience.extra = count, nothing
             final = StaticAudience
         else:
             audience = _Dynamic()
-            audience.extra = NOTHING if count is UNSET else {"user_count": count}
+            audience.extra = nothing if count is unset else {"user_count": count}
             final = DynamicAudience
         audience.id, audience.name, audience.created_time = plain.id, plain.name, time
         audience.__class__ = final

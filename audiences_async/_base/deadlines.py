@@ -25,10 +25,13 @@ class Deadlines:
     def __init__(self) -> None:
         """Create it inside the event loop that will use it."""
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
-        self._scopes: set[Scope] = set()
+        self.scopes: set[Scope] = set()
+        """Those that are watched."""
         self._timer: asyncio.TimerHandle | None = None
-        self._next_look = math.inf
-        self._idle: asyncio.Event | None = None
+        self.next_look: float = math.inf
+        """When they are looked at, on the loop's clock."""
+        self.idle: asyncio.Event | None = None
+        """Set once none is left, if somebody waits for that."""
 
     def within(self, seconds: float) -> "Scope":
         """Return a scope that raises `TimeoutError` after *seconds*."""
@@ -44,7 +47,7 @@ class Deadlines:
 
     def expire_all(self) -> None:
         """Expire every scope now."""
-        for scope in tuple(self._scopes):
+        for scope in tuple(self.scopes):
             scope.expire()
 
     async def end(self) -> None:
@@ -52,41 +55,41 @@ class Deadlines:
 
         If a key function closes the client that called it, its own scope is not awaited.
         """
-        current = [scope for scope in self._scopes if scope.task is asyncio.current_task()]
-        for scope in self._scopes.difference(current):
+        current = [scope for scope in self.scopes if scope.task is asyncio.current_task()]
+        for scope in self.scopes.difference(current):
             scope.expire()
         for scope in current:  # the current task must not cancel itself here: its scope expires at the next check
             scope.ends_at = -math.inf
         self._look_at(self.loop.time())
-        if self._scopes and not current:
-            self._idle = self._idle or asyncio.Event()
-            await self._idle.wait()
+        if self.scopes and not current:
+            self.idle = self.idle or asyncio.Event()
+            await self.idle.wait()
 
     def add(self, scope: "Scope") -> None:
         """Watch a scope."""
-        self._scopes.add(scope)
-        if scope.ends_at < self._next_look:
+        self.scopes.add(scope)
+        if scope.ends_at < self.next_look:
             self._look_at(scope.ends_at)
 
     def remove(self, scope: "Scope") -> None:
         """Stop watching a scope. The timer stays, because the next scope rarely ends before it."""
-        self._scopes.discard(scope)
-        if self._idle is not None and not self._scopes:
-            self._idle.set()
+        self.scopes.discard(scope)
+        if self.idle is not None and not self.scopes:
+            self.idle.set()
 
     def _look_at(self, when: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self.loop.call_at(when, self._look)
-        self._next_look = when
+        self.next_look = when
 
     def _look(self) -> None:
         now = self.loop.time()
-        self._timer, self._next_look = None, math.inf
-        for scope in self._scopes:
+        self._timer, self.next_look = None, math.inf
+        for scope in self.scopes:
             if scope.ends_at <= now:
                 scope.expire()
-        first = min((scope.ends_at for scope in self._scopes), default=math.inf)
+        first = min((scope.ends_at for scope in self.scopes), default=math.inf)
         if first < math.inf:
             self._look_at(max(first, now + _TICK))
 
@@ -120,13 +123,20 @@ class Scope:
         assert task is not None
         self.task: asyncio.Task[Any] = task
         self._cancelling = task.cancelling()
-        self._deadlines.add(self)
+        # On the way of every call: `add`, but for what is hardly ever needed.
+        if self.ends_at < self._deadlines.next_look:
+            self._deadlines.add(self)
+        else:
+            self._deadlines.scopes.add(self)
         return self
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._deadlines.remove(self)
+        if self._deadlines.idle is not None:
+            self._deadlines.remove(self)
+        else:
+            self._deadlines.scopes.discard(self)
         # An outside cancellation takes precedence, as in `asyncio.timeout`.
         if self.expired and self.task.uncancel() <= self._cancelling and exc_type is asyncio.CancelledError:
             raise TimeoutError from exc

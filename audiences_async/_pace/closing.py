@@ -16,8 +16,9 @@ class Closing:
         self.failures: int = 0
         """Refusals in a row, without an answer between them."""
         self.is_probing: bool = False
-        """Whether only one request may go, until it is answered."""
+        """Whether it is closed, or only one request may go, until that is answered."""
         self.probe_is_out: bool = False
+        """Whether that request has gone."""
 
     def left(self, now: float) -> float:
         """Return the seconds until requests may go again; 0.0 means now."""
@@ -29,11 +30,6 @@ class Closing:
             return self.until - now
         return math.inf if self.is_probing and self.probe_is_out else 0.0
 
-    def sent(self) -> bool:
-        """Note that a request goes now; ``True`` if it is a probe."""
-        self.probe_is_out = self.is_probing
-        return self.is_probing
-
     def refused(self, now: float) -> None:
         """Note a refusal of a request that was sent after the latest one."""
         self.failures += 1
@@ -44,7 +40,7 @@ class Closing:
         self.failures = 0
         opens = self.is_probing and now >= self.until
         if opens:
-            self.is_probing = False
+            self.is_probing = self.probe_is_out = False
         return opens
 
     def close(self, until: float) -> bool:

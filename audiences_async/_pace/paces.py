@@ -17,11 +17,13 @@ class Paces:
         is_shared: Whether the limit may be shared with other processes.
     """
 
-    __slots__ = ("_allowance", "_began", "_grants", "_is_shared", "_known", "learned")
+    __slots__ = ("_allowance", "_began", "_grants", "_is_shared", "_known", "learned", "may_hold")
 
     def __init__(self, known: RateLimit | None, *, is_shared: bool) -> None:
         self.learned: LearnedPace | None = None
         """The learned pace, from the first refusal on, also below a known rate."""
+        self.may_hold: bool = known is not None
+        """Whether there is any, so that a request may have to wait."""
         self._is_shared = is_shared
         self._known = None if known is None else KnownRate(known)
         self._allowance: Allowance | None = None
@@ -72,6 +74,7 @@ class Paces:
     def announced(self, now: float, sent_at: float, quota: Quota | None) -> None:
         """Keep to the *quota* announced in the reply to a request sent at *sent_at*; ``None`` if it had no quota."""
         if quota is not None:
+            self.may_hold = True
             self._allowance = self._allowance or Allowance()
             self._allowance.announced(now, sent_at, quota)
         elif self._allowance is not None:
@@ -80,12 +83,14 @@ class Paces:
     def learn(self, now: float) -> LearnedPace:
         """Return the learned pace, which begins *now* if there is none."""
         if self.learned is None:
+            self.may_hold = True
             self.learned = LearnedPace(self._grants, self._began, now, is_shared=self._is_shared)
         return self.learned
 
     def forget(self) -> None:
         """Forget the learned pace, and what was granted before."""
         self.learned, self._grants = None, 0
+        self.may_hold = self._known is not None or self._allowance is not None
 
     def is_idle(self, now: float) -> bool:
         """Return whether forgetting them all would make little difference."""

@@ -140,7 +140,9 @@ class PacedQueue(Queue):
 
     def delay(self, now: float) -> float:
         """Return the seconds until the next request may go; ``inf`` if that waits for a reply."""
-        return self.closing.delay(now) or self.paces.delay(now, self.in_flight)
+        # On the way of every request: what holds nothing back is not asked for how long.
+        closed = self.closing.delay(now) if self.closing.is_probing else 0.0
+        return closed or (self.paces.delay(now, self.in_flight) if self.paces.may_hold else 0.0)
 
     def sent(self, now: float) -> bool:
         """Note that a request goes now; ``True`` if it is a probe."""
@@ -149,9 +151,12 @@ class PacedQueue(Queue):
             idle_for = now - self._last_at
             if idle_for > _IDLE and now - self.closing.until > _IDLE:
                 self.paces.learned.idle(idle_for)
-        self.paces.sent(now)
+        if self.paces.may_hold:
+            self.paces.sent(now)
         self.in_flight += 1
-        return self.closing.sent()
+        if self.closing.is_probing:
+            self.closing.probe_is_out = True
+        return self.closing.is_probing
 
     def _returned(self, now: float, sent_at: float) -> bool:
         """Note that a request has come to its end; return whether it was sent after the latest refusal."""
@@ -161,7 +166,7 @@ class PacedQueue(Queue):
 
     def _answered(self, now: float, sent_at: float, *, fresh: bool) -> None:
         self.paces.granted(now, sent_at, fresh=fresh)
-        if fresh and self.closing.answered(now):
+        if fresh and (self.closing.is_probing or self.closing.failures) and self.closing.answered(now):
             if self.paces.learned is not None:
                 self.paces.learned.resumed(now)
             self._on_resumed()

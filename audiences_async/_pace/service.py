@@ -167,7 +167,8 @@ class ServiceLane(PacedQueue):
                 return False
             return is_shared and self._is_service(now, turn, verdict, report.pause, lane)
         finally:
-            self.changed()
+            if self._changed is not None:
+                self.changed()
 
     def adopt(self, rate: float) -> None:
         """Keep to *rate* requests per second, as if it had been learned."""
@@ -184,7 +185,8 @@ class ServiceLane(PacedQueue):
         was_closed = now < self.closing.until
         if is_end:
             self.closing.until, fresh = now, True
-        self.outage.answered()
+        if self.outage.failing_since is not None:
+            self.outage.answered()
         self._answered(now, sent_at, fresh=fresh)
         if is_end and was_closed and self.paces.learned is not None:
             # A measurement leaves the whole pause out, and the grant that ended it.
