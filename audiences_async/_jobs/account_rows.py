@@ -173,7 +173,7 @@ def _is_text(text: str) -> bool:
 
 
 def _start(lines: Iterator[str]) -> Iterator[str]:
-    """Yield the lines up to the header: the first that is neither empty nor tells a spreadsheet the separator."""
+    """Yield the lines up to the header: the first that is neither empty nor names the separator for a spreadsheet."""
     for line in lines:
         yield line
         if line.strip() and not _SEPARATOR_LINE.fullmatch(line.strip()):
