@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -216,6 +217,19 @@ def test_a_check_whose_reader_has_gone(tmp_path: Path) -> None:
         process.stdout.close()
         _, told = process.communicate(timeout=50)
     assert (process.returncode, told) == (1, "")
+
+
+def test_a_pipe_whose_reader_has_gone(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path) -> None:
+    """Name the output if it is a pipe that nothing reads any more."""
+    pipe = tmp_path / "out"
+    os.mkfifo(pipe)
+    accounts = opened(sandbox, tmp_path, 1)
+    sandbox.script("a0", Answer(delay=0.2))
+    reader = threading.Thread(target=lambda: pipe.open("rb").close())
+    reader.start()
+    done = run("fetch", "--accounts", str(accounts), "--out", str(pipe))
+    reader.join()
+    assert (done.returncode, done.stderr.splitlines()[0]) == (1, f"error: cannot write {pipe}: Broken pipe")
 
 
 def test_a_disk_that_is_full(run: Callable[..., Done], sandbox: Sandbox, tmp_path: Path) -> None:

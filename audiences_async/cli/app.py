@@ -286,9 +286,9 @@ def fetch(
             fetching.run_distributed(job, tally, docket, queue, parts or str(out.with_name(f"{out.name}.parts")))
     except AudiencesError as error:
         return _report_error(error.summary, error.hint, exit_code(error), log)
-    except BrokenPipeError:
-        raise
     except OSError as error:
+        if check:
+            raise  # stdout cannot be written, and no output
         hint = "fetched accounts are kept; use --resume to continue" if tally.total else "choose another --out"
         return _report_error(f"cannot write {error.filename or out}: {error.strerror or error}", hint, FAILED, log)
     except KeyboardInterrupt:
