@@ -2,7 +2,8 @@
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final, Generic, Self, TypeAlias, TypeVar
 
@@ -17,8 +18,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 # Multiples of the concurrency:
-_HELD: Final = 2  # calls in their places, plus results that the consumer has not taken yet
-_AWAY: Final = 10  # calls that wait for a retry, without a place
+_HELD: Final = 2  # items in their places, plus results that the consumer has not taken yet
+_AWAY: Final = 10  # items without a place, which wait for a retry
+_PASSING: Final = 50  # new items that may pass one that wants its place again
 _UNPAID: Final = 10  # divisor: the share of the concurrency for retries without tokens
 
 
@@ -68,49 +70,10 @@ async def each(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]
             yield item
 
 
-class Place:
-    """One item's place in a job. The item gives it up while it only waits, so that another item can start.
-
-    Args:
-        job: The job.
-        patience: Seconds that the item waits during an outage.
-    """
-
-    def __init__(self, job: "Results[Any, Any]", patience: float) -> None:
-        self.held: bool = True
-        self.patience: float = patience
-        self._job = job
-        self._borrows = False
-
-    def leave(self) -> None:
-        """Give up the place to another item; keep it if too many items wait already."""
-        if self.held and self._job.vacate():
-            self.held = False
-
-    async def enter(self) -> None:
-        """Wait for a place; return at once if the item still has one."""
-        if not self.held:
-            await self._job.places.occupy()
-            self.held = True
-
-    async def borrow(self) -> None:
-        """Wait for one of the job's places for retries without tokens.
-
-        Return at once if the item could not give up its own place, because borrowers wait for a place of the job too.
-        """
-        if not self.held:
-            await self._job.places.unpaid.acquire()
-            self._borrows = True
-
-    def give_back(self) -> None:
-        """Return the borrowed place, if any, to the next retry without tokens."""
-        if self._borrows:
-            self._borrows = False
-            self._job.places.unpaid.release()
-
-
 class Places:
     """The places of a job, which bound the items in flight and the results that the consumer has not taken yet.
+
+    New items go first, so that those that fail again and again do not slow the others down.
 
     Args:
         concurrency: Number of places.
@@ -119,58 +82,140 @@ class Places:
     def __init__(self, concurrency: int) -> None:
         self.unpaid: asyncio.Semaphore = asyncio.Semaphore(max(1, concurrency // _UNPAID))
         """Places for retries without tokens."""
-        self.away: int = 0
-        """Number of items that wait without a place."""
-        self._concurrency = concurrency
-        self._free = asyncio.Semaphore(concurrency)
-        self._room = asyncio.Semaphore(_HELD * concurrency)
-
-    @property
-    def workers(self) -> int:
-        """Number of workers that the items in places, and those that wait without one, need."""
-        return self._concurrency + self.away
+        self._concurrency = float(concurrency)
+        self._taken = 0  # places
+        self._held = 0  # places, and results that the consumer has not taken
+        self._away = 0  # items that wait without a place
+        self._begun = 0  # items so far
+        self._next: asyncio.Future[None] | None = None  # waits for a place for a new item
+        self._returning: deque[tuple[int, asyncio.Future[None]]] = deque()  # since how many items had begun
 
     async def wait(self) -> None:
-        """Return when there is a place, and take none."""
-        async with self._room, self._free:
-            pass
+        """Return when there is a place for a new item, and take none: others may need it while the source is slow."""
+        while not self._is_free:
+            loop = asyncio.get_running_loop()
+            self._next = loop.create_future()
+            try:
+                await self._next
+            finally:
+                self._next = None
+                loop.call_soon(self._offer)  # what the new items leave
 
-    async def take(self) -> None:
-        """Take a place."""
-        await self._room.acquire()
-        try:
-            await self._free.acquire()
-        except BaseException:
-            self._room.release()
-            raise
+    def begin(self) -> None:
+        """Take a place for a new item."""
+        self._begun += 1
+        self._take()
 
     def finish(self) -> None:
         """Return the place of an item that has a result."""
-        self._free.release()
+        self._taken -= 1
+        self._offer()
 
     def consume(self) -> None:
         """Return the room of a result that was taken."""
-        self._room.release()
+        self._held -= 1
+        self._offer()
 
     def vacate(self) -> bool:
         """Give up a place; return ``False`` if too many items wait without one."""
-        if self.away >= _AWAY * self._concurrency:
+        if self._away >= _AWAY * self._concurrency:
             return False
-        self.away += 1
-        self._free.release()
-        self._room.release()
+        self._leave()
         return True
 
     async def occupy(self) -> None:
         """Take a place again."""
-        await self.take()
-        self.away -= 1
+        returned = asyncio.get_running_loop().create_future()
+        self._returning.append((self._begun, returned))
+        self._offer()
+        try:
+            await returned
+        except asyncio.CancelledError:
+            if not returned.cancelled():  # but had its place already
+                self._leave()
+            raise
 
     def open(self) -> None:
         """Let all go that wait without a place: a shared request continues after the job, and must not wait for it."""
-        for semaphore in (self.unpaid, self._room, self._free):
-            for _ in range(self.away):
-                semaphore.release()
+        self._concurrency = math.inf
+        self._offer()
+        for _ in range(self._away):
+            self.unpaid.release()
+
+    @property
+    def _is_free(self) -> bool:
+        return self._taken < self._concurrency and self._held < _HELD * self._concurrency
+
+    def _take(self) -> None:
+        self._taken += 1
+        self._held += 1
+
+    def _leave(self) -> None:
+        self._away += 1
+        self._taken -= 1
+        self._held -= 1
+        self._offer()
+
+    def _offer(self) -> None:
+        """Give the free places to those that wait for one."""
+        while self._is_free and (self._next is None or self._is_overdue):
+            if not self._returning:
+                return
+            _, returned = self._returning.popleft()
+            if not returned.done():
+                self._away -= 1
+                self._take()
+                returned.set_result(None)
+        if self._is_free and self._next is not None and not self._next.done():
+            self._next.set_result(None)
+
+    @property
+    def _is_overdue(self) -> bool:
+        """Whether enough new items have passed the first one that wants its place again."""
+        return bool(self._returning) and self._begun - self._returning[0][0] >= _PASSING * self._concurrency
+
+
+class Place:
+    """One item's place in a job. The item gives it up while it only waits, so that another item can start.
+
+    Args:
+        places: The job's.
+        patience: Seconds that the item waits during an outage.
+    """
+
+    __slots__ = ("_borrows", "_places", "held", "patience")
+
+    def __init__(self, places: Places, patience: float) -> None:
+        self.held: bool = True
+        self.patience: float = patience
+        self._places = places
+        self._borrows = False
+
+    def leave(self) -> None:
+        """Give up the place to another item; keep it if too many items wait already."""
+        if self.held and self._places.vacate():
+            self.held = False
+
+    async def enter(self) -> None:
+        """Wait for a place; return at once if the item still has one."""
+        if not self.held:
+            await self._places.occupy()
+            self.held = True
+
+    async def borrow(self) -> None:
+        """Wait for one of the job's places for retries without tokens.
+
+        Return at once if the item could not give up its own place, because borrowers wait for a place of the job too.
+        """
+        if not self.held:
+            await self._places.unpaid.acquire()
+            self._borrows = True
+
+    def give_back(self) -> None:
+        """Return the borrowed place, if any, to the next retry without tokens."""
+        if self._borrows:
+            self._borrows = False
+            self._places.unpaid.release()
 
 
 class Results(AsyncIterator[R], Generic[T, R]):
@@ -184,18 +229,15 @@ class Results(AsyncIterator[R], Generic[T, R]):
         patience: float,
     ) -> None:
         """Create it inside the event loop that will use it."""
-        self.places: Places = Places(concurrency)
         self._items = items
         self._work = work
         self._patience = patience
-        self._reading = asyncio.Lock()
-        self._exhausted = False
+        self._places = Places(concurrency)
         self._is_left = False
-        self._surplus: set[asyncio.Task[None]] = set()  # workers that end because there are too many
         self._done: asyncio.Queue[tuple[R] | None] = asyncio.Queue()
         self._failure: BaseException | None = None
-        self._workers: set[asyncio.Task[None]] = set()
-        self._start_worker()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._start(self._read())
 
     def __aiter__(self) -> Self:
         return self
@@ -210,77 +252,50 @@ class Results(AsyncIterator[R], Generic[T, R]):
             # An exception that is raised twice shows the frames of both.
             self._failure = ClientClosedError("the stream failed before its end; another consumer has the error")
             raise failure
-        self.places.consume()
+        self._places.consume()
         return result[0]
 
     async def leave(self) -> None:
         """End every task at once. Consumers that still iterate get a `ClientClosedError`."""
-        self._is_left = True  # in case a worker's cancellation is lost in foreign code
-        self.places.open()
-        for worker in self._workers:
-            worker.cancel()
-        if self._workers:
+        self._is_left = True  # in case the source loses its task's cancellation
+        self._places.open()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
             self._failure = ClientClosedError("the stream was closed before its end")
-            await asyncio.wait(self._workers)
+            await asyncio.wait(self._tasks)
         await self._items.aclose()
 
-    def _has_been_left(self) -> bool:
-        return self._is_left
-
-    def _start_worker(self) -> None:
-        # Never an eager task, which would start the next one before it counts itself.
-        worker = asyncio.Task(self._run())
-        self._workers.add(worker)
-        worker.add_done_callback(self._finished)
-
-    def vacate(self) -> bool:
-        """Give up a place; return ``False`` if too many items wait without one."""
-        if not self.places.vacate():
-            return False
-        if not self._exhausted:
-            self._start_worker()
-        return True
-
-    async def _run(self) -> None:
-        while not self._has_been_left() and not self._is_surplus():
-            item = await self._next()
-            if item is None or self._has_been_left():
+    async def _read(self) -> None:
+        """Start a task for each item, when there is a place for it."""
+        while self._failure is None:
+            await self._places.wait()
+            try:
+                item = await anext(self._items)
+            except StopAsyncIteration:
                 return
-            await self.places.take()
-            if len(self._workers) - len(self._surplus) < self.places.workers:
-                self._start_worker()  # one by one: a job of three accounts does not start a hundred tasks
-            place = Place(self, self._patience)
-            result = await self._work(item[0], place)
-            await place.enter()
-            self.places.finish()
-            self._done.put_nowait((result,))
-            await asyncio.sleep(0)  # other tasks go first: responses are read, and requests sent, in batches
+            await self._places.wait()  # others may have returned while the source was slow
+            if self._is_left:
+                return
+            self._places.begin()
+            self._start(self._run(item))
 
-    def _is_surplus(self) -> bool:
-        """Return whether this worker should end because an item has returned to a place."""
-        if len(self._workers) - len(self._surplus) <= self.places.workers:
-            return False
-        task = asyncio.current_task()
-        assert task is not None
-        self._surplus.add(task)
-        return True
+    async def _run(self, item: T) -> None:
+        place = Place(self._places, self._patience)
+        result = await self._work(item, place)
+        await place.enter()
+        self._places.finish()
+        self._done.put_nowait((result,))
 
-    async def _next(self) -> tuple[T] | None:
-        async with self._reading:
-            await self.places.wait()  # without taking one: items that return need it while the source is slow
-            if not self._exhausted:
-                try:
-                    return (await anext(self._items),)
-                except StopAsyncIteration:
-                    self._exhausted = True
-        return None
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.Task(work)  # never an eager one: tasks start together, and so send their requests
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
 
-    def _finished(self, worker: asyncio.Task[None]) -> None:
-        self._workers.discard(worker)
-        self._surplus.discard(worker)
-        failure = asyncio.CancelledError() if worker.cancelled() else worker.exception()
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        failure = asyncio.CancelledError() if task.cancelled() else task.exception()
         if failure is not None:
-            self._exhausted = True
             self._failure = self._failure or failure
-        if not self._workers:
+        if not self._tasks:
             self._done.put_nowait(None)
