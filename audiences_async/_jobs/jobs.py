@@ -82,7 +82,8 @@ class Places:
     def __init__(self, concurrency: int) -> None:
         self.unpaid: asyncio.Semaphore = asyncio.Semaphore(max(1, concurrency // _UNPAID))
         """Places for retries without tokens."""
-        self._concurrency = float(concurrency)
+        self._most = float(concurrency)  # places that may be taken
+        self._most_held = float(_HELD * concurrency)
         self._taken = 0  # places
         self._held = 0  # places, and results that the consumer has not taken
         self._away = 0  # items that wait without a place
@@ -92,7 +93,7 @@ class Places:
 
     async def wait(self) -> None:
         """Return when there is a place for a new item, and take none: others may need it while the source is slow."""
-        while not self._is_free:
+        while self._taken >= self._most or self._held >= self._most_held:
             loop = asyncio.get_running_loop()
             self._next = loop.create_future()
             try:
@@ -118,7 +119,7 @@ class Places:
 
     def vacate(self) -> bool:
         """Give up a place; return ``False`` if too many items wait without one."""
-        if self._away >= _AWAY * self._concurrency:
+        if self._away >= _AWAY * self._most:
             return False
         self._leave()
         return True
@@ -137,14 +138,10 @@ class Places:
 
     def open(self) -> None:
         """Let all go that wait without a place: a shared request continues after the job, and must not wait for it."""
-        self._concurrency = math.inf
+        self._most = self._most_held = math.inf
         self._offer()
         for _ in range(self._away):
             self.unpaid.release()
-
-    @property
-    def _is_free(self) -> bool:
-        return self._taken < self._concurrency and self._held < _HELD * self._concurrency
 
     def _take(self) -> None:
         self._taken += 1
@@ -158,7 +155,11 @@ class Places:
 
     def _offer(self) -> None:
         """Give the free places to those that wait for one."""
-        while self._is_free and (self._next is None or self._is_overdue):
+        while self._taken < self._most and self._held < self._most_held:
+            if self._next is not None and not self._is_overdue:
+                if not self._next.done():
+                    self._next.set_result(None)
+                return
             if not self._returning:
                 return
             _, returned = self._returning.popleft()
@@ -166,13 +167,11 @@ class Places:
                 self._away -= 1
                 self._take()
                 returned.set_result(None)
-        if self._is_free and self._next is not None and not self._next.done():
-            self._next.set_result(None)
 
     @property
     def _is_overdue(self) -> bool:
         """Whether enough new items have passed the first one that wants its place again."""
-        return bool(self._returning) and self._begun - self._returning[0][0] >= _PASSING * self._concurrency
+        return bool(self._returning) and self._begun - self._returning[0][0] >= _PASSING * self._most
 
 
 class Place:

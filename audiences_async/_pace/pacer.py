@@ -2,11 +2,9 @@
 
 import asyncio
 import math
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from typing import Final, NamedTuple
 
 from audiences_async._base.deadlines import CallTime, Deadlines
@@ -28,7 +26,7 @@ _NO_CAUSE: Final = frozenset({"answered", "nothing"})
 _FIRST_PAUSE: Final = 0.1  # of throttle_base_delay
 _KEPT_LANES: Final = 4096
 _LOOK_EVERY: Final = 0.5  # s
-_LOOKED_AT: Final = 2  # lanes that are looked at for each new one
+_SPARE_LANES: Final = 64  # which may be idle
 
 
 class Released(NamedTuple):
@@ -89,14 +87,16 @@ class Pacer:
             emit=self._emit,
         )
         self._quota_scope: QuotaScope | None = None  # once a quota was announced
-        self._lanes: OrderedDict[Account | str, Lane] = OrderedDict()
+        self._lanes: dict[Account | str, Lane] = {}
+        self._next_look = _SPARE_LANES  # lanes; idle ones are dropped then
 
     def lane(self, account: Account) -> Lane:
         """Return the account's lane. Functions for keys do not compare, so their accounts are distinguished by name."""
         key = account if isinstance(account.credential, ApiKey) else account.name
         lane = self._lanes.get(key)
         if lane is None:
-            self._forget_idle()
+            if len(self._lanes) >= self._next_look:
+                self._forget_idle()
             lane = Lane(
                 account.name,
                 limit=self._limit,
@@ -265,14 +265,15 @@ class Pacer:
         return (lane.snapshot(now) for lane in self._lanes.values())
 
     def _forget_idle(self) -> None:
-        """Drop idle lanes from the oldest on, so that memory follows the accounts in use."""
+        """Drop the idle lanes, and the older half of the unused ones if there are too many."""
         now = self.clock.monotonic()
-        for key, lane in list(islice(self._lanes.items(), _LOOKED_AT)):
-            full = len(self._lanes) >= _KEPT_LANES
-            if lane.is_idle(now) or (full and not lane.users and not lane.is_paused(now)):
-                del self._lanes[key]
-            else:
-                self._lanes.move_to_end(key)
+        lanes = {key: lane for key, lane in self._lanes.items() if not lane.is_idle(now)}
+        if len(lanes) >= _KEPT_LANES:
+            unused = [key for key, lane in lanes.items() if not lane.users and not lane.is_paused(now)]
+            for key in unused[: len(unused) // 2]:
+                del lanes[key]
+        self._lanes = lanes
+        self._next_look = _SPARE_LANES + max(len(lanes), min(2 * len(lanes), _KEPT_LANES))
 
 
 @contextmanager
