@@ -252,15 +252,16 @@ class AudiencesClient:
                 async for outcome in outcomes:
                     ...
 
-        An account that fails is an outcome and never ends the job. At most *concurrency* tasks run, and at most twice
-        as many outcomes and calls are held, so that a slow consumer slows the job down. However the block is left, all
-        tasks end at once.
+        An account that fails is an outcome and never ends the job. At most *concurrency* accounts are in flight, and at
+        most twice as many outcomes and calls are held, so that a slow consumer slows the job down. An account that
+        retries lets new ones go first, unless the service limits them all: 50 for each of *concurrency*. However the
+        block is left, all tasks end at once.
 
         Args:
-            accounts: Any iterable or async iterable, read when there is room, by one task after another: it cannot hold
-                a task group or a timeout open across a ``yield``. A sync iterable must not block. The client does not
-                close it if the block is left early. Names are labels: a name that occurs twice has two outcomes. If the
-                iterable raises, the outcomes of the accounts already read are delivered before the error.
+            accounts: Any iterable or async iterable, read when there is room, in a task of its own. A sync iterable must
+                not block. The client does not close it if the block is left early. Names are labels: a name that occurs
+                twice has two outcomes. If the iterable raises, the outcomes of the accounts already read are delivered
+                before the error.
             concurrency: Maximum number of accounts in flight, without those that only wait for a retry. More than the
                 client's connections brings no gain.
             timeout: Seconds for each account's call; ``None`` means the client's ``timeout``. Delays caused by the

@@ -78,6 +78,22 @@ async def test_a_source_that_waits(sandbox: Sandbox, client: AudiencesClient) ->
         assert (await anext(outcomes)).account == second
 
 
+async def test_a_source_is_read_in_one_task(sandbox: Sandbox, client: AudiencesClient) -> None:
+    """A source may hold a timeout and a task group open while it yields."""
+    source = opened(sandbox, 20)
+
+    async def account_of(number: int) -> Account:
+        return source[number]
+
+    async def accounts() -> AsyncIterator[Account]:
+        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+            for number in range(20):
+                yield await group.create_task(account_of(number))
+
+    async with client.stream(accounts(), concurrency=4) as outcomes:
+        assert len([outcome async for outcome in outcomes if outcome.ok]) == 20
+
+
 async def test_a_failed_account_is_an_outcome(sandbox: Sandbox, client: AudiencesClient) -> None:
     """Return the error as the account's outcome, without the frames that it was raised in; it pickles."""
     north = sandbox.add_account("north")
@@ -146,6 +162,24 @@ async def test_no_more_tasks_than_accounts() -> None:
     async with jobs.stream(numbers_of(3), work, 100) as results:
         assert len([number async for number in results]) == 3
     assert tasks <= 5
+
+
+async def test_new_items_pass_those_that_return() -> None:
+    """An item that returns waits until fifty new ones for each place have begun, or none is left."""
+    begun: list[int] = []
+
+    async def work(number: int, place: jobs.Place) -> int:
+        begun.append(number)
+        if number in {0, 150}:
+            place.leave()
+            await place.enter(lets_pass=True)
+            begun.append(-number)
+        return number
+
+    async with jobs.stream(numbers_of(160), work, 2) as results:
+        assert len([number async for number in results]) == 160
+    assert 100 < begun.index(0, 1) <= 104
+    assert begun[-1] == -150
 
 
 def numbers_of(count: int) -> Any:

@@ -784,6 +784,20 @@ def test_an_idle_night_ends_what_is_known_of_a_window(monkeypatch: pytest.Monkey
     virtual.run(main())
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_rate_is_not_lost_to_accounts_that_are_all_refused(run: RunJob, status: int) -> None:
+    """If all accounts at the end of a job are refused for ever, keep some of the rate that was learned before them."""
+    bucket = shared(LeakyBucket(50, 5))
+
+    def decide(key: str, at: float) -> int:
+        granted = bucket("", at)
+        return status if key.startswith("bad") and granted == 200 else granted
+
+    done = run(Service(decide, round_trip=0.02), 1500, is_bad=lambda number: number >= 1200)
+    assert done.reasons == {"attempts": 300}
+    assert done.outcomes[-1][0] <= 1000, "417,000 if each refusal lowers the rate further"
+
+
 def test_accounts_that_fail_for_ever_do_not_prolong_a_job_under_a_shared_rate(run: RunJob) -> None:
     """End the job soon after the last healthy account, although a fifth of the accounts is refused for ever."""
     bucket = shared(LeakyBucket(50, 5))

@@ -2,10 +2,10 @@
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, Final, Generic, Self, TypeAlias, TypeVar
+from heapq import heappop, heappush
+from typing import Any, Final, Generic, NamedTuple, Self, TypeAlias, TypeVar
 
 from audiences_async._base import checks
 from audiences_async.errors import ClientClosedError
@@ -88,8 +88,9 @@ class Places:
         self._held = 0  # places, and results that the consumer has not taken
         self._away = 0  # items that wait without a place
         self._begun = 0  # items so far
+        self._returned = 0  # times that an item wanted its place again
         self._next: asyncio.Future[None] | None = None  # waits for a place for a new item
-        self._returning: deque[tuple[int, asyncio.Future[None]]] = deque()  # since how many items had begun
+        self._returning: list[_Returning] = []  # a heap; waits for places too
 
     async def wait(self) -> None:
         """Return when there is a place for a new item, and take none: others may need it while the source is slow."""
@@ -124,10 +125,12 @@ class Places:
         self._leave()
         return True
 
-    async def occupy(self) -> None:
-        """Take a place again."""
+    async def occupy(self, *, lets_pass: bool) -> None:
+        """Take a place again; with *lets_pass* after the new items, for a while."""
         returned = asyncio.get_running_loop().create_future()
-        self._returning.append((self._begun, returned))
+        self._returned += 1
+        due = self._begun + (_PASSING * self._most if lets_pass else 0)
+        heappush(self._returning, _Returning(due, self._returned, returned))
         self._offer()
         try:
             await returned
@@ -162,7 +165,7 @@ class Places:
                 return
             if not self._returning:
                 return
-            _, returned = self._returning.popleft()
+            returned = heappop(self._returning).future
             if not returned.done():
                 self._away -= 1
                 self._take()
@@ -170,8 +173,22 @@ class Places:
 
     @property
     def _is_overdue(self) -> bool:
-        """Whether enough new items have passed the first one that wants its place again."""
-        return bool(self._returning) and self._begun - self._returning[0][0] >= _PASSING * self._most
+        """Whether enough new items have passed one that wants its place again."""
+        return bool(self._returning) and self._begun >= self._returning[0].due
+
+
+class _Returning(NamedTuple):
+    """An item that wants its place again.
+
+    Attributes:
+        due: When so many items have begun, it goes before the next one.
+        number: In the order of their return.
+        future: Done when it has its place.
+    """
+
+    due: float
+    number: int
+    future: asyncio.Future[None]
 
 
 class Place:
@@ -195,10 +212,10 @@ class Place:
         if self.held and self._places.vacate():
             self.held = False
 
-    async def enter(self) -> None:
-        """Wait for a place; return at once if the item still has one."""
+    async def enter(self, *, lets_pass: bool = False) -> None:
+        """Wait for a place, with *lets_pass* behind new items; return at once if the item still has one."""
         if not self.held:
-            await self._places.occupy()
+            await self._places.occupy(lets_pass=lets_pass)
             self.held = True
 
     async def borrow(self) -> None:

@@ -31,14 +31,14 @@ class Evidence:
         """Whether most requests are refused, and most refused accounts are answered later."""
         return self._refusals >= _HALF and self._recovered >= _HALF
 
-    def returned(self, verdict: Verdict, lane: Lane) -> None:
-        """Note the reply to a request of an account."""
+    def returned(self, verdict: Verdict, lane: Lane | None) -> None:
+        """Note the reply to a request of an account; ``None`` is one that was answered before."""
         if verdict != "answered":
             self.is_needed = True
             self._refusals += _WEIGHT * ((verdict in REFUSALS) - self._refusals)
         else:
             self._refusals -= _WEIGHT * self._refusals
-            self._recovered += _WEIGHT * (lane.recovers - self._recovered)
+            self._recovered += _WEIGHT * ((lane is not None and lane.recovers) - self._recovered)
             self._failing.clear()
             del self._refused[-_PER_ANSWER:]
 

@@ -16,6 +16,7 @@ _FADING: Final = 0.93
 _SLOW: Final = 10.0  # requests per second
 _FEW: Final = 8
 _SLOW_GROWTH: Final = 0.005
+_UNCONFIRMED: Final = 0.25  # of the rate at the latest answer; only the refused accounts may be left
 _NO_TIME: Final = 0.001  # s
 _MIN_RATE: Final = 0.01  # requests per second
 _MAX_RATE: Final = 10_000.0
@@ -46,14 +47,15 @@ class LearnedRate:
     """
 
     __slots__ = (
-        "_burst", "_growth", "_held", "_is_asked", "_is_shared", "_next_at", "_since_cut", "_strays", "measurement",
-        "rate",
+        "_burst", "_confirmed", "_growth", "_held", "_is_asked", "_is_shared", "_next_at", "_since_cut", "_strays",
+        "measurement", "rate",
     )  # fmt: skip
 
     def __init__(self, *, is_shared: bool = False) -> None:
         self.rate: float | None = None
         self.measurement: Measurement = Measurement()
         self._is_shared = is_shared
+        self._confirmed = 0.0  # requests per second
         self._next_at = -math.inf
         self._held = True  # whether requests go as fast as the pace lets them
         self._growth = _MAX_GROWTH
@@ -99,6 +101,10 @@ class LearnedRate:
         self._strays.granted()
         if self._held:  # else the callers are slower than the pace, and no answer shows that more is granted
             self._grow(self.rate)
+
+    def confirm(self) -> None:
+        """Note that an account got an answer: refusals that follow without one lower the rate to a quarter at most."""
+        self._confirmed = max(self.rate or 0.0, _HALF * self._confirmed)
 
     def _grow(self, rate: float) -> None:
         # Among processes that share a limit, growth with each answer would let the fastest take all from the slowest.
@@ -180,7 +186,7 @@ class LearnedRate:
     def _cut(self, old: float, new: float) -> None:
         assert self._strays is not None
         restored = self._strays.cut(old)
-        self.rate = max(_MIN_RATE, new if restored is None else restored)
+        self.rate = max(_MIN_RATE, _UNCONFIRMED * self._confirmed, new if restored is None else restored)
         self._since_cut = 0
 
     def adopt(self, now: float, rate: float) -> None:

@@ -130,7 +130,8 @@ class Pacer:
             raise never(expected)
         if place is not None:  # before the lane, whose other calls may hold all places
             with time.held():
-                await place.enter()
+                # Under a limit refusals are few, and none fails for long; otherwise the account may fail for ever.
+                await place.enter(lets_pass=self.service.state == "open")
         elif lane.limiter is None and (turn := await self._turn_in_outage(lane, time)) is not None:
             return turn
         async with lane.head(time.deadline):
@@ -219,7 +220,7 @@ class Pacer:
         now = self.clock.monotonic()
         verdict, pause, quota = report
         is_shared = is_own and verdict not in _NO_CAUSE and self._concerns_all(lane, turn, verdict)
-        of_service = self.service.returned(now, turn, report, lane, is_shared=is_shared)
+        of_service = self.service.returned(now, turn, report, lane, is_own=is_own, is_shared=is_shared)
         if of_service or not is_own:
             lane.returned(now, turn.sent_at, "nothing", None)
         else:

@@ -14,8 +14,8 @@ class Place(Protocol):
     def leave(self) -> None:
         """Let another account take the place, if there is room for one more that waits."""
 
-    async def enter(self) -> None:
-        """Return when there is a place again; at once if it is held."""
+    async def enter(self, *, lets_pass: bool = False) -> None:
+        """Return when there is a place again, with *lets_pass* after new accounts; at once if it is held."""
 
     async def borrow(self) -> None:
         """Return when a retry may go that the budget has no tokens for."""

@@ -135,7 +135,9 @@ class ServiceLane(PacedQueue):
             self.outage.hangs = True
             self.abandon()
 
-    def returned(self, now: float, turn: Turn, report: Report, lane: Lane, *, is_shared: bool) -> bool:
+    def returned(
+        self, now: float, turn: Turn, report: Report, lane: Lane, *, is_own: bool, is_shared: bool
+    ) -> bool:
         """Learn from the end of a request; return whether a refusal is the service's, and not the account's.
 
         Args:
@@ -143,6 +145,7 @@ class ServiceLane(PacedQueue):
             turn: The turn of the request.
             report: The meaning of the reply for the pace.
             lane: The account's.
+            is_own: Whether the request was the account's own, and no probe for another one.
             is_shared: Whether the service may be the cause, and not the account alone.
         """
         fresh = self._returned(now, turn.sent_at)
@@ -151,12 +154,14 @@ class ServiceLane(PacedQueue):
         verdict = report.verdict
         try:
             if verdict != "answered" or self.evidence.is_needed:
-                self.evidence.returned(verdict, lane)
+                self.evidence.returned(verdict, lane if is_own else None)
             if self.load.follow(now, turn, verdict):
                 self.paces.forget()
                 self._emit(ServiceConcurrencyLearned("", int(self.load.concurrency)))
             if verdict == "answered":
                 self._heard(now, turn.sent_at, fresh=fresh)
+                if is_own and self.paces.learned is not None:
+                    self.paces.learned.steady.confirm()
                 return False
             if verdict not in {"nothing", "throttled"}:  # a 429 may be due to the account's own limit
                 self.outage.failed(now)
