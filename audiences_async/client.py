@@ -258,8 +258,8 @@ class AudiencesClient:
         block is left, all tasks end at once.
 
         Args:
-            accounts: Any iterable or async iterable, read when there is room, in a task of its own. A sync iterable must
-                not block. The client does not close it if the block is left early. Names are labels: a name that occurs
+            accounts: Any iterable or async iterable, read in one task when there is room. A sync iterable must not
+                block. The client does not close it if the block is left early. Names are labels: a name that occurs
                 twice has two outcomes. If the iterable raises, the outcomes of the accounts already read are delivered
                 before the error.
             concurrency: Maximum number of accounts in flight, without those that only wait for a retry. More than the

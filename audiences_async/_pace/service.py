@@ -135,9 +135,7 @@ class ServiceLane(PacedQueue):
             self.outage.hangs = True
             self.abandon()
 
-    def returned(
-        self, now: float, turn: Turn, report: Report, lane: Lane, *, is_own: bool, is_shared: bool
-    ) -> bool:
+    def returned(self, now: float, turn: Turn, report: Report, lane: Lane, *, is_own: bool, is_shared: bool) -> bool:
         """Learn from the end of a request; return whether a refusal is the service's, and not the account's.
 
         Args:
