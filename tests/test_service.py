@@ -582,6 +582,24 @@ def test_a_single_call_does_not_wait_for_the_end_of_an_outage(monkeypatch: pytes
     virtual.run(main())
 
 
+def test_calls_of_one_account_in_an_outage_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that waits in an outage for the reply to another one of its account goes when that has come."""
+    service = Service(lambda key, at: 500, round_trip=0.05)
+    monkeypatch.setattr("audiences_async._call.engine.Transport", service)
+
+    async def main() -> None:
+        async with AudiencesClient(base_url="http://localhost/", clock=virtual.clock(), budget=None) as client:
+            job = asyncio.create_task(client.fetch_all(Account(f"a{number}", f"key{number}") for number in range(100)))
+            await asyncio.sleep(10)
+            calls = (client.get_audiences(Account("web", "key"), timeout=60.0) for _ in range(20))
+            errors = await asyncio.gather(*calls, return_exceptions=True)
+            assert all(isinstance(error, ServerError) and error.stop_reason == "attempts" for error in errors)
+            job.cancel()
+            await asyncio.wait({job})
+
+    virtual.run(main())
+
+
 def test_a_single_call_in_an_outage_keeps_to_its_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retry in an outage at the account's known rate, also beside a job's call of the same account, which waits."""
     service = Service(lambda key, at: 500, round_trip=0.05)

@@ -116,7 +116,7 @@ class Lane(PacedQueue):
                 if pause is not None and verdict != "unavailable":
                     self._close(now, min(pause, _LONGEST_ANNOUNCED), asked=True)
         finally:  # a hook may raise what ends the program, and be mistaken
-            if self._waiters:
+            if self._changed is not None:
                 self.changed()
 
     def _learn(self, now: float, sent_at: float, *, asked: bool) -> float:
