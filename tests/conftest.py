@@ -49,7 +49,10 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what measures real time beside other processes of tests."""
+    """Mark what needs Redis; leave out what measures real time beside other processes of tests."""
+    for item in items:
+        if "redis" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.redis)
     if "PYTEST_XDIST_WORKER" in os.environ:
         alone = pytest.mark.skip(reason="measures real time; run it alone: pytest -m timed")
         for item in items:

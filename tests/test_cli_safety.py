@@ -336,8 +336,14 @@ def test_a_signal_without_a_terminal(job: Job, away: str, number: Signals) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arguments", "code"), [("", 4), ("--debug", 4), ("--output xml", 2)])
-@pytest.mark.parametrize("away", ["2>&-", "2>/dev/full", ">&- 2>&-", "terminal", "pipe", "full pipe"])
+@pytest.mark.parametrize(
+    ("away", "arguments", "code"),
+    [
+        *((away, "", 4) for away in ("2>&-", "2>/dev/full", ">&- 2>&-", "terminal", "pipe", "full pipe")),
+        *((away, "--debug", 4) for away in ("2>/dev/full", "pipe")),
+        *((away, "--output xml", 2) for away in ("2>&-", "pipe")),
+    ],
+)
 def test_an_error_that_cannot_be_shown(job: Job, away: str, arguments: str, code: int) -> None:
     """Exit with the code of a refused key or a usage error, whether or not the reason can be shown."""
     with leaving(away) as (leave, stream):

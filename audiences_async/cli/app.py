@@ -19,7 +19,6 @@ from audiences_async._http.wire import base_url_or_default, endpoint
 from audiences_async._version import __version__
 from audiences_async.accounts import AccountFile
 from audiences_async.cli import check as checking
-from audiences_async.cli import demo as demonstration
 from audiences_async.cli import doctor as diagnosis
 from audiences_async.cli import fetch as fetching
 from audiences_async.cli import pages, signals, summary
@@ -34,7 +33,6 @@ from audiences_async.credentials import Secret
 from audiences_async.errors import AudiencesError, ConfigurationError, printable
 from audiences_async.models import AudiencesResponse
 from audiences_async.policies import RetryPolicy
-from audiences_async.sandbox import Sandbox, many_audiences
 
 app: Final = App(
     name="audiences",
@@ -87,6 +85,8 @@ def demo(*, seed: _Integer | None = None) -> None:
     seed
         Seed of the faults and waits; the same seed gives the same output. Random by default.
     """
+    from audiences_async.cli import demo as demonstration  # noqa: PLC0415 - its server is slow to import
+
     chosen = random.SystemRandom().randrange(10_000) if seed is None else seed
     notify(f"starting a sandbox with faults and a limit of 1 request/s per account (--seed {chosen}) …")
     demonstration.run(chosen, Console())
@@ -417,6 +417,8 @@ def sandbox(
     seed
         Seed of the faults.
     """
+    from audiences_async.sandbox import Sandbox, many_audiences  # noqa: PLC0415 - slow to import
+
     try:
         with Sandbox(seed=seed, port=port) as server:
             keys: dict[str, Any] = {one.name: one.api_key for one in AccountFile(accounts)} if accounts else {}
