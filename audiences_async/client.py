@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from audiences_async._base import checks
+from audiences_async._call.context import Caller
 from audiences_async._call.engine import Engine, EngineSettings
 from audiences_async._call.retrying import RetryTokens
 from audiences_async._http.transport import (
@@ -191,7 +192,7 @@ class AudiencesClient:
         """
         calls = self._engine.open()
         account = self._checked(account)
-        result = await calls.answer(account, self._limit(timeout), None, self._retry)
+        result = await calls.answer(Caller(account, self._limit(timeout), self._retry))
         if isinstance(result, AudiencesError):
             try:
                 raise result
@@ -227,7 +228,7 @@ class AudiencesClient:
         calls = self._engine.open()
         account = self._checked(account)
         url = url_below(self._engine.settings.transport.endpoint, path, params)
-        result = await calls.json(path, url, account, self._limit(timeout), self._retry)
+        result = await calls.json(path, url, Caller(account, self._limit(timeout), self._retry))
         if isinstance(result, AudiencesError):
             try:
                 raise result
@@ -379,7 +380,8 @@ class AudiencesClient:
         async def fetch(account: Account, place: jobs.Place) -> Outcome:
             started = now()
             try:
-                result = await self._engine.open().answer(self._checked(account), limit, place, self._retry)
+                caller = Caller(self._checked(account), limit, self._retry, place)
+                result = await self._engine.open().answer(caller)
             except AudiencesError as error:
                 # Without its frames, which would keep the call and its body alive as long as the outcome.
                 result = error.with_traceback(None)

@@ -22,7 +22,7 @@ from audiences_async import (
 )
 from audiences_async._base.deadlines import Deadlines
 from audiences_async._call.calls import Calls
-from audiences_async._call.context import CallContext
+from audiences_async._call.context import CallContext, Caller
 from audiences_async._call.retrying import RetryTokens
 from audiences_async._pace.pacer import Pacer
 
@@ -49,7 +49,7 @@ def test_a_call_out_of_time_is_an_error_with_its_attempts(cache: CachePolicy | N
 
     async def main() -> None:
         calls = calls_of(Service(lambda key, at: 200, round_trip=100.0), cache=cache)
-        error = await calls.answer(NORTH, 5.0, None)
+        error = await calls.answer(Caller(NORTH, 5.0, None))
         assert isinstance(error, DeadlineExceededError)
         assert (error.account, error.stop_reason, len(error.attempts)) == ("north", "deadline", 1)
         assert virtual.now() == pytest.approx(5.0)
@@ -64,7 +64,7 @@ def test_closing_ends_all_calls(cache: CachePolicy | None) -> None:
 
     async def main() -> None:
         calls = calls_of(Service(lambda key, at: 200, round_trip=100.0), cache=cache)
-        tasks = [asyncio.create_task(calls.answer(Account(f"a{n}", f"key-{n}"), 60.0, None)) for n in range(3)]
+        tasks = [asyncio.create_task(calls.answer(Caller(Account(f"a{n}", f"key-{n}"), 60.0, None))) for n in range(3)]
         await asyncio.sleep(1)
         await calls.close()
         assert all(task.done() for task in tasks)
@@ -81,10 +81,10 @@ def test_only_a_cache_reuses_an_answer(cache: CachePolicy | None, requests: int)
         service = Service(lambda key, at: 200)
         calls = calls_of(service, cache=cache)
         for _ in range(3):
-            assert isinstance(await calls.answer(NORTH, 60.0, None), AudiencesResponse)
+            assert isinstance(await calls.answer(Caller(NORTH, 60.0, None)), AudiencesResponse)
         assert len(service.seen) == requests
         calls.invalidate(NORTH)
-        await calls.answer(NORTH, 60.0, None)
+        await calls.answer(Caller(NORTH, 60.0, None))
         assert len(service.seen) == requests + 1
         await calls.close()
 
@@ -105,7 +105,7 @@ def test_a_key_function_that_fails_is_retried(cache: CachePolicy | None) -> None
     async def main() -> None:
         service = Service(lambda key, at: 200)
         calls = calls_of(service, cache=cache)
-        assert isinstance(await calls.answer(Account("north", key), 60.0, None), AudiencesResponse)
+        assert isinstance(await calls.answer(Caller(Account("north", key), 60.0, None)), AudiencesResponse)
         assert service.times(key="key-late") == service.times()
         await calls.close()
 
@@ -125,8 +125,8 @@ def test_concurrent_calls_share_one_key() -> None:
     async def main() -> None:
         calls = calls_of(Service(lambda key, at: 200))
         account = Account("north", key)
-        await asyncio.gather(*(calls.answer(account, 60.0, None) for _ in range(5)))
-        await calls.answer(account, 60.0, None)
+        await asyncio.gather(*(calls.answer(Caller(account, 60.0, None)) for _ in range(5)))
+        await calls.answer(Caller(account, 60.0, None))
         await calls.close()
 
     virtual.run(main())

@@ -20,7 +20,7 @@ async def lanes() -> list[Lane]:
 
 def needed(evidence: Evidence, verdict: Verdict, lanes: list[Lane], peak: int = 1) -> int:
     """Return the number of different accounts after which the verdict is the service's."""
-    return next(number for number, lane in enumerate(lanes, 1) if evidence.suffices(verdict, lane, peak))
+    return next(number for number, lane in enumerate(lanes, 1) if evidence.add(verdict, lane, peak))
 
 
 @pytest.mark.parametrize(
@@ -35,14 +35,14 @@ def test_some_accounts_in_a_row_suffice(lanes: list[Lane], verdict: Verdict, in_
 def test_one_account_is_no_evidence(lanes: list[Lane]) -> None:
     """Count an account once, however often it fails."""
     evidence = Evidence()
-    assert not any(evidence.suffices("failed", lanes[0], 1) for _ in range(100))
+    assert not any(evidence.add("failed", lanes[0], 1) for _ in range(100))
 
 
 def test_an_answer_starts_the_count_again(lanes: list[Lane]) -> None:
     """Count only failures without an answer to any account between them."""
     evidence = Evidence()
     for lane in lanes[:2]:
-        assert not evidence.suffices("failed", lane, 1)
+        assert not evidence.add("failed", lane, 1)
     evidence.returned("answered", lanes[9])
     assert needed(evidence, "failed", lanes) == 3
     assert needed(evidence, "failed", lanes) == 3, "and it starts again once it has sufficed"
@@ -52,7 +52,7 @@ def test_an_answer_makes_up_for_two_refusals(lanes: list[Lane]) -> None:
     """Count accounts that are refused more often than twice for each answer; start again once they suffice."""
     evidence = Evidence()
     for lane in lanes[:7]:
-        assert not evidence.suffices("throttled", lane, 1)
+        assert not evidence.add("throttled", lane, 1)
     evidence.returned("answered", lanes[19])
     assert needed(evidence, "throttled", lanes[7:]) == 3
     assert needed(evidence, "throttled", lanes) == 8
@@ -65,7 +65,7 @@ def test_a_flood_that_is_partly_granted_is_recognized(lanes: list[Lane]) -> None
         if number % 5 == 4:
             evidence.returned("answered", lanes[number % 20])
         else:
-            found += evidence.suffices("throttled", lanes[number % 20], 100)
+            found += evidence.add("throttled", lanes[number % 20], 100)
     assert found >= 2
 
 
@@ -73,7 +73,7 @@ def test_accounts_that_are_refused_and_then_answered_share_a_limit(lanes: list[L
     """Report a shared limit while most requests are refused, and most refused accounts are answered later."""
     evidence = Evidence()
     for lane in 3 * lanes:
-        lane.fails_alone(answers=0)
+        lane.note_failure(answers=0)
         evidence.returned("throttled", lane)
         evidence.returned("unavailable", lane)
         evidence.returned("answered", lane)

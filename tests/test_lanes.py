@@ -157,15 +157,15 @@ async def test_a_slow_rate_explains_a_refusal_for_longer() -> None:
 
 async def test_an_account_fails_alone_if_others_are_answered(north: Account) -> None:
     """Suspect the account, and not the service, once others were answered between two of its failures."""
-    assert [north.lane.fails_alone(answers) for answers in (7, 7, 8, 8)] == [False, False, True, True]
+    assert [north.lane.note_failure(answers) for answers in (7, 7, 8, 8)] == [False, False, True, True]
     north.meets("answered", 10.0)
-    assert north.lane.fails_alone(9) is False
+    assert north.lane.note_failure(9) is False
 
 
 async def test_an_account_recovers_with_the_next_answer(north: Account) -> None:
     """Report that the latest request failed, until one is answered."""
     seen = [north.lane.recovers]
-    north.lane.fails_alone(7)
+    north.lane.note_failure(7)
     seen.append(north.lane.recovers)
     north.meets("answered", 10.0)
     assert [*seen, north.lane.recovers] == [False, True, False]

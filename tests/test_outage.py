@@ -49,15 +49,15 @@ def test_a_request_sent_into_an_outage_outlives_it() -> None:
 
 def test_a_stall_is_silence_far_beyond_the_slowest_answer() -> None:
     """Report a hang after two seconds without a reply, or twice the time of the slowest answer if that is more."""
-    assert [Outage().is_stall(silence, slowest=0.1) for silence in (1.9, 2.0)] == [False, True]
-    assert [Outage().is_stall(silence, slowest=3.0) for silence in (5.9, 6.0)] == [False, True]
+    assert [Outage().note_silence(silence, slowest=0.1) for silence in (1.9, 2.0)] == [False, True]
+    assert [Outage().note_silence(silence, slowest=3.0) for silence in (5.9, 6.0)] == [False, True]
 
 
 def test_a_service_that_may_just_be_slow_gets_more_time() -> None:
     """Wait twice as long before the next report of a hang."""
     outage = Outage()
-    assert outage.is_stall(2.0, 0.1)
-    assert [outage.is_stall(silence, 0.1) for silence in (3.9, 4.0, 7.9)] == [False, True, False]
+    assert outage.note_silence(2.0, 0.1)
+    assert [outage.note_silence(silence, 0.1) for silence in (3.9, 4.0, 7.9)] == [False, True, False]
 
 
 def test_a_503_soon_after_an_outage_may_be_a_limit() -> None:

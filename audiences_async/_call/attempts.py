@@ -117,7 +117,7 @@ class Attempts:
         if report.verdict == "answered":
             self._context.pacer.service.witness = key
             return result
-        return result if self._counts(result, turn, released) else None
+        return result if self._record_failure(result, turn, released) else None
 
     async def _read(self, reply: Reply, key: ApiKey) -> Result:
         return await _in_turns(read_any(reply, key, now=self._context.clock.wall()))
@@ -135,8 +135,8 @@ class Attempts:
         quota = announced(reply.headers, now=self._context.clock.wall()) if isinstance(reply, Reply) else None
         return report_of(result, quota, self._context.policy)
 
-    def _counts(self, result: Result, turn: Turn, released: Released) -> bool:
-        """Return whether a request without an answer counts as an attempt."""
+    def _record_failure(self, result: Result, turn: Turn, released: Released) -> bool:
+        """Record a request without an answer, unless it counts as an attempt; return whether it does."""
         if isinstance(result, ConnectionFailedError) and result.unsent:
             return not self._context.pacer.service.load.shrink()  # another request will return a socket
         if self._place is None:

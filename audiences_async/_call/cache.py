@@ -10,9 +10,9 @@ from typing import Final, TypeVar
 from attrs import define, field, frozen
 
 from audiences_async._base.deadlines import Scope
+from audiences_async._call.context import Caller
 from audiences_async._call.run import Call
 from audiences_async._http.wire import Result
-from audiences_async._pace.places import Place
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey
 from audiences_async.errors import (
@@ -24,7 +24,7 @@ from audiences_async.errors import (
 )
 from audiences_async.events import CacheLookup, CacheResult, EventHook, emit, is_watched
 from audiences_async.models import Account, AudiencesResponse
-from audiences_async.policies import CachePolicy, RetryPolicy
+from audiences_async.policies import CachePolicy
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -67,7 +67,7 @@ class Cache:
     Args:
         policy: How long answers are reused.
         clock: Source of the time.
-        begin: Creates a call for an account, a timeout in seconds, a place in a job, and a policy.
+        begin: Creates a call for a caller.
         run: Runs a call.
         timeout: Seconds for a background refresh.
         on_event: Called with what each caller gets.
@@ -78,7 +78,7 @@ class Cache:
         policy: CachePolicy,
         clock: Clock,
         *,
-        begin: Callable[[Account, float, Place | None, RetryPolicy | None], Call],
+        begin: Callable[[Caller], Call],
         run: Callable[[Call], Awaitable[Result]],
         timeout: float,
         on_event: EventHook | None,
@@ -95,28 +95,16 @@ class Cache:
         self._tasks: set[asyncio.Task[Result]] = set()
         self._digests: OrderedDict[Account, bytes] = OrderedDict()  # of the account's last key
 
-    async def get(
-        self,
-        account: Account,
-        key: ApiKey,
-        timeout: float,
-        on_call: Callable[[Call], object],
-        place: Place | None = None,
-        *,
-        scope: Scope,
-        policy: RetryPolicy | None = None,
-    ) -> Result:
+    async def get(self, caller: Caller, key: ApiKey, scope: Scope, on_call: Callable[[Call], object]) -> Result:
         """Return the account's answer, cached or new, or the error.
 
         Args:
-            account: The account.
-            key: Its current key.
-            timeout: Seconds that the caller has left.
+            caller: The caller, with the time that it has left.
+            key: The account's current key.
+            scope: Enforces that time.
             on_call: Called with the call that the caller waits for.
-            place: The caller's place in a job; ``None`` outside a job.
-            scope: Enforces the time that the caller has left.
-            policy: That of a new request; ``None`` means the client's.
         """
+        account = caller.account
         digest = key.digest(self._salt)
         self._put(self._digests, account, digest)
         kept = self._kept.get(digest)
@@ -128,9 +116,10 @@ class Cache:
                 return self._reuse(kept, account, "fresh", age)
             if age < self._policy.ttl + self._policy.stale_while_revalidate:
                 if digest not in self._flights:
-                    self._start(digest, account, self._timeout, None, policy, is_refresh=True).waiters = 1
+                    refresh = Caller(account, self._timeout, caller.policy)
+                    self._start(digest, refresh, is_refresh=True).waiters = 1
                 return self._reuse(kept, account, "stale", age)
-        result = await self._joined(digest, account, timeout, on_call, place, scope=scope, policy=policy)
+        result = await self._joined(digest, caller, scope, on_call)
         return self._or_stale(result, account, digest) if isinstance(result, AudiencesError) else result
 
     def in_place_of(self, error: AudiencesError, account: Account) -> Result:
@@ -183,25 +172,16 @@ class Cache:
         while len(recent) > self._policy.max_accounts:
             recent.popitem(last=False)
 
-    async def _joined(
-        self,
-        digest: bytes,
-        account: Account,
-        timeout: float,
-        on_call: Callable[[Call], object],
-        place: Place | None,
-        *,
-        scope: Scope,
-        policy: RetryPolicy | None,
-    ) -> Result:
+    async def _joined(self, digest: bytes, caller: Caller, scope: Scope, on_call: Callable[[Call], object]) -> Result:
         """Return the result of the request in flight, or of a new one."""
-        until = self._now() + timeout
+        account = caller.account
+        until = self._now() + caller.timeout
         flight = self._flights.get(digest)
         joined = flight is not None and not flight.call.time.scope.expired
         if flight is None or not joined:
-            flight = self._start(digest, account, timeout, place, policy)
+            flight = self._start(digest, caller)
         flight.names.add(account.name)
-        flight.call.time.extend(timeout)
+        flight.call.time.extend(caller.timeout)
         on_call(flight.call)
         result = await self._result_of(flight, scope)
         if not isinstance(result, AudiencesError):
@@ -209,8 +189,8 @@ class Cache:
             self._report(account, "shared" if joined else "wire", 0.0, record.call_id if record.is_watched else None)
             return result
         left = until - self._now()
-        if joined and _may_help(result, left, place):
-            return await self._joined(digest, account, left, on_call, place, scope=scope, policy=policy)
+        if joined and _may_help(result, left, caller):
+            return await self._joined(digest, caller._replace(timeout=left), scope, on_call)
         return copy_for(result, account)
 
     async def _result_of(self, flight: _Flight, scope: Scope) -> Result:
@@ -226,17 +206,9 @@ class Cache:
                 self._land(flight)
         return flight.task.result()
 
-    def _start(
-        self,
-        digest: bytes,
-        account: Account,
-        timeout: float,
-        place: Place | None,
-        policy: RetryPolicy | None,
-        *,
-        is_refresh: bool = False,
-    ) -> _Flight:
-        flight = _Flight(digest, self._begin(account, timeout, place, policy), {account.name})
+    def _start(self, digest: bytes, caller: Caller, *, is_refresh: bool = False) -> _Flight:
+        account = caller.account
+        flight = _Flight(digest, self._begin(caller), {account.name})
         if (kept := self._kept.get(digest)) is not None:
             periods = [self._policy.stale_if_error, self._policy.stale_while_revalidate if is_refresh else 0.0]
             flight.call.record.stands_in = lambda error: self._replaces(kept, error, max(periods))
@@ -269,11 +241,11 @@ class Cache:
         return is_valid
 
 
-def _may_help(error: AudiencesError, left: float, place: Place | None) -> bool:
+def _may_help(error: AudiencesError, left: float, caller: Caller) -> bool:
     """Return whether a request of its own may help a caller with *left* seconds that joined one with this *error*."""
     if isinstance(error, DeadlineExceededError):  # it waited for its turn with the shorter deadline of another caller
         return (error.retry_after or 0) < left
-    return place is not None and error.stop_reason == "budget"  # outside a job it did not wait for tokens
+    return caller.place is not None and error.stop_reason == "budget"  # outside a job it did not wait for tokens
 
 
 def copy_for(error: AudiencesError, account: Account) -> AudiencesError:

@@ -10,11 +10,10 @@ from yarl import URL
 
 from audiences_async._base.deadlines import CallTime, Deadlines
 from audiences_async._call.cache import Cache, copy_for
-from audiences_async._call.context import CallContext
+from audiences_async._call.context import CallContext, Caller
 from audiences_async._call.record import new_call_id
 from audiences_async._call.run import ASKING, Call, out_of_time
 from audiences_async._http.wire import Result
-from audiences_async._pace.places import Place
 from audiences_async.credentials import ApiKey, KeySource
 from audiences_async.errors import (
     AudiencesError,
@@ -25,7 +24,7 @@ from audiences_async.errors import (
 )
 from audiences_async.events import StopReason
 from audiences_async.models import Account
-from audiences_async.policies import CachePolicy, RetryPolicy
+from audiences_async.policies import CachePolicy
 
 
 class Calls:
@@ -56,26 +55,15 @@ class Calls:
         self._key_sources: WeakValueDictionary[tuple[str, int], KeySource] = WeakValueDictionary()
         self._closing = False
 
-    def answer(
-        self, account: Account, timeout: float, place: Place | None, policy: RetryPolicy | None = None
-    ) -> Coroutine[Any, Any, Result]:
-        """Return the account's answer, or the error of its call, to be awaited.
-
-        Args:
-            account: The account.
-            timeout: Seconds for the call.
-            place: Its place in a job; ``None`` outside a job.
-            policy: Which failures are retried; ``None`` means as the client says.
-        """
+    def answer(self, caller: Caller) -> Coroutine[Any, Any, Result]:
+        """Return the account's answer, or the error of its call, to be awaited."""
         if self._cache is None:
-            return self._run(self._begin(account, timeout, place, policy))
-        return self._cached(self._cache, account, timeout, place, policy)
+            return self._run(self._begin(caller))
+        return self._cached(self._cache, caller)
 
-    def json(
-        self, path: str, url: URL, account: Account, timeout: float, policy: RetryPolicy | None
-    ) -> Coroutine[Any, Any, Result]:
+    def json(self, path: str, url: URL, caller: Caller) -> Coroutine[Any, Any, Result]:
         """Return the answer to another call of the API, or its error, to be awaited."""
-        return self._run(self._begin(account, timeout, None, policy, (path, url)))
+        return self._run(self._begin(caller, (path, url)))
 
     def invalidate(self, account: Account) -> None:
         """Discard the account's cached answer."""
@@ -89,14 +77,8 @@ class Calls:
         if self._cache is not None:
             await self._cache.close()
 
-    def _begin(
-        self,
-        account: Account,
-        timeout: float,
-        place: Place | None,
-        policy: RetryPolicy | None,
-        other: tuple[str, URL] | None = None,
-    ) -> Call:
+    def _begin(self, caller: Caller, other: tuple[str, URL] | None = None) -> Call:
+        account, timeout, policy, place = caller
         context = self.context
         if policy is not None and policy is not context.policy:
             context = evolve(context, policy=policy)
@@ -122,9 +104,8 @@ class Calls:
             call.record.abandoned(error)
             raise
 
-    async def _cached(
-        self, cache: Cache, account: Account, timeout: float, place: Place | None, policy: RetryPolicy | None
-    ) -> Result:
+    async def _cached(self, cache: Cache, caller: Caller) -> Result:
+        account, timeout = caller.account, caller.timeout
         credential = self._credential(account)
         started = self.context.clock.monotonic()
         calls: list[Call] = []
@@ -133,13 +114,13 @@ class Calls:
             with in_use, self._deadlines.within(timeout) as scope:
                 key = credential if isinstance(credential, ApiKey) else await credential.get(account=account.name)
                 scope.check()
-                if place is None:
-                    return await cache.get(account, key, timeout, calls.append, place, scope=scope, policy=policy)
+                if caller.place is None:
+                    return await cache.get(caller, key, scope, calls.append)
                 # In a job, the time of the request bounds the wait: it stands still in an outage.
                 with scope.suspended():
-                    return await cache.get(account, key, timeout, calls.append, place, scope=scope, policy=policy)
+                    return await cache.get(caller, key, scope, calls.append)
         except TransportError as failure:  # the key function failed, so there is no key to look up
-            return await self._run(self._begin(account, timeout, place, policy), failure.with_traceback(None))
+            return await self._run(self._begin(caller), failure.with_traceback(None))
         except TimeoutError:
             error, reason = self._out_of_time(timeout, calls[-1].phase if calls else ASKING)
             now = self.context.clock.monotonic()

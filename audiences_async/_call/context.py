@@ -1,4 +1,6 @@
-"""What a call gets from its client."""
+"""What a call gets from its caller and from its client."""
+
+from typing import NamedTuple
 
 from attrs import field, frozen
 from yarl import URL
@@ -7,9 +9,27 @@ from audiences_async._call.retrying import RetryTokens
 from audiences_async._http.deprecation import Notices
 from audiences_async._http.transport import Transport
 from audiences_async._pace.pacer import Pacer
+from audiences_async._pace.places import Place
 from audiences_async.clock import Clock
 from audiences_async.events import EventHook
+from audiences_async.models import Account
 from audiences_async.policies import RetryPolicy
+
+
+class Caller(NamedTuple):
+    """What one caller asks for.
+
+    Attributes:
+        account: The account.
+        timeout: Seconds for the call.
+        policy: Which failures are retried; ``None`` means as the client says.
+        place: The account's place in a job; ``None`` outside a job.
+    """
+
+    account: Account
+    timeout: float
+    policy: RetryPolicy | None
+    place: Place | None = None
 
 
 @frozen(eq=False)

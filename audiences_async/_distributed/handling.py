@@ -27,7 +27,7 @@ MARKER: Final = "job.json"
 
 _log: Final = logging.getLogger("audiences_async")
 _AT_ONCE: Final = timedelta(0)
-_SOON: Final = timedelta(seconds=1)  # until a chunk that failed on Redis or the store is offered again
+_NEXT_TRY: Final = timedelta(seconds=1)  # until a chunk that failed on Redis or the store is offered again
 _ELSEWHERE: Final = timedelta(seconds=0.5)  # until a chunk of another fleet is offered again
 _MOST_OFFERS: Final = 3600  # of a chunk that no worker is right for: half an hour
 _DEATHS: Final = 2  # workers that died with a chunk, before its accounts are fetched one by one
@@ -111,7 +111,7 @@ class Desk:
             delay = await self._fetch(part, names, is_again=execution.redelivered)
         except (DocketError, PartsError) as error:
             _log.warning("a chunk goes back to the queue: %s", error.summary)
-            delay = _SOON
+            delay = _NEXT_TRY
         finally:
             self._chunks.remove(message)
             self._adjust()

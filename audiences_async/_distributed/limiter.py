@@ -9,7 +9,7 @@ from attrs import define, field
 from redis.asyncio import Redis
 
 from audiences_async._distributed.connection import unavailable
-from audiences_async.errors import DeadlineExceededError
+from audiences_async._pace.pacing import too_late
 from audiences_async.policies import RateLimit
 
 _AHEAD: Final = 1.0  # s; a turn that is further away is not reserved
@@ -65,13 +65,13 @@ class RedisLimiter:
         line = self._lines.setdefault(key, _Line())
         least = line.waiting * self._interval - self._tolerance - self._interval
         if least > timeout:
-            raise _too_late(least)
+            raise too_late(least)
         line.waiting += 1
         try:
             async with asyncio.timeout_at(None if timeout == math.inf else ends_at), line.lock:
                 await self._wait(key, ends_at)
         except TimeoutError:
-            raise _too_late(line.waiting * self._interval) from None
+            raise too_late(line.waiting * self._interval) from None
         finally:
             line.waiting -= 1
             if not line.waiting:
@@ -84,7 +84,7 @@ class RedisLimiter:
             left = min(ends_at - now(), 1e9)
             wait, turn = await self._ask(key, left)
             if wait > left:
-                raise _too_late(wait)
+                raise too_late(wait)
             due = now() + wait
             if turn is None:
                 await asyncio.sleep(wait - _AHEAD)
@@ -123,11 +123,6 @@ class _Line:
 
 def _micro(seconds: float) -> float:
     return seconds * 1e6
-
-
-def _too_late(seconds: float) -> DeadlineExceededError:
-    message = f"the next turn comes in {seconds:.3g} s, which does not fit into the call's timeout"
-    return DeadlineExceededError(message, retry_after=seconds, stop_reason="deadline")
 
 
 _TAKE: Final = """

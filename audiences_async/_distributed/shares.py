@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Final, Protocol
 
-_FEW: Final = 1 / 3  # of the mean rate; a worker below it has been crowded out
+_SMALL_SHARE: Final = 1 / 3  # of the mean rate; a worker below it has been crowded out
 _NEXT: Final = 1 / 2  # of the mean, at which it goes on; its share in full would have to be taken from the others
 _MUCH: Final = 3 / 2  # of the mean; a worker above it crowds the others out
 
@@ -51,7 +51,7 @@ class Share:
             self._pace.adopt(mean)
         elif before.keys() > rates.keys():
             self._pace.adopt(max(own, sum(before.values()) / len(rates)))  # takes over from those that are done
-        elif own < _FEW * mean:
+        elif own < _SMALL_SHARE * mean:
             self._pace.adopt(_NEXT * mean)
         elif own > _MUCH * mean:
             self._pace.adopt(mean)

@@ -26,7 +26,7 @@ class Slots:
         self._batches: dict[int, list[_Batch]] = defaultdict(list)  # by the identity of each account in flight
         self._changed = asyncio.Event()
         self._stopping = False
-        self.on_change: Callable[[], None] = _do_nothing
+        self.on_change: Callable[[], None] = lambda: None
         """Called when an account was started."""
 
     @property
@@ -108,7 +108,3 @@ class _Batch:
     def skip(self) -> None:
         """Note that one of the accounts gets no outcome."""
         self.outcomes.put_nowait(None)
-
-
-def _do_nothing() -> None:
-    """Stand in for a worker that takes chunks."""

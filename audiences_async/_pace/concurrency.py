@@ -5,7 +5,7 @@ from typing import Final
 
 _SURE: Final = 4  # refusals, less grants, with at least as many others in flight
 _LEAST: Final = 2  # others in flight; a refusal with fewer of them is of another kind
-_QUICK: Final = 1 / 4  # of the time of a grant, in which a request is refused that does not find a place
+_QUICK_REFUSAL: Final = 1 / 4  # of the time of a grant, in which a request is refused that does not find a place
 _IN_VAIN: Final = 2  # refusals in a row; a limit in flight grants as soon as others have come back
 _RARELY: Final = 500  # grants
 
@@ -44,7 +44,7 @@ class LearnedConcurrency:
             self._refusals -= 1
             if not self._refusals:
                 self._forget()
-        elif self._refusals >= _SURE and self._took <= _QUICK * (now - sent_at):
+        elif self._refusals >= _SURE and self._took <= _QUICK_REFUSAL * (now - sent_at):
             self.limit = self._patience = self._lowest
             self._changed_at, self._grants = now, 0
 

@@ -5,10 +5,10 @@ from typing import Final
 from audiences_async._pace.lanes import Lane
 from audiences_async._pace.pacing import REFUSALS, Verdict
 
-_FEW: Final = 3  # accounts that fail in a row while few requests are in flight
-_MANY: Final = 8
-_PER_ACCOUNT: Final = 4  # requests in flight for each account that must fail
-_PER_ANSWER: Final = 2  # refused accounts that no longer count after an answer: a limit goes on granting some requests
+_FAILED_ACCOUNTS: Final = 3  # accounts that fail in a row while few requests are in flight
+_REFUSED_ACCOUNTS: Final = 8
+_IN_FLIGHT_PER_ACCOUNT: Final = 4  # requests in flight for each account that must fail
+_CLEARED_PER_ANSWER: Final = 2  # refused accounts that no longer count: a limit goes on granting some requests
 _WEIGHT: Final = 1 / 16  # of the latest request, in the shares of the latest ones
 _HALF: Final = 0.5
 
@@ -40,10 +40,10 @@ class Evidence:
             self._refusals -= _WEIGHT * self._refusals
             self._recovered += _WEIGHT * ((lane is not None and lane.recovers) - self._recovered)
             self._failing.clear()
-            del self._refused[-_PER_ANSWER:]
+            del self._refused[-_CLEARED_PER_ANSWER:]
 
-    def suffices(self, verdict: Verdict, lane: Lane, peak: int) -> bool:
-        """Note that an account was refused or failed; return whether enough did, so that the service is the cause.
+    def add(self, verdict: Verdict, lane: Lane, peak: int) -> bool:
+        """Add an account that was refused or failed; return whether enough did, so that the service is the cause.
 
         More must do so if many requests, up to *peak*, were in flight at the same time.
         """
@@ -51,8 +51,9 @@ class Evidence:
         if verdict in REFUSALS and lane not in self._refused:
             self._refused.append(lane)
         # Accounts have limits of their own, and few have outages of their own.
-        few = _MANY if verdict == "throttled" else _FEW
-        if len(self._failing) < min(max(few, peak // _PER_ACCOUNT), _MANY) and len(self._refused) < _MANY:
+        few = _REFUSED_ACCOUNTS if verdict == "throttled" else _FAILED_ACCOUNTS
+        needed = min(max(few, peak // _IN_FLIGHT_PER_ACCOUNT), _REFUSED_ACCOUNTS)
+        if len(self._failing) < needed and len(self._refused) < _REFUSED_ACCOUNTS:
             return False
         self._failing.clear()
         self._refused.clear()

@@ -70,8 +70,8 @@ class Lane(PacedQueue):
             return True
         return self.paces.rate is not None and sent_at - self._granted_at < 2 / self.paces.rate
 
-    def fails_alone(self, answers: int) -> bool:
-        """Return whether others have been answered between two failures of this account; and remember this one.
+    def note_failure(self, answers: int) -> bool:
+        """Note a failure; return whether others have been answered between two of this account.
 
         Args:
             answers: Answers that the service has given so far.

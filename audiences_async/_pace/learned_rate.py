@@ -8,15 +8,15 @@ import math
 from collections import deque
 from typing import Final
 
-_ENOUGH: Final = 50  # answers for a measurement, or for faster growth
+_MANY_ANSWERS: Final = 50  # answers for a measurement, or for faster growth
 _MIN_GROWTH: Final = 0.001  # of the rate, for each answer
 _MAX_GROWTH: Final = 0.25
 _SURE_GROWTH: Final = 0.02  # larger growth fades to this: each answer makes the rate surer
-_FADING: Final = 0.93
-_SLOW: Final = 10.0  # requests per second
-_FEW: Final = 8
+_GROWTH_FADING: Final = 0.93
+_SLOW_RATE: Final = 10.0  # requests per second
+_FEW_GRANTS: Final = 8
 _SLOW_GROWTH: Final = 0.005
-_UNCONFIRMED: Final = 0.25  # of the rate at the latest answer; only the refused accounts may be left
+_LOWEST_UNCONFIRMED: Final = 0.25  # of the rate at the latest answer; only the refused accounts may be left
 _NO_TIME: Final = 0.001  # s
 _MIN_RATE: Final = 0.01  # requests per second
 _MAX_RATE: Final = 10_000.0
@@ -24,15 +24,15 @@ _MAX_RATE: Final = 10_000.0
 # If refusals name a pause, each costs far more than a little of the rate:
 _CAREFUL_GROWTH: Final = 0.00005
 _FIRST_CAREFUL_GROWTH: Final = 0.03  # until a measurement has some answers
-_SOME: Final = 20
-_LONG: Final = 1000  # answers, after which the rate may grow faster
+_SOME_GRANTS: Final = 20
+_VERY_MANY_ANSWERS: Final = 1000  # answers, after which the rate may grow faster
 
-_CUTS: Final = 15  # cuts of the rate by which their use is judged
-_NO_USE: Final = 0.85  # of the rate before them, and still refused
+_JUDGED_CUTS: Final = 15  # cuts of the rate by which their use is judged
+_USELESS_CUT: Final = 0.85  # of the rate before them, and still refused
 _SHARE_WEIGHT: Final = 1 / 48  # of the latest request
 _HALF: Final = 0.5
-_MORE: Final = 0.03  # of the requests, beyond half as many strays again
-_IN_A_ROW: Final = 5
+_STRAYS_MARGIN: Final = 0.03  # of the requests, beyond half as many strays again
+_REFUSALS_IN_A_ROW: Final = 5
 
 
 class LearnedRate:
@@ -108,12 +108,12 @@ class LearnedRate:
 
     def _grow(self, rate: float) -> None:
         # Among processes that share a limit, growth with each answer would let the fastest take all from the slowest.
-        weight = max(1.0, _SLOW / rate) if self._is_shared else 1.0
-        enough = _LONG if self._is_asked else max(_ENOUGH, int(rate))
+        weight = max(1.0, _SLOW_RATE / rate) if self._is_shared else 1.0
+        enough = _VERY_MANY_ANSWERS if self._is_asked else max(_MANY_ANSWERS, int(rate))
         doublings = (self._since_cut + weight) // enough - self._since_cut // enough
         self._since_cut += weight
-        if self._since_cut < _ENOUGH and not self._is_asked:
-            self._growth = max(_FADING * self._growth, min(self._growth, _SURE_GROWTH))
+        if self._since_cut < _MANY_ANSWERS and not self._is_asked:
+            self._growth = max(_GROWTH_FADING * self._growth, min(self._growth, _SURE_GROWTH))
         else:
             self._growth = min(_MAX_GROWTH, 2**doublings * self._growth)  # the limit may have been raised
         self.rate = min(_MAX_RATE, rate * min(1 + _MAX_GROWTH, (1 + self._growth) ** weight))
@@ -136,14 +136,14 @@ class LearnedRate:
                 self._growth = _MIN_GROWTH
             self.measurement.restart(now)
             return False
-        if not self.measurement.has_news(now):
+        if not self.measurement.note_refusal(now):
             return False
         if asked and self._held:
             self._measure_carefully(now - since)
             self.measurement.restart(now)
         else:
             self._measure(now - since)
-            if self.measurement.granted >= _ENOUGH:
+            if self.measurement.granted >= _MANY_ANSWERS:
                 self.measurement.restart(now)
         return True
 
@@ -160,14 +160,15 @@ class LearnedRate:
             doubt = paused / max(_NO_TIME, seconds - paused)
         else:
             self._cut(self.rate, max(0.25 * self.rate, min(0.9 * self.rate, 1.2 * measured), lower_bound))
-        is_slow = self._is_shared and self.rate is not None and self.rate < _SLOW and granted > _FEW
-        self._growth = min(_SLOW_GROWTH if is_slow else _MAX_GROWTH, max(_MIN_GROWTH, 2 / granted**2, doubt / _ENOUGH))
+        is_slow = self._is_shared and self.rate is not None and self.rate < _SLOW_RATE and granted > _FEW_GRANTS
+        most = _SLOW_GROWTH if is_slow else _MAX_GROWTH
+        self._growth = min(most, max(_MIN_GROWTH, 2 / granted**2, doubt / _MANY_ANSWERS))
 
     def _measure_carefully(self, active: float) -> None:
         granted, excused = self.measurement.granted, self.measurement.excused
         if excused:
             self._burst = min(self._burst, granted)
-        if granted > max(_SOME, 2 * self._burst):
+        if granted > max(_SOME_GRANTS, 2 * self._burst):
             measured = (granted - self._burst) / active
         else:
             # Most of it was the burst after a pause. With the pause this is too low, without it too high.
@@ -176,7 +177,7 @@ class LearnedRate:
             self._begin_at(measured)
         else:
             self._cut(self.rate, min(0.95 * self.rate, max(0.5 * self.rate, measured)))
-        self._growth = _CAREFUL_GROWTH if granted >= _SOME else _FIRST_CAREFUL_GROWTH
+        self._growth = _CAREFUL_GROWTH if granted >= _SOME_GRANTS else _FIRST_CAREFUL_GROWTH
         self._is_asked = True
 
     def _begin_at(self, rate: float) -> None:
@@ -186,7 +187,7 @@ class LearnedRate:
     def _cut(self, old: float, new: float) -> None:
         assert self._strays is not None
         restored = self._strays.cut(old)
-        self.rate = max(_MIN_RATE, _UNCONFIRMED * self._confirmed, new if restored is None else restored)
+        self.rate = max(_MIN_RATE, _LOWEST_UNCONFIRMED * self._confirmed, new if restored is None else restored)
         self._since_cut = 0
 
     def adopt(self, now: float, rate: float) -> None:
@@ -230,7 +231,7 @@ class Measurement:
         """End it: for a while nothing was held back."""
         self.since = None
 
-    def has_news(self, now: float) -> bool:
+    def note_refusal(self, now: float) -> bool:
         """Note a refusal; return whether anything was granted since the latest one."""
         if self.since is None or self.granted == self._counted or now <= self.since:
             return False
@@ -254,7 +255,7 @@ class Strays:
     __slots__ = ("_cuts", "_ignored", "_in_a_row", "_share")
 
     def __init__(self) -> None:
-        self._cuts: deque[float] = deque(maxlen=_CUTS)  # the rates at the latest refusals
+        self._cuts: deque[float] = deque(maxlen=_JUDGED_CUTS)  # the rates at the latest refusals
         self._share = 0.0  # of the latest requests, that was refused
         self._ignored = 0.0  # the share that is ignored
         self._in_a_row = 0
@@ -264,7 +265,7 @@ class Strays:
         """Whether they cannot explain a refusal now."""
         if not self._ignored:
             return True
-        return self._in_a_row > _IN_A_ROW or self._share > 1.5 * self._ignored + _MORE
+        return self._in_a_row > _REFUSALS_IN_A_ROW or self._share > 1.5 * self._ignored + _STRAYS_MARGIN
 
     def granted(self) -> None:
         """Note that a request was granted."""
@@ -279,11 +280,11 @@ class Strays:
     def cut(self, rate: float) -> float | None:
         """Note a cut of *rate*; return the rate to restore, if the latest cuts were of no use."""
         self._cuts.append(rate)
-        if len(self._cuts) < _CUTS:
+        if len(self._cuts) < _JUDGED_CUTS:
             return None
         cuts = list(self._cuts)
-        before, after = min(cuts[: _CUTS // 3]), max(cuts[-(_CUTS // 3) :])
-        if after >= _NO_USE * before or self._share >= _HALF:
+        before, after = min(cuts[: _JUDGED_CUTS // 3]), max(cuts[-(_JUDGED_CUTS // 3) :])
+        if after >= _USELESS_CUT * before or self._share >= _HALF:
             return None
         self._cuts.clear()
         self._ignored = self._share

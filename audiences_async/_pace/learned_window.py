@@ -6,7 +6,7 @@ from typing import Final
 
 _STREAK: Final = 4  # refusals in a row, the first included; a bucket of tokens is rarely empty for as long
 _BUNCH: Final = 4  # requests granted together
-_QUICK: Final = 0.5  # of the time from one opening to the next, in which they are granted
+_QUICK_BUNCH: Final = 0.5  # of the time from one opening to the next, in which they are granted
 _EXACT: Final = 0.03  # of the period: how exactly it must be known; each probe for it costs one request
 _LOOK_AGAIN: Final = 16  # periods, after which the limit is tried again
 _FORGOTTEN: Final = 4  # periods
@@ -164,7 +164,7 @@ class LearnedWindow:
 
     def _recognize(self, sent_at: float) -> None:
         gap = sent_at - self._began
-        together = self._ended - self._began <= _QUICK * gap
+        together = self._ended - self._began <= _QUICK_BUNCH * gap
         if self._refusals >= _STREAK and self._count >= _BUNCH and together:
             self.limit = self._count
             self._shortest, self._longest, self._first = self._refused_at - self._began, gap, gap

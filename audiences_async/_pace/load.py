@@ -8,12 +8,12 @@ from audiences_async._pace.pacing import REFUSALS, Turn, Verdict
 
 _FIRST_LIMIT: Final = 32.0  # requests in flight; three times as many a round trip later
 _REOPEN: Final = 8.0  # requests in flight after an outage; then three times as many a round trip later
-_LEAST: Final = 4.0  # requests in flight, however slow the service is
+_LEAST_LIMIT: Final = 4.0  # requests in flight, however slow the service is
 _FAST_STEP: Final = 2.0  # for each answer
 _SLOW_STEP: Final = 0.2
-_ENOUGH: Final = 50  # answers after which growth may be faster
-_QUICK: Final = 1 / 8  # of the attempt timeout
-_SLOW: Final = 1 / 2
+_ANSWERS_PER_STEP: Final = 50  # answers after which growth may be faster
+_QUICK_ANSWER: Final = 1 / 8  # of the attempt timeout
+_SLOW_ANSWER: Final = 1 / 2
 _AFTER_TIMEOUT: Final = 0.5  # of the limit
 _AFTER_SLOW: Final = 0.8
 _AFTER_REFUSAL: Final = 0.25
@@ -88,23 +88,24 @@ class Load:
         return self.concurrency < before
 
     def _answered(self, now: float, turn: Turn, took: float) -> None:
-        if took > _SLOW * self._attempt_timeout:
+        if took > _SLOW_ANSWER * self._attempt_timeout:
             self._shrink(now, turn, _AFTER_SLOW)
         elif self.limit < self.connections:
             self._grow(took)
         self.slowest = max(_FADING * self.slowest, took)
-        self.quick_answers += took <= _QUICK * self._attempt_timeout
+        self.quick_answers += took <= _QUICK_ANSWER * self._attempt_timeout
 
     def _shrink(self, now: float, turn: Turn, share: float) -> None:
         others_were_quick = self.quick_answers - turn.quick_answers >= self.limit
         if turn.sent_at >= self._cut_at and not others_were_quick:
             self.ignore_until(now)
             limit = share * min(self.limit, len(self._in_flight) + 1)
-            self.cut(max(limit, min(_LEAST, self.connections)))  # one request that hangs must not block the others
+            # One request that hangs must not block the others.
+            self.cut(max(limit, min(_LEAST_LIMIT, self.connections)))
 
     def _grow(self, took: float) -> None:
         step = self._growth.step()
-        if took > _QUICK * self._attempt_timeout:
+        if took > _QUICK_ANSWER * self._attempt_timeout:
             step = min(step, _SLOW_STEP)
         self.limit = min(float(self.connections), self.concurrency, self.limit + step)
 
@@ -154,6 +155,6 @@ class Growth:
     def step(self) -> float:
         """Note an answer; return by how many requests in flight the limit grows."""
         self._answers += 1
-        if self._answers % _ENOUGH == 0:
+        if self._answers % _ANSWERS_PER_STEP == 0:
             self._step = min(_FAST_STEP, 2 * self._step)
         return self._step

@@ -8,9 +8,9 @@ from audiences_async.errors import TransportError
 
 _FIRST_PROBE: Final = 0.25  # s after the first failure; twice as long after each probe
 _LONGEST_PROBE: Final = 1.5  # s, and up to a third more at random
-_STALL: Final = 2.0  # s without any reply, after which the service may hang
-_SOON: Final = 5.0  # s after an outage, in which a 503 is the refusal of a limit
-_FEW: Final = 3  # intervals of a learned rate, after which no limit explains a 503
+_FIRST_STALL: Final = 2.0  # s without any reply, after which the service may hang
+_AFTERMATH: Final = 5.0  # s after an outage, in which a 503 is the refusal of a limit
+_INTERVALS: Final = 3  # intervals of a learned rate, after which no limit explains a 503
 
 
 class Outage:
@@ -32,7 +32,7 @@ class Outage:
         self.failing_since: float | None = None
         """When the first of the latest failures came, of a single account too; ``None`` after an answer."""
         self._resumed_at = self._probed_at = -math.inf
-        self._stall = _STALL
+        self._stall = _FIRST_STALL
 
     def silent_for(self, now: float) -> float:
         """Return the seconds for which no account has been answered, from the first time on that it was closed."""
@@ -96,15 +96,15 @@ class Outage:
 
     def next_probe(self, now: float) -> float:
         """Return the seconds until another probe may follow one that has no reply."""
-        return max(0.0, self._probed_at + _STALL - now)
+        return max(0.0, self._probed_at + _FIRST_STALL - now)
 
     def pause(self, failures: int, clock: Clock) -> float:
         """Draw the seconds until the next probe, after *failures* in a row."""
         seconds = min(_LONGEST_PROBE, _FIRST_PROBE * 2.0 ** min(failures - 1, 60))
         return seconds * (1 + clock.random() / 3)
 
-    def is_stall(self, silence: float, slowest: float) -> bool:
-        """Return whether *silence* seconds without any reply are a hang, if the slowest answer took *slowest*."""
+    def note_silence(self, silence: float, slowest: float) -> bool:
+        """Note seconds without any reply; return whether they are a hang, if the slowest answer took *slowest*."""
         if silence < max(self._stall, 2 * slowest):
             return False
         self._stall *= 2  # it may just be slow
@@ -113,5 +113,5 @@ class Outage:
     def may_be_limit(self, now: float, *, is_limited: bool, rate: float | None) -> bool:
         """Return whether a 503 may be the refusal of a limit."""
         if not is_limited:
-            return now - self._resumed_at < _SOON
-        return self.silent_for(now) <= max(_STALL, _FEW / (rate or math.inf))
+            return now - self._resumed_at < _AFTERMATH
+        return self.silent_for(now) <= max(_FIRST_STALL, _INTERVALS / (rate or math.inf))

@@ -11,7 +11,7 @@ from audiences_async._base.deadlines import CallTime, Deadlines
 from audiences_async._http.quota import Quota
 from audiences_async._pace.allowance import QuotaScope
 from audiences_async._pace.lanes import Lane
-from audiences_async._pace.pacing import REFUSALS, PauseSettings, Report, SharedPauseSettings, Turn, Verdict, never
+from audiences_async._pace.pacing import REFUSALS, PauseSettings, Report, SharedPauseSettings, Turn, Verdict, too_late
 from audiences_async._pace.places import Place
 from audiences_async._pace.queue import NO_TIME
 from audiences_async._pace.service import ServiceLane
@@ -127,7 +127,7 @@ class Pacer:
             return self._send(lane, now)
         expected = self.expected(lane, time)
         if now + expected >= time.deadline:
-            raise never(expected)
+            raise too_late(expected)
         if place is not None:  # before the lane, whose other calls may hold all places
             with time.held():
                 # Under a limit refusals are few, and none fails for long; otherwise the account may fail for ever.
@@ -244,10 +244,10 @@ class Pacer:
 
     def _concerns_all(self, lane: Lane, turn: Turn, verdict: Verdict) -> bool:
         """Return whether a refusal or a failure may be the service's, and not this account's alone."""
-        fails_alone = lane.fails_alone(self.service.answers)
+        is_alone = lane.note_failure(self.service.answers)
         if verdict == "throttled" and lane.explains(turn.sent_at):
             return False
-        if not fails_alone:
+        if not is_alone:
             return True
         # An account that is refused again and again need not be the cause if many are.
         is_limited = self.service.state == "limited" and self.service.paces.rate is None

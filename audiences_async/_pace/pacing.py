@@ -199,7 +199,7 @@ class PacedQueue(Queue):
             self.paces.learned.paused(now, until, before, asked=asked)
         for waiter in self.waiters():
             if waiter.deadline <= until:
-                waiter.refuse(never(seconds))
+                waiter.refuse(too_late(seconds))
         self._on_paused(seconds, asked=asked)
 
     @abstractmethod
@@ -215,7 +215,7 @@ class PacedQueue(Queue):
         """Note a new measure of the rate."""
 
 
-def never(seconds: float) -> DeadlineExceededError:
+def too_late(seconds: float) -> DeadlineExceededError:
     """Return the error of a call whose turn comes in *seconds*, after its deadline."""
     message = f"the next request may go in {seconds:.3g} s, which does not fit into the call's timeout"
     return DeadlineExceededError(message, retry_after=seconds, stop_reason="deadline")

@@ -26,9 +26,9 @@ from audiences_async.snapshots import ServicePace, State
 if TYPE_CHECKING:
     from audiences_async.credentials import ApiKey
 
-_MANY: Final = 8  # requests in flight; fewer show no stall
-_SOON: Final = 5.0  # s; a longer pause ends a measurement
-_SAMPLE: Final = 32  # answers without a refusal, after which there is no shared limit
+_STALL_IN_FLIGHT: Final = 8  # requests in flight; fewer show no stall
+_LONG_PAUSE: Final = 5.0  # s; a longer pause ends a measurement
+_UNREFUSED_ANSWERS: Final = 32  # answers without a refusal, after which there is no shared limit
 
 
 class ServiceLane(PacedQueue):
@@ -67,7 +67,7 @@ class ServiceLane(PacedQueue):
         """Number of requests answered so far."""
         self.witness: ApiKey | None = None
         """The latest key that was answered, for probes; kept as long as the client."""
-        self.abandon: Callable[[], None] = _do_nothing
+        self.abandon: Callable[[], None] = lambda: None
         """Called to time out all requests in flight."""
         self.state: State = "open"
         """Whether all accounts are held to a limit, or no account is answered."""
@@ -126,10 +126,10 @@ class ServiceLane(PacedQueue):
     def look_for_stall(self) -> None:
         """Begin an outage if many requests are in flight and no reply has come for a while. For jobs."""
         now = self.clock.monotonic()
-        many = self.in_flight >= max(_MANY, int(self.load.limit) // 2)
+        many = self.in_flight >= max(_STALL_IN_FLIGHT, int(self.load.limit) // 2)
         if self.state != "open" or not self.answers or not many:
             return
-        if self.outage.is_stall(now - self._last_at, self.load.slowest):
+        if self.outage.note_silence(now - self._last_at, self.load.slowest):
             self.load.ignore_until(now)
             self._trip(now, now, "timed out", None)
             self.outage.hangs = True
@@ -168,7 +168,7 @@ class ServiceLane(PacedQueue):
                 return True
             if self.outage.outlived(turn.sent_at):
                 return False
-            return is_shared and self._is_service(now, turn, verdict, report.pause, lane)
+            return is_shared and self._judge(now, turn, verdict, report.pause, lane)
         finally:
             if self._changed is not None:
                 self.changed()
@@ -194,11 +194,11 @@ class ServiceLane(PacedQueue):
         if is_end and was_closed and self.paces.learned is not None:
             # A measurement leaves the whole pause out, and the grant that ended it.
             self.paces.learned.steady.measurement.restart(now)
-        if self.state == "limited" and self.paces.rate is None and self._unrefused >= _SAMPLE:
+        if self.state == "limited" and self.paces.rate is None and self._unrefused >= _UNREFUSED_ANSWERS:
             self.state = "open"
 
-    def _is_service(self, now: float, turn: Turn, verdict: Verdict, pause: float | None, lane: Lane) -> bool:
-        """Return whether a refusal or failure, which may be the service's, is taken for that."""
+    def _judge(self, now: float, turn: Turn, verdict: Verdict, pause: float | None, lane: Lane) -> bool:
+        """Decide whether a refusal or failure, which may be the service's, is its own, and close it then."""
         if self.closing.is_probing:
             if verdict == "throttled" and pause is not None:
                 self._throttled(now, turn.sent_at, pause, fresh=False)  # an old request, but its reply names a time
@@ -212,7 +212,7 @@ class ServiceLane(PacedQueue):
                 learned.steady.throttled(now)
                 return False
             verdict = "throttled"
-        elif not self.evidence.suffices(verdict, lane, self.load.peak):
+        elif not self.evidence.add(verdict, lane, self.load.peak):
             return False
         self._trip(now, turn.sent_at, verdict, pause)
         return True
@@ -247,7 +247,7 @@ class ServiceLane(PacedQueue):
 
     def _on_resumed(self) -> None:
         now = self.clock.monotonic()
-        if now - self.closing.cut_at > _SOON and self.paces.learned is not None:
+        if now - self.closing.cut_at > _LONG_PAUSE and self.paces.learned is not None:
             self.paces.learned.idle()
         self.outage.resumed(now)
         if self.state == "out":
@@ -261,7 +261,3 @@ class ServiceLane(PacedQueue):
     def _on_rate(self, rate: float, per: float | None) -> None:
         self._unrefused = 0
         self._emit(ServiceRateLearned("", rate, per))
-
-
-def _do_nothing() -> None:
-    """Stand in for a transport without requests in flight."""
