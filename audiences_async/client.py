@@ -396,11 +396,10 @@ class AudiencesClient:
         return fetch
 
     def _checked(self, account: Account | None) -> Account:
-        if account is None:
-            account = self._default
-        if account is None:
+        if account is not None:
+            checks.instance("account", account, Account)
+        elif (account := self._default) is None:
             raise ConfigurationError("no account: pass one to get_audiences(), or an api_key to the client")
-        checks.instance("account", account, Account)
         if (session := self._engine.settings.transport.session) is not None:
             check_cookies(session, account)
         return account

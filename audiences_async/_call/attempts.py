@@ -12,10 +12,10 @@ from audiences_async._call.record import CallRecord
 from audiences_async._http.quota import announced
 from audiences_async._http.wire import Reply, Result, read_any, read_plain
 from audiences_async._pace.pacer import Released
-from audiences_async._pace.pacing import NOTHING, Report, Turn
+from audiences_async._pace.pacing import ANSWERED, NOTHING, Report, Turn
 from audiences_async._pace.places import Place
 from audiences_async.credentials import ApiKey, KeySource
-from audiences_async.errors import ConnectionFailedError, StatusError, TransportError
+from audiences_async.errors import AudiencesError, ConnectionFailedError, StatusError, TransportError
 from audiences_async.models import Account
 
 _MOST_REFUSALS: Final = 4  # by a limit that all accounts share, for each attempt that a call of a job may make
@@ -128,11 +128,13 @@ class Attempts:
             self._record.deprecated(notice)
 
     def _report(self, result: Result, reply: Reply | TransportError) -> Report:
+        quota = announced(reply.headers, now=self._context.clock.wall()) if isinstance(reply, Reply) else None
+        if quota is None and not isinstance(result, AudiencesError):
+            return ANSWERED  # as most are
         if isinstance(result, StatusError):  # what the service says of an account is not for the others
             self._context.pacer.service.outage.problem = f"HTTP {result.status}"
         elif isinstance(result, TransportError):
             self._context.pacer.service.outage.problem = result.message
-        quota = announced(reply.headers, now=self._context.clock.wall()) if isinstance(reply, Reply) else None
         return report_of(result, quota, self._context.policy)
 
     def _record_failure(self, result: Result, turn: Turn, released: Released) -> bool:

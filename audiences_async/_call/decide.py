@@ -7,7 +7,7 @@ from attrs import frozen
 
 from audiences_async._http.quota import Quota
 from audiences_async._http.wire import Result
-from audiences_async._pace.pacing import ANSWERED, REFUSALS, Report, Verdict
+from audiences_async._pace.pacing import REFUSALS, Report, Verdict
 from audiences_async.errors import (
     AttemptTimeoutError,
     AudiencesError,
@@ -128,7 +128,7 @@ def report_of(result: Result, quota: Quota | None, policy: RetryPolicy) -> Repor
     """
     pause = quota.reset if quota is not None and quota.remaining == 0 else None
     if not isinstance(result, AudiencesError):
-        return ANSWERED if quota is None else Report("answered", pause, quota)
+        return Report("answered", pause, quota)
     verdict = verdict_of(result, policy)
     return Report(verdict, result.retry_after if verdict in REFUSALS else pause, quota)
 
