@@ -335,6 +335,41 @@ async def test_a_cancelled_worker_is_not_passed_over() -> None:
             await anext(results)
 
 
+async def test_a_failed_job_begins_no_further_item() -> None:
+    """If one of the job's tasks is cancelled from outside, what it had begun is delivered, then the cancellation."""
+    begun: list[int] = []
+    tasks: list[asyncio.Task[Any] | None] = []
+
+    async def work(number: int, _place: jobs.Place) -> int:
+        begun.append(number)
+        tasks.append(asyncio.current_task())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return number
+
+    async def source() -> AsyncIterator[int]:
+        for number in range(100):
+            yield number
+            for _ in range(5):
+                await asyncio.sleep(0)
+
+    delivered: list[int] = []
+
+    async def take_all() -> None:
+        async for number in results:
+            delivered.append(number)  # noqa: PERF401 -- what came before the error counts
+
+    async with jobs.stream(jobs.each(source()), work, 3) as results:
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert tasks[0] is not None
+        tasks[0].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await take_all()
+    assert 1 <= len(begun) <= 3
+    assert delivered == begun[1:]
+
+
 async def test_a_worker_that_loses_its_cancellation_stops_all_the_same() -> None:
     """If a source or a worker swallows the cancellation, as 3.11's wait_for can, no further item begins."""
     begun: list[int] = []

@@ -249,7 +249,6 @@ class Results(AsyncIterator[R], Generic[T, R]):
         self._work = work
         self._patience = patience
         self._places = Places(concurrency)
-        self._is_left = False
         self._done: asyncio.Queue[tuple[R] | None] = asyncio.Queue()
         self._failure: BaseException | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -273,25 +272,24 @@ class Results(AsyncIterator[R], Generic[T, R]):
 
     async def leave(self) -> None:
         """End every task at once. Consumers that still iterate get a `ClientClosedError`."""
-        self._is_left = True  # in case the source loses its task's cancellation
-        self._places.open()
-        for task in self._tasks:
-            task.cancel()
         if self._tasks:
             self._failure = ClientClosedError("the stream was closed before its end")
+            self._places.open()
+            for task in self._tasks:
+                task.cancel()
             await asyncio.wait(self._tasks)
         await self._items.aclose()
 
     async def _read(self) -> None:
         """Start a task for each item, when there is a place for it."""
-        while self._failure is None:
+        while True:
             await self._places.wait()
             try:
                 item = await anext(self._items)
             except StopAsyncIteration:
                 return
             await self._places.wait()  # others may have returned while the source was slow
-            if self._is_left:
+            if self._failure is not None:  # the source may have lost this task's cancellation
                 return
             self._places.begin()
             self._start(self._run(item))
