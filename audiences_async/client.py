@@ -28,6 +28,7 @@ from audiences_async._http.wire import (
     proxy_url,
 )
 from audiences_async._jobs import jobs
+from audiences_async._jobs.places import Place
 from audiences_async._pace.pacer import watching
 from audiences_async.clock import Clock
 from audiences_async.credentials import ApiKey, Secret
@@ -255,8 +256,8 @@ class AudiencesClient:
 
         An account that fails is an outcome and never ends the job. At most *concurrency* accounts are in flight, and at
         most twice as many outcomes and calls are held, so that a slow consumer slows the job down. An account that
-        retries lets new ones go first, unless the service limits them all: 50 for each of *concurrency*. However the
-        block is left, all tasks end at once.
+        retries lets new ones go first if they are ready, unless the service limits them all: 50 for each of
+        *concurrency*. With a cache it keeps its place. However the block is left, all tasks end at once.
 
         Args:
             accounts: Any iterable or async iterable, read in one task when there is room. A sync iterable must not
@@ -308,7 +309,7 @@ class AudiencesClient:
         checks.seconds("patience", patience)
         items = [account async for account in jobs.checked(accounts)]
 
-        async def numbered(item: tuple[int, Account], place: jobs.Place) -> tuple[int, Outcome]:
+        async def numbered(item: tuple[int, Account], place: Place) -> tuple[int, Outcome]:
             return item[0], await fetch(item[1], place)
 
         async with self._watched(jobs.stream(jobs.each(enumerate(items)), numbered, concurrency, patience)) as outcomes:
@@ -369,7 +370,7 @@ class AudiencesClient:
 
     def _job(
         self, accounts: jobs.Accounts, concurrency: int, timeout: float | None
-    ) -> Callable[[Account, jobs.Place], Awaitable[Outcome]]:
+    ) -> Callable[[Account, Place], Awaitable[Outcome]]:
         """Check the arguments of a job and return the function that fetches one of its accounts."""
         self._engine.open()
         checks.instance("accounts", accounts, Iterable, AsyncIterable)
@@ -377,7 +378,7 @@ class AudiencesClient:
         limit = self._limit(timeout)
         now = self._engine.settings.clock.monotonic
 
-        async def fetch(account: Account, place: jobs.Place) -> Outcome:
+        async def fetch(account: Account, place: Place) -> Outcome:
             started = now()
             try:
                 caller = Caller(self._checked(account), limit, self._retry, place)

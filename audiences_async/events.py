@@ -35,9 +35,10 @@ class Attempt:
         error: A short description of the failure; ``None`` on success.
         elapsed: Seconds from sending to the last byte read.
         wait: Seconds waited before the next attempt; 0.0 if it followed at once or was the last one.
-        reason: Why it waited: ``"backoff"``, ``"retry-after"``, ``"pace"`` (for its turn in the account's pace),
-            ``"stale-connection"`` or ``"fresh-key"``, or ``"probe"`` (in a job, while the service is paused; it does
-            not count towards ``max_attempts``). After the last attempt: ``"success"`` or the call's ``stop_reason``.
+        reason: Why it waited: ``"backoff"``, ``"retry-after"``, ``"pace"`` (for its turn in the account's pace; in a
+            job also in the service's, and then it does not count towards ``max_attempts``), ``"stale-connection"`` or
+            ``"fresh-key"``, or ``"probe"`` (in a job, while the service is paused; it does not count either). After
+            the last attempt: ``"success"`` or the call's ``stop_reason``.
     """
 
     number: int

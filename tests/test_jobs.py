@@ -2,7 +2,7 @@
 
 import asyncio
 import pickle
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -21,6 +21,7 @@ from audiences_async import (
     UnauthorizedError,
 )
 from audiences_async._jobs import jobs
+from audiences_async._jobs.places import Place
 from audiences_async.sandbox import Answer, Sandbox, many_audiences
 
 
@@ -147,7 +148,7 @@ async def test_no_more_tasks_than_accounts() -> None:
     """Tasks never exceed the concurrency, and a job of three does not start a hundred."""
     running = most = tasks = 0
 
-    async def work(number: int, _place: jobs.Place) -> int:
+    async def work(number: int, _place: Place) -> int:
         nonlocal running, most, tasks
         running += 1
         most, tasks = max(most, running), max(tasks, len(others()))
@@ -168,7 +169,7 @@ async def test_new_items_pass_those_that_return() -> None:
     """An item that returns waits until fifty new ones for each place have begun, or none is left."""
     begun: list[int] = []
 
-    async def work(number: int, place: jobs.Place) -> int:
+    async def work(number: int, place: Place) -> int:
         begun.append(number)
         if number in {0, 150}:
             place.leave()
@@ -293,7 +294,7 @@ async def test_a_client_closed_meanwhile_loses_no_account(sandbox: Sandbox, clie
 async def test_several_consumers_share_the_results() -> None:
     """Share the results between two tasks that iterate, each exactly once; both reach the end."""
 
-    async def work(number: int, _place: jobs.Place) -> int:
+    async def work(number: int, _place: Place) -> int:
         await asyncio.sleep(0)
         return number
 
@@ -309,7 +310,7 @@ async def test_several_consumers_share_the_results() -> None:
 async def test_whoever_still_iterates_when_the_stream_is_left_is_told() -> None:
     """Raise for a task that still iterates when the stream is left, so that it never takes it for the end."""
 
-    async def work(number: int, _place: jobs.Place) -> int:
+    async def work(number: int, _place: Place) -> int:
         await asyncio.Event().wait()
         return number
 
@@ -323,7 +324,7 @@ async def test_whoever_still_iterates_when_the_stream_is_left_is_told() -> None:
 async def test_a_cancelled_worker_is_not_passed_over() -> None:
     """End the iteration as a cancellation, not as an end, if the job's tasks are cancelled from outside."""
 
-    async def work(number: int, _place: jobs.Place) -> int:
+    async def work(number: int, _place: Place) -> int:
         await asyncio.Event().wait()
         return number
 
@@ -340,7 +341,7 @@ async def test_a_failed_job_begins_no_further_item() -> None:
     begun: list[int] = []
     tasks: list[asyncio.Task[Any] | None] = []
 
-    async def work(number: int, _place: jobs.Place) -> int:
+    async def work(number: int, _place: Place) -> int:
         begun.append(number)
         tasks.append(asyncio.current_task())
         for _ in range(20):
@@ -370,11 +371,46 @@ async def test_a_failed_job_begins_no_further_item() -> None:
     assert delivered == begun[1:]
 
 
+async def test_a_source_is_closed_although_leaving_is_cancelled() -> None:
+    """Close the source in the task that reads it, also if a second cancellation comes while the block is left."""
+    closed: list[bool] = []
+
+    async def work(number: int, _place: Place) -> int:
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return number
+
+    async def source() -> AsyncGenerator[int, None]:
+        try:
+            for number in range(100):
+                yield number
+        finally:
+            await asyncio.sleep(0)
+            closed.append(True)
+
+    async def job() -> None:
+        async with jobs.stream(source(), work, 2):
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(job())
+    for _ in range(2):
+        for _ in range(5):
+            await asyncio.sleep(0)
+        task.cancel()
+    await asyncio.wait({task})
+    for _ in range(30):
+        await asyncio.sleep(0)
+    assert closed == [True]
+    assert others() == set()
+
+
 async def test_a_worker_that_loses_its_cancellation_stops_all_the_same() -> None:
     """If a source or a worker swallows the cancellation, as 3.11's wait_for can, no further item begins."""
     begun: list[int] = []
 
-    async def work(number: int, _place: jobs.Place) -> int:
+    async def work(number: int, _place: Place) -> int:
         begun.append(number)
         with suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
@@ -400,7 +436,7 @@ async def test_eager_tasks_keep_the_bounds() -> None:
     asyncio.get_running_loop().set_task_factory(eager_task_factory())
     under_way: list[int] = []
 
-    async def work(number: int, _place: jobs.Place) -> int:
+    async def work(number: int, _place: Place) -> int:
         under_way.append(number)
         await asyncio.sleep(0)
         assert len(under_way) <= 3
@@ -415,7 +451,7 @@ async def test_eager_tasks_keep_the_bounds() -> None:
 async def test_every_consumer_is_told_that_the_results_are_not_whole(way: str) -> None:
     """Raise the reason in one of several tasks that iterate; none takes it for the end of the job."""
 
-    async def work(number: int, _place: jobs.Place) -> int:
+    async def work(number: int, _place: Place) -> int:
         if way == "left":
             await asyncio.Event().wait()
         return number

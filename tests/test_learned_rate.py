@@ -199,7 +199,7 @@ def test_cuts_of_no_use_are_taken_back() -> None:
     """Restore the rate before the latest cuts, and ignore as many refusals as came after them."""
     strays = Strays()
     assert cuts_of_no_use(strays) == pytest.approx(100 * 0.9**4)
-    assert not strays.are_few
+    assert not strays.do_not_explain
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_other_cuts_stand(cuts: dict[str, float]) -> None:
     """Take back no cut before its use can be judged."""
     strays = Strays()
     assert cuts_of_no_use(strays, **cuts) is None  # type: ignore[arg-type]
-    assert strays.are_few
+    assert strays.do_not_explain
 
 
 def test_cuts_stand_while_most_requests_are_refused() -> None:
@@ -220,7 +220,7 @@ def test_cuts_stand_while_most_requests_are_refused() -> None:
     for _ in range(40):
         strays.refused()
     assert cuts_of_no_use(strays, granted=0) is None
-    assert strays.are_few
+    assert strays.do_not_explain
 
 
 def test_more_refusals_than_are_ignored_count_again() -> None:
@@ -229,9 +229,9 @@ def test_more_refusals_than_are_ignored_count_again() -> None:
     cuts_of_no_use(strays)
     for _ in range(6):
         strays.refused()
-    assert strays.are_few
+    assert strays.do_not_explain
     strays.granted()
-    assert strays.are_few, "their share is still larger"
+    assert strays.do_not_explain, "their share is still larger"
     for _ in range(48):
         strays.granted()
-    assert not strays.are_few
+    assert not strays.do_not_explain

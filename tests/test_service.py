@@ -780,6 +780,39 @@ def test_a_job_that_names_accounts_often_does_not_block_itself(
     assert done.took <= 1.15 * accounts * each / 20, "one after the other, as they are given"
 
 
+@pytest.mark.parametrize("status", [500, 429, 503])
+@pytest.mark.parametrize(("accounts", "each", "concurrency"), [(1, 2, 1), (1, 300, 10), (2, 300, 10)])
+def test_a_job_with_a_cache_does_not_block_itself(
+    run: RunJob, accounts: int, each: int, concurrency: int, status: int
+) -> None:
+    """Let the retry of a request proceed although the calls that share it hold all places of the job."""
+    done = run(
+        Service(lambda key, at: status if at < 0.1 else 200, round_trip=0.05),
+        accounts, each=each, concurrency=concurrency, cache=CachePolicy(ttl=60), timeout=30.0,
+    )  # fmt: skip
+    assert not done.reasons
+    assert done.took <= 10
+
+
+def test_a_job_does_not_wait_for_another_ones_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answer the account of a job that shares a request of another job, whose consumer takes no outcome."""
+    service = Service(lambda key, at: 500 if at < 0.1 else 200, round_trip=0.05)
+    monkeypatch.setattr("audiences_async._call.engine.Transport", service)
+
+    async def main() -> None:
+        options: dict[str, Any] = {"clock": virtual.clock(), "cache": CachePolicy(ttl=60)}
+        async with AudiencesClient(base_url="http://localhost/", **options) as client:
+            shared_by_both = Account("both", "key")
+            accounts = [shared_by_both, *(Account(f"a{number}", f"key{number}") for number in range(9))]
+            async with client.stream(accounts, concurrency=1):
+                await asyncio.sleep(0.01)
+                async with asyncio.timeout(20):
+                    (outcome,) = await client.fetch_all([shared_by_both], timeout=5.0)
+            assert outcome.ok
+
+    virtual.run(main())
+
+
 def test_an_idle_night_ends_what_is_known_of_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pause for a usual time after a single 429 that follows hours without a request."""
     window = FixedWindow(20, 10.0)

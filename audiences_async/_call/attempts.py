@@ -11,9 +11,9 @@ from audiences_async._call.key import CallKey
 from audiences_async._call.record import CallRecord
 from audiences_async._http.quota import announced
 from audiences_async._http.wire import Reply, Result, read_any, read_plain
+from audiences_async._jobs.places import Place
 from audiences_async._pace.pacer import Released
 from audiences_async._pace.pacing import ANSWERED, NOTHING, Report, Turn
-from audiences_async._pace.places import Place
 from audiences_async.credentials import ApiKey, KeySource
 from audiences_async.errors import AudiencesError, ConnectionFailedError, StatusError, TransportError
 from audiences_async.models import Account

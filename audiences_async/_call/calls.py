@@ -106,6 +106,8 @@ class Calls:
 
     async def _cached(self, cache: Cache, caller: Caller) -> Result:
         account, timeout = caller.account, caller.timeout
+        if caller.place is not None:
+            caller.place.stay()
         credential = self._credential(account)
         started = self.context.clock.monotonic()
         calls: list[Call] = []

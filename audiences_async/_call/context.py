@@ -8,8 +8,8 @@ from yarl import URL
 from audiences_async._call.retrying import RetryTokens
 from audiences_async._http.deprecation import Notices
 from audiences_async._http.transport import Transport
+from audiences_async._jobs.places import Place
 from audiences_async._pace.pacer import Pacer
-from audiences_async._pace.places import Place
 from audiences_async.clock import Clock
 from audiences_async.events import EventHook
 from audiences_async.models import Account

@@ -65,7 +65,7 @@ class Facts:
         can_refresh_key: Whether a key function can be asked for a fresh key.
         was_stale: Whether an attempt has failed on a stale connection before.
         is_paced: Whether waiting for the next turn is backoff enough.
-        backoff: Draws the seconds of the backoff, above ``Retry-After``.
+        backoff: Draws the seconds of the backoff, ``Retry-After`` included.
     """
 
     number: int

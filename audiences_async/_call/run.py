@@ -11,7 +11,7 @@ from audiences_async._call.decide import Again, Facts, Stop, decide, final, may_
 from audiences_async._call.record import CallRecord
 from audiences_async._call.retrying import wait_full_jitter
 from audiences_async._http.wire import Result
-from audiences_async._pace.places import Place
+from audiences_async._jobs.places import Place
 from audiences_async.credentials import ApiKey, KeySource
 from audiences_async.errors import AudiencesError, DeadlineExceededError
 from audiences_async.events import StopReason

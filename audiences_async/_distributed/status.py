@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from attrs import asdict, frozen
+from attrs import asdict, fields, frozen
 from docket import Docket
 
 from audiences_async._distributed.connection import exchange, opened
@@ -135,18 +135,7 @@ async def _look(docket: Docket) -> QueueStatus:
 
 def _worker(name: str, report: Report | None) -> WorkerStatus:
     report = Report(state="unknown") if report is None else report
-    return WorkerStatus(
-        name,
-        report.chunks,
-        report.waiting,
-        report.in_flight,
-        report.fetched,
-        report.failed,
-        report.per_second,
-        report.state,
-        report.rate,
-        report.error,
-    )
+    return WorkerStatus(name, *(getattr(report, each.name) for each in fields(WorkerStatus)[1:]))
 
 
 def _jobs(found: dict[bytes, bytes]) -> Iterator[JobStatus]:

@@ -150,7 +150,7 @@ class Transport:
             with scope:
                 response = await self._send(authorization(key), url, header)
                 reply = exchange.begin(response, cap) or await exchange.read(cap)
-                return evolve(reply, is_json=True) if url is not None and isinstance(reply, Reply) else reply
+                return reply if url is None else evolve(reply, is_json=True)
         except asyncio.CancelledError as cancelled:
             if not is_cancelled():
                 return ConnectionFailedError("the exchange was cancelled, but not by its caller")

@@ -4,10 +4,10 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import aclosing, asynccontextmanager
-from heapq import heappop, heappush
-from typing import Any, Final, Generic, NamedTuple, Self, TypeAlias, TypeVar
+from typing import Any, Generic, Self, TypeAlias, TypeVar
 
 from audiences_async._base import checks
+from audiences_async._jobs.places import Place, Places
 from audiences_async.errors import ClientClosedError
 from audiences_async.models import Account
 
@@ -17,21 +17,15 @@ Accounts: TypeAlias = Iterable[Account] | AsyncIterable[Account]
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Multiples of the concurrency:
-_HELD: Final = 2  # items in their places, plus results that the consumer has not taken yet
-_AWAY: Final = 10  # items without a place, which wait for a retry
-_PASSING: Final = 50  # new items that may pass one that wants its place again
-_UNPAID: Final = 10  # divisor: the share of the concurrency for retries without tokens
-
 
 @asynccontextmanager
 async def stream(
     items: AsyncGenerator[T, None],
-    work: Callable[[T, "Place"], Awaitable[R]],
+    work: Callable[[T, Place], Awaitable[R]],
     concurrency: int,
     patience: float = math.inf,
 ) -> AsyncIterator["Results[T, R]"]:
-    """Yield results as they complete; when the block is left, in any way, all tasks have ended.
+    """Yield results as they complete; when the block is left, all tasks have ended, or soon do if that is cancelled.
 
     Args:
         items: The items to work on.
@@ -68,170 +62,6 @@ async def each(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]
     else:
         for item in items:
             yield item
-
-
-class Places:
-    """The places of a job, which bound the items in flight and the results that the consumer has not taken yet.
-
-    New items go first, so that those that fail again and again do not slow the others down.
-
-    Args:
-        concurrency: Number of places.
-    """
-
-    def __init__(self, concurrency: int) -> None:
-        self.unpaid: asyncio.Semaphore = asyncio.Semaphore(max(1, concurrency // _UNPAID))
-        """Places for retries without tokens."""
-        self._most = float(concurrency)  # places that may be taken
-        self._most_held = float(_HELD * concurrency)
-        self._taken = 0  # places
-        self._held = 0  # places, and results that the consumer has not taken
-        self._away = 0  # items that wait without a place
-        self._begun = 0  # items so far
-        self._returned = 0  # times that an item wanted its place again
-        self._next: asyncio.Future[None] | None = None  # waits for a place for a new item
-        self._returning: list[_Returning] = []  # a heap; waits for places too
-
-    async def wait(self) -> None:
-        """Return when there is a place for a new item, and take none: others may need it while the source is slow."""
-        while self._taken >= self._most or self._held >= self._most_held:
-            loop = asyncio.get_running_loop()
-            self._next = loop.create_future()
-            try:
-                await self._next
-            finally:
-                self._next = None
-                loop.call_soon(self._offer)  # what the new items leave
-
-    def begin(self) -> None:
-        """Take a place for a new item."""
-        self._begun += 1
-        self._take()
-
-    def finish(self) -> None:
-        """Return the place of an item that has a result."""
-        self._taken -= 1
-        self._offer()
-
-    def consume(self) -> None:
-        """Return the room of a result that was taken."""
-        self._held -= 1
-        self._offer()
-
-    def vacate(self) -> bool:
-        """Give up a place; return ``False`` if too many items wait without one."""
-        if self._away >= _AWAY * self._most:
-            return False
-        self._leave()
-        return True
-
-    async def occupy(self, *, lets_pass: bool) -> None:
-        """Take a place again; with *lets_pass* after the new items, for a while."""
-        returned = asyncio.get_running_loop().create_future()
-        self._returned += 1
-        due = self._begun + (_PASSING * self._most if lets_pass else 0)
-        heappush(self._returning, _Returning(due, self._returned, returned))
-        self._offer()
-        try:
-            await returned
-        except asyncio.CancelledError:
-            if not returned.cancelled():  # but had its place already
-                self._leave()
-            raise
-
-    def open(self) -> None:
-        """Let all go that wait without a place: a shared request continues after the job, and must not wait for it."""
-        self._most = self._most_held = math.inf
-        self._offer()
-        for _ in range(self._away):
-            self.unpaid.release()
-
-    def _take(self) -> None:
-        self._taken += 1
-        self._held += 1
-
-    def _leave(self) -> None:
-        self._away += 1
-        self._taken -= 1
-        self._held -= 1
-        self._offer()
-
-    def _offer(self) -> None:
-        """Give the free places to those that wait for one."""
-        while self._taken < self._most and self._held < self._most_held:
-            if self._next is not None and not self._is_overdue:
-                if not self._next.done():
-                    self._next.set_result(None)
-                return
-            if not self._returning:
-                return
-            returned = heappop(self._returning).future
-            if not returned.done():
-                self._away -= 1
-                self._take()
-                returned.set_result(None)
-
-    @property
-    def _is_overdue(self) -> bool:
-        """Whether enough new items have passed one that wants its place again."""
-        return bool(self._returning) and self._begun >= self._returning[0].due
-
-
-class _Returning(NamedTuple):
-    """An item that wants its place again.
-
-    Attributes:
-        due: When so many items have begun, it goes before the next one.
-        number: In the order of their return.
-        future: Done when it has its place.
-    """
-
-    due: float
-    number: int
-    future: asyncio.Future[None]
-
-
-class Place:
-    """One item's place in a job. The item gives it up while it only waits, so that another item can start.
-
-    Args:
-        places: The job's.
-        patience: Seconds that the item waits during an outage.
-    """
-
-    __slots__ = ("_borrows", "_places", "held", "patience")
-
-    def __init__(self, places: Places, patience: float) -> None:
-        self.held: bool = True
-        self.patience: float = patience
-        self._places = places
-        self._borrows = False
-
-    def leave(self) -> None:
-        """Give up the place to another item; keep it if too many items wait already."""
-        if self.held and self._places.vacate():
-            self.held = False
-
-    async def enter(self, *, lets_pass: bool = False) -> None:
-        """Wait for a place, with *lets_pass* behind new items; return at once if the item still has one."""
-        if not self.held:
-            await self._places.occupy(lets_pass=lets_pass)
-            self.held = True
-
-    async def borrow(self) -> None:
-        """Wait for one of the job's places for retries without tokens.
-
-        Return at once if the item could not give up its own place, because borrowers wait for a place of the job too.
-        """
-        if not self.held:
-            await self._places.unpaid.acquire()
-            self._borrows = True
-
-    def give_back(self) -> None:
-        """Return the borrowed place, if any, to the next retry without tokens."""
-        if self._borrows:
-            self._borrows = False
-            self._places.unpaid.release()
 
 
 class Results(AsyncIterator[R], Generic[T, R]):
@@ -278,21 +108,21 @@ class Results(AsyncIterator[R], Generic[T, R]):
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks)
-        await self._items.aclose()
 
     async def _read(self) -> None:
         """Start a task for each item, when there is a place for it."""
-        while True:
-            await self._places.wait()
-            try:
-                item = await anext(self._items)
-            except StopAsyncIteration:
-                return
-            await self._places.wait()  # others may have returned while the source was slow
-            if self._failure is not None:  # the source may have lost this task's cancellation
-                return
-            self._places.begin()
-            self._start(self._run(item))
+        async with aclosing(self._items):
+            while True:
+                await self._places.wait()
+                try:
+                    item = await anext(self._items)
+                except StopAsyncIteration:
+                    return
+                await self._places.wait()  # others may have returned while the source was slow
+                if self._failure is not None:  # the source may have lost this task's cancellation
+                    return
+                self._places.begin()
+                self._start(self._run(item))
 
     async def _run(self, item: T) -> None:
         place = Place(self._places, self._patience)

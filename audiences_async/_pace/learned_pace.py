@@ -14,13 +14,14 @@ class LearnedPace:
         is_shared: Whether the limit may be shared with other processes.
     """
 
-    __slots__ = ("_until_open", "_window", "steady")
+    __slots__ = ("_window", "steady", "until_open")
 
     def __init__(self, grants: int, began: float, ended: float, *, is_shared: bool) -> None:
         self.steady: LearnedRate = LearnedRate(is_shared=is_shared)
         """The rate at which requests go one by one, unless many may go at once."""
         self._window = LearnedWindow(grants, began, ended)
-        self._until_open: float | None = None
+        self.until_open: float | None = None
+        """Seconds from the latest refusal until the window opens; ``None`` if none is recognized."""
 
     @property
     def rate(self) -> float | None:
@@ -36,11 +37,6 @@ class LearnedPace:
     def per(self) -> float | None:
         """Seconds of the window; ``None`` if none is recognized."""
         return None if self._window.limit is None else self._window.period
-
-    @property
-    def until_open(self) -> float | None:
-        """Seconds from the latest refusal until the window opens; ``None`` if none is recognized."""
-        return self._until_open
 
     @property
     def is_forgettable(self) -> bool:
@@ -73,8 +69,8 @@ class LearnedPace:
             sent_at: When the request was sent.
             asked: Whether the refusal names a pause.
         """
-        self._until_open = self._window.refused(sent_at)
-        if self._until_open is not None:
+        self.until_open = self._window.refused(sent_at)
+        if self.until_open is not None:
             self.steady.forget()
             return True
         return self.steady.throttled(now, asked=asked)

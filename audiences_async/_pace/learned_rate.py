@@ -67,7 +67,7 @@ class LearnedRate:
     @property
     def explains_refusals(self) -> bool:
         """Whether a refusal now may be due to the rate."""
-        return self._strays is None or self._strays.are_few
+        return self._strays is None or self._strays.do_not_explain
 
     def delay(self, now: float) -> float:
         """Return the seconds until the next request may go."""
@@ -127,7 +127,7 @@ class LearnedRate:
         """
         if self._strays is not None:
             self._strays.refused()
-            if not self._strays.are_few:
+            if not self._strays.do_not_explain:
                 return False
         since = self.measurement.since
         if since is None:
@@ -261,8 +261,8 @@ class Strays:
         self._in_a_row = 0
 
     @property
-    def are_few(self) -> bool:
-        """Whether they cannot explain a refusal now."""
+    def do_not_explain(self) -> bool:
+        """Whether more is refused than they explain."""
         if not self._ignored:
             return True
         return self._in_a_row > _REFUSALS_IN_A_ROW or self._share > 1.5 * self._ignored + _STRAYS_MARGIN

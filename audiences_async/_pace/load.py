@@ -115,7 +115,7 @@ class Load:
         self._growth = Growth(_SLOW_STEP)
 
     def shrink(self) -> bool:
-        """Lower the limit below the current number of requests in flight; return whether one of them will come back.
+        """Lower the limit to the current number of requests in flight; return whether one of them will come back.
 
         For a machine that cannot open another socket.
         """

@@ -9,10 +9,10 @@ from typing import Final, NamedTuple
 
 from audiences_async._base.deadlines import CallTime, Deadlines
 from audiences_async._http.quota import Quota
+from audiences_async._jobs.places import Place
 from audiences_async._pace.allowance import QuotaScope
 from audiences_async._pace.lanes import Lane
 from audiences_async._pace.pacing import REFUSALS, PauseSettings, Report, SharedPauseSettings, Turn, Verdict, too_late
-from audiences_async._pace.places import Place
 from audiences_async._pace.queue import NO_TIME
 from audiences_async._pace.service import ServiceLane
 from audiences_async.clock import Clock
@@ -130,7 +130,7 @@ class Pacer:
             raise too_late(expected)
         if place is not None:  # before the lane, whose other calls may hold all places
             with time.held():
-                # Under a limit refusals are few, and none fails for long; otherwise the account may fail for ever.
+                # Under a limit, a refused account is usually answered next; otherwise it may fail for ever.
                 await place.enter(lets_pass=self.service.state == "open")
         elif lane.limiter is None and (turn := await self._turn_in_outage(lane, time)) is not None:
             return turn

@@ -77,7 +77,7 @@ class PauseSettings:
     """How long to pause after a refusal that names no time.
 
     Attributes:
-        first: Seconds; the longest pause until a rate is known.
+        first: Seconds; the longest pause after one refusal, until a rate is known.
         longest: Seconds; the longest of all.
     """
 

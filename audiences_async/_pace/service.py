@@ -209,7 +209,7 @@ class ServiceLane(PacedQueue):
             self._unrefused = 0
             learned = self.paces.learned
             if learned is not None and not learned.steady.explains_refusals:
-                learned.steady.throttled(now)
+                learned.steady.throttled(now)  # which counts it, and cuts the rate if there are more than strays
                 return False
             verdict = "throttled"
         elif not self.evidence.add(verdict, lane, self.load.peak):
