@@ -31,7 +31,7 @@ class Deadlines:
         self.next_look: float = math.inf
         """When they are looked at, on the loop's clock."""
         self.idle: asyncio.Event | None = None
-        """Set once none is left, if somebody waits for that."""
+        """Set when none is left; ``None`` if no task waits for that."""
 
     def within(self, seconds: float) -> "Scope":
         """Return a scope that raises `TimeoutError` after *seconds*."""

@@ -1,4 +1,4 @@
-"""What a call gets from its caller and from its client."""
+"""The values that a call gets from its caller and from its client."""
 
 from typing import NamedTuple
 

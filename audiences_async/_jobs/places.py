@@ -124,7 +124,7 @@ class _Returning(NamedTuple):
     """An item that wants its place again.
 
     Attributes:
-        due: When so many items have begun, it goes before the next one.
+        due: The number of items begun from which on it goes before the next new one.
         number: In the order of their return.
         future: Done when it has its place.
     """

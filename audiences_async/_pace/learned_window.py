@@ -181,7 +181,7 @@ class LearnedWindow:
             if since >= self._shortest:
                 self._longest = since
             else:
-                self._is_open = self._longest < math.inf  # else no later grant would tell that the limit is gone
+                self._is_open = self._longest < math.inf  # else no later grant would show that the limit is gone
         self._settled = max(0, self._settled - 1)
         self._grants.append(sent_at)
         if not self._is_open:
