@@ -91,3 +91,59 @@ def test_accounts_that_are_only_refused_do_not_show_a_shared_limit(lanes: list[L
         evidence.returned("throttled", lane)
         evidence.returned("answered", lanes[10])
     assert not evidence.shows_refusals
+
+
+def contrast(evidence: Evidence, lane: Lane, times: int = 1) -> None:
+    """Refuse probes of an account, and answer those for an account that was answered before."""
+    for _ in range(times):
+        evidence.returned("throttled", lane, is_probe=True)
+        evidence.returned("answered", None, is_probe=True)
+
+
+@pytest.mark.parametrize("verdict", ["throttled", "unavailable", "failed", "lost", "timed out"])
+def test_probes_show_that_it_is_the_accounts(lanes: list[Lane], verdict: Verdict) -> None:
+    """Clear the service if accounts that were answered before always are, and others are not, five times."""
+    evidence = Evidence()
+    for lane in lanes[:5]:
+        assert not evidence.clears_service
+        evidence.returned(verdict, lane, is_probe=True)
+        evidence.returned("answered", None, is_probe=True)
+    assert evidence.clears_service
+
+
+def test_other_requests_show_nothing_about_the_accounts(lanes: list[Lane]) -> None:
+    """Compare probes alone: a limit grants the one after a pause, and refuses the next request."""
+    evidence = Evidence()
+    for lane in lanes:
+        evidence.returned("throttled", lane)
+        evidence.returned("answered", None, is_probe=True)
+    assert not evidence.clears_service
+
+
+def test_an_account_that_was_answered_before_and_is_refused_blames_the_service(lanes: list[Lane]) -> None:
+    """Start again if a probe for an account that was answered before is refused."""
+    evidence = Evidence()
+    contrast(evidence, lanes[0], 4)
+    evidence.returned("throttled", None, is_probe=True)
+    contrast(evidence, lanes[1], 4)
+    assert not evidence.clears_service
+    contrast(evidence, lanes[1])
+    assert evidence.clears_service
+
+
+def test_an_account_that_recovers_blames_the_service(lanes: list[Lane]) -> None:
+    """Start again if an account that was refused is answered: an account at fault would not be."""
+    evidence = Evidence()
+    contrast(evidence, lanes[0], 4)
+    lanes[0].note_failure(0)
+    evidence.returned("answered", lanes[0])
+    contrast(evidence, lanes[1])
+    assert not evidence.clears_service
+
+
+def test_any_answer_ends_the_accounts_guilt(lanes: list[Lane]) -> None:
+    """Look at later refusals afresh once an account is answered: the service may have an outage next."""
+    evidence = Evidence()
+    contrast(evidence, lanes[0], 5)
+    evidence.returned("answered", lanes[1])
+    assert not evidence.clears_service

@@ -846,7 +846,40 @@ def test_a_rate_is_not_lost_to_accounts_that_are_all_refused(run: RunJob, status
 
     done = run(Service(decide, round_trip=0.02), 1500, is_bad=lambda number: number >= 1200)
     assert done.reasons == {"attempts": 300}
-    assert done.outcomes[-1][0] <= 1000, "417,000 if each refusal lowers the rate further"
+    assert done.took <= 2 * 1200 / 50
+    assert done.outcomes[-1][0] <= 100, "417,000 if each refusal lowers the rate further"
+
+
+@pytest.mark.parametrize(("status", "seconds"), [(429, 30), (503, 160), (500, 20)])
+@pytest.mark.parametrize("bad", [range(500, 900), range(1600, 2000)])
+def test_many_accounts_that_fail_for_ever_are_no_limit(run: RunJob, bad: range, status: int, seconds: float) -> None:
+    """Learn no rate for all accounts from many in a row that are refused for ever, amid others or at the end."""
+    service = Service(lambda key, at: status if key.startswith("bad") else 200, round_trip=0.02)
+    done = run(service, 2000, is_bad=bad.__contains__)
+    assert done.reasons == {"attempts": 400}
+    assert done.outcomes[-1][0] <= seconds, "177,000 if their refusals lower the rate of all"
+    assert done.pace.state == "open"
+    assert done.pace.rate is None
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_most_accounts_fail_for_ever(run: RunJob, status: int) -> None:
+    """End in minutes although seven of ten accounts are refused for ever, in whatever order."""
+    service = Service(lambda key, at: status if key.startswith("bad") else 200, round_trip=0.02)
+    done = run(service, 1000, is_bad=lambda number: number * 37 % 10 < 7)
+    assert done.reasons == {"attempts": 700}
+    assert done.outcomes[-1][0] <= 600, "100,000 if their refusals lower the rate of all"
+
+
+def test_an_outage_while_accounts_fail_for_ever(run: RunJob) -> None:
+    """Answer every healthy account after an outage, although so many were refused before that they are in doubt."""
+
+    def decide(key: str, at: float) -> int:
+        return 503 if 8 <= at < 38 else 429 if key.startswith("bad") else 200
+
+    done = run(Service(decide, round_trip=0.2), 3000, is_bad=lambda number: number >= 100 and number % 2 == 0)
+    assert not [outcome for _, outcome in done.outcomes if not outcome.ok and outcome.account.name.startswith("good")]
+    assert done.answered[-1] > 38
 
 
 def test_accounts_that_fail_for_ever_do_not_prolong_a_job_under_a_shared_rate(run: RunJob) -> None:

@@ -11,12 +11,16 @@ _IN_FLIGHT_PER_ACCOUNT: Final = 4  # requests in flight for each account that mu
 _CLEARED_PER_ANSWER: Final = 2  # refused accounts that no longer count: a limit goes on granting some requests
 _WEIGHT: Final = 1 / 16  # of the latest request, in the shares of the latest ones
 _HALF: Final = 0.5
+_CONTRASTS: Final = 5  # probes; by chance, if a limit answers half of them, one series in a thousand
+_IN_DOUBT: Final = 8  # times as many accounts that fail or are refused, if others did for ever
 
 
 class Evidence:
     """Accounts that fail, without an answer to any account in between, or that are refused while few are answered."""
 
-    __slots__ = ("_failing", "_recovered", "_refusals", "_refused", "is_needed")
+    __slots__ = (
+        "_contrasts", "_failing", "_in_doubt", "_probe_failed", "_recovered", "_refusals", "_refused", "is_needed",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.is_needed: bool = False
@@ -25,14 +29,22 @@ class Evidence:
         self._refused: list[Lane] = []  # each once; fewer after each answer
         self._refusals = 0.0  # share of the latest requests
         self._recovered = 0.0  # share of the latest answers, of accounts that had been refused or had failed
+        self._in_doubt = False  # whether accounts failed for ever before
+        self._contrasts = 0  # probes for an account that was answered before, and is again, after one that was not
+        self._probe_failed = False  # whether the latest probe was an account's own, and had no answer
+
+    @property
+    def clears_service(self) -> bool:
+        """Whether it is the accounts: those that were answered before always are, others are not."""
+        return self._contrasts >= _CONTRASTS
 
     @property
     def shows_refusals(self) -> bool:
         """Whether most requests are refused, and most refused accounts are answered later."""
         return self._refusals >= _HALF and self._recovered >= _HALF
 
-    def returned(self, verdict: Verdict, lane: Lane | None) -> None:
-        """Note the reply to a request of an account; ``None`` is one that was answered before."""
+    def returned(self, verdict: Verdict, lane: Lane | None, *, is_probe: bool = False) -> None:
+        """Note the reply to a request, or to a probe, of an account; ``None`` is one that was answered before."""
         if verdict != "answered":
             self.is_needed = True
             self._refusals += _WEIGHT * ((verdict in REFUSALS) - self._refusals)
@@ -41,6 +53,16 @@ class Evidence:
             self._recovered += _WEIGHT * ((lane is not None and lane.recovers) - self._recovered)
             self._failing.clear()
             del self._refused[-_CLEARED_PER_ANSWER:]
+            if lane is not None and (lane.recovers or self.clears_service):
+                self._in_doubt = not lane.recovers
+                self._contrasts = 0
+        if is_probe and verdict != "nothing":
+            self._probed(answered=verdict == "answered", is_own=lane is not None)
+
+    def _probed(self, *, answered: bool, is_own: bool) -> None:
+        if not is_own:
+            self._contrasts = self._contrasts + self._probe_failed if answered else 0
+        self._probe_failed = is_own and not answered
 
     def add(self, verdict: Verdict, lane: Lane, peak: int) -> bool:
         """Add an account that was refused or failed; return whether enough did, so that the service is the cause.
@@ -53,7 +75,8 @@ class Evidence:
         # Accounts have limits of their own, and few have outages of their own.
         few = _REFUSED_ACCOUNTS if verdict == "throttled" else _FAILED_ACCOUNTS
         needed = min(max(few, peak // _IN_FLIGHT_PER_ACCOUNT), _REFUSED_ACCOUNTS)
-        if len(self._failing) < needed and len(self._refused) < _REFUSED_ACCOUNTS:
+        times = _IN_DOUBT if self._in_doubt else 1
+        if len(self._failing) < times * needed and len(self._refused) < times * _REFUSED_ACCOUNTS:
             return False
         self._failing.clear()
         self._refused.clear()

@@ -16,7 +16,6 @@ _GROWTH_FADING: Final = 0.93
 _SLOW_RATE: Final = 10.0  # requests per second
 _FEW_GRANTS: Final = 8
 _SLOW_GROWTH: Final = 0.005
-_LOWEST_UNCONFIRMED: Final = 0.25  # of the rate at the latest answer; only the refused accounts may be left
 _NO_TIME: Final = 0.001  # s
 _MIN_RATE: Final = 0.01  # requests per second
 _MAX_RATE: Final = 10_000.0
@@ -47,7 +46,7 @@ class LearnedRate:
     """
 
     __slots__ = (
-        "_burst", "_confirmed", "_growth", "_held", "_is_asked", "_is_shared", "_next_at", "_since_cut", "_strays",
+        "_burst", "_growth", "_held", "_is_asked", "_is_shared", "_next_at", "_proven", "_since_cut", "_strays",
         "measurement", "rate",
     )  # fmt: skip
 
@@ -55,7 +54,7 @@ class LearnedRate:
         self.rate: float | None = None
         self.measurement: Measurement = Measurement()
         self._is_shared = is_shared
-        self._confirmed = 0.0  # requests per second
+        self._proven: float | None = None  # requests per second
         self._next_at = -math.inf
         self._held = True  # whether requests go as fast as the pace lets them
         self._growth = _MAX_GROWTH
@@ -102,9 +101,18 @@ class LearnedRate:
         if self._held:  # else the callers are slower than the pace, and no answer shows that more is granted
             self._grow(self.rate)
 
-    def confirm(self) -> None:
-        """Note that an account got an answer: refusals that follow without one lower the rate to a quarter at most."""
-        self._confirmed = max(self.rate or 0.0, _HALF * self._confirmed)
+    def prove(self) -> None:
+        """Note that an account that had been refused got an answer, which shows that there is a limit."""
+        self._proven = self.rate or 0.0
+
+    def restore(self) -> bool:
+        """Return to the latest rate at which an account that had been refused got an answer; ``False`` if none did."""
+        if self._proven is None:
+            return False
+        if self.rate is not None:
+            self.rate = max(self.rate, self._proven)
+            self.measurement.stop()
+        return True
 
     def _grow(self, rate: float) -> None:
         # Among processes that share a limit, growth with each answer would let the fastest take all from the slowest.
@@ -187,7 +195,7 @@ class LearnedRate:
     def _cut(self, old: float, new: float) -> None:
         assert self._strays is not None
         restored = self._strays.cut(old)
-        self.rate = max(_MIN_RATE, _LOWEST_UNCONFIRMED * self._confirmed, new if restored is None else restored)
+        self.rate = max(_MIN_RATE, new if restored is None else restored)
         self._since_cut = 0
 
     def adopt(self, now: float, rate: float) -> None:

@@ -194,7 +194,7 @@ class Pacer:
         them stand in a row, do not keep the service closed.
         """
         witness = self.service.witness
-        return witness if witness is not key and self.service.outage.probes % 2 else None
+        return witness if witness is not key and self.service.outage.probes.bit_count() % 2 else None
 
     def release(
         self,

@@ -152,14 +152,12 @@ class ServiceLane(PacedQueue):
         verdict = report.verdict
         try:
             if verdict != "answered" or self.evidence.is_needed:
-                self.evidence.returned(verdict, lane if is_own else None)
+                self.evidence.returned(verdict, lane if is_own else None, is_probe=turn.probe)
             if self.load.follow(now, turn, verdict):
                 self.paces.forget()
                 self._emit(ServiceConcurrencyLearned("", int(self.load.concurrency)))
             if verdict == "answered":
-                self._heard(now, turn.sent_at, fresh=fresh)
-                if is_own and self.paces.learned is not None:
-                    self.paces.learned.steady.confirm()
+                self._heard(now, turn, fresh=fresh, recovers=is_own and lane.recovers)
                 return False
             if verdict not in {"nothing", "throttled"}:  # a 429 may be due to the account's own limit
                 self.outage.failed(now)
@@ -181,7 +179,7 @@ class ServiceLane(PacedQueue):
         self._on_rate(rate, None)
         self.changed()
 
-    def _heard(self, now: float, sent_at: float, *, fresh: bool) -> None:
+    def _heard(self, now: float, turn: Turn, *, fresh: bool, recovers: bool) -> None:
         self.answers += 1
         self._unrefused += 1
         is_end = self.state == "out"  # any answer ends an outage, even to an old request
@@ -190,15 +188,27 @@ class ServiceLane(PacedQueue):
             self.closing.until, fresh = now, True
         if self.outage.failing_since is not None:
             self.outage.answered()
-        self._answered(now, sent_at, fresh=fresh)
+        self._answered(now, turn.sent_at, fresh=fresh)
         if is_end and was_closed and self.paces.learned is not None:
             # A measurement leaves the whole pause out, and the grant that ended it.
             self.paces.learned.steady.measurement.restart(now)
         if self.state == "limited" and self.paces.rate is None and self._unrefused >= _UNREFUSED_ANSWERS:
             self.state = "open"
+        if recovers and self.paces.learned is not None:
+            self.paces.learned.steady.prove()
+        if turn.probe and self.evidence.clears_service:
+            self._clear()
+
+    def _clear(self) -> None:
+        """Take refusals for the accounts' own: go on at the last rate that a limit has shown, or without one."""
+        if self.paces.learned is None or not self.paces.learned.steady.restore():
+            self.paces.forget()
+            self.state = "open"
 
     def _judge(self, now: float, turn: Turn, verdict: Verdict, pause: float | None, lane: Lane) -> bool:
         """Decide whether a refusal or failure, which may be the service's, is its own, and close it then."""
+        if self.evidence.clears_service:
+            return False
         if self.closing.is_probing:
             if verdict == "throttled" and pause is not None:
                 self._throttled(now, turn.sent_at, pause, fresh=False)  # an old request, but its reply names a time
