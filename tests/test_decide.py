@@ -77,7 +77,7 @@ def test_what_follows_a_failed_attempt(error: AudiencesError, changes: dict[str,
         (ServerError("", status=500), "failed"),
         (AttemptTimeoutError(""), "timed out"),
         (ConnectionFailedError(""), "lost"),
-        (ConnectionFailedError("", stale_connection=True), "nothing"),
+        (ConnectionFailedError("", stale_connection=True), "stale"),
         (ConnectionFailedError("", unsent=True), "nothing"),
     ],
 )

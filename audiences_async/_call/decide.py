@@ -147,6 +147,8 @@ def verdict_of(error: AudiencesError, policy: RetryPolicy) -> Verdict:
             found = "failed"
         case AttemptTimeoutError():
             found = "timed out"
-        case ConnectionFailedError(stale_connection=False, unsent=False):
+        case ConnectionFailedError(stale_connection=True):
+            found = "stale"
+        case ConnectionFailedError(unsent=False):
             found = "lost"
     return found

@@ -3,7 +3,7 @@
 from typing import Final
 
 from audiences_async._pace.lanes import Lane
-from audiences_async._pace.pacing import REFUSALS, Verdict
+from audiences_async._pace.pacing import NEUTRAL, REFUSALS, Verdict
 
 _FAILED_ACCOUNTS: Final = 3  # accounts that fail in a row while few requests are in flight
 _REFUSED_ACCOUNTS: Final = 8
@@ -56,7 +56,7 @@ class Evidence:
             if lane is not None and (lane.recovers or self.clears_service):
                 self._in_doubt = not lane.recovers
                 self._contrasts = 0
-        if is_probe and verdict != "nothing":
+        if is_probe and verdict not in NEUTRAL:
             self._probed(answered=verdict == "answered", is_own=lane is not None)
 
     def _probed(self, *, answered: bool, is_own: bool) -> None:

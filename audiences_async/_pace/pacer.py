@@ -12,7 +12,16 @@ from audiences_async._http.quota import Quota
 from audiences_async._jobs.places import Place
 from audiences_async._pace.allowance import QuotaScope
 from audiences_async._pace.lanes import Lane
-from audiences_async._pace.pacing import REFUSALS, PauseSettings, Report, SharedPauseSettings, Turn, Verdict, too_late
+from audiences_async._pace.pacing import (
+    NEUTRAL,
+    REFUSALS,
+    PauseSettings,
+    Report,
+    SharedPauseSettings,
+    Turn,
+    Verdict,
+    too_late,
+)
 from audiences_async._pace.queue import NO_TIME
 from audiences_async._pace.service import ServiceLane
 from audiences_async.clock import Clock
@@ -22,7 +31,7 @@ from audiences_async.models import Account
 from audiences_async.policies import Limiter, RateLimit
 from audiences_async.snapshots import AccountPace
 
-_NO_CAUSE: Final = frozenset({"answered", "nothing"})
+_NO_CAUSE: Final = NEUTRAL | {"answered"}
 _FIRST_PAUSE: Final = 0.1  # of throttle_base_delay
 _KEPT_LANES: Final = 4096
 _LOOK_EVERY: Final = 0.5  # s

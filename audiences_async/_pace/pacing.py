@@ -15,7 +15,9 @@ from audiences_async.clock import Clock
 from audiences_async.errors import DeadlineExceededError
 from audiences_async.policies import Limiter, RateLimit
 
-Verdict: TypeAlias = Literal["answered", "throttled", "unavailable", "failed", "lost", "timed out", "nothing"]
+Verdict: TypeAlias = Literal[
+    "answered", "throttled", "unavailable", "failed", "lost", "timed out", "stale", "nothing"
+]  # fmt: skip
 """What the result of a request shows about the service.
 
 - ``"answered"``: an answer, or an error that is not retried
@@ -24,11 +26,15 @@ Verdict: TypeAlias = Literal["answered", "throttled", "unavailable", "failed", "
 - ``"failed"``: another reply that is retried
 - ``"lost"``: no reply
 - ``"timed out"``: no reply in time
+- ``"stale"``: no reply on a pooled connection, which a healthy peer may just have closed
 - ``"nothing"``: nothing
 """
 
 REFUSALS: Final = frozenset({"throttled", "unavailable"})
 """Verdicts on replies that a limit may send."""
+
+NEUTRAL: Final = frozenset({"stale", "nothing"})
+"""Verdicts on a single request that has shown nothing."""
 
 
 class Report(NamedTuple):

@@ -10,7 +10,7 @@ from audiences_async._pace.evidence import Evidence
 from audiences_async._pace.lanes import Lane
 from audiences_async._pace.load import Load
 from audiences_async._pace.outage import Outage
-from audiences_async._pace.pacing import REFUSALS, PacedQueue, PauseSettings, Report, Turn, Verdict
+from audiences_async._pace.pacing import NEUTRAL, REFUSALS, PacedQueue, PauseSettings, Report, Turn, Verdict
 from audiences_async._pace.queue import NO_TIME
 from audiences_async.clock import Clock
 from audiences_async.events import (
@@ -159,9 +159,11 @@ class ServiceLane(PacedQueue):
             if verdict == "answered":
                 self._heard(now, turn, fresh=fresh, recovers=is_own and lane.recovers)
                 return False
-            if verdict not in {"nothing", "throttled"}:  # a 429 may be due to the account's own limit
+            if verdict in NEUTRAL:
+                return False
+            if verdict != "throttled":  # which may be due to the account's own limit
                 self.outage.failed(now)
-            if turn.probe and verdict != "nothing":
+            if turn.probe:
                 self._trip(now, turn.sent_at, verdict, report.pause)
                 return True
             if self.outage.outlived(turn.sent_at):
