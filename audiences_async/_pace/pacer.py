@@ -199,10 +199,11 @@ class Pacer:
     def witness(self, turn: Turn, key: ApiKey) -> ApiKey | None:
         """Return the key that a job's probe is sent with, in place of the call's own; ``None`` if with its own.
 
-        Every other probe is sent for an account that was answered before: accounts that fail for ever, however many of
-        them stand in a row, do not keep the service closed.
+        Half of the probes are sent for an account that was answered before: accounts that fail for ever, however many
+        of them stand in a row, do not keep the service closed.
         """
         witness = self.service.witness
+        # Not every second probe: short and long pauses may alternate too, and decide what is answered.
         return witness if witness is not key and self.service.outage.probes.bit_count() % 2 else None
 
     def release(
