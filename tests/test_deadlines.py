@@ -178,7 +178,7 @@ def test_a_calls_clock_stands_still_while_held() -> None:
         time = CallTime(now, deadlines.within(5.0), 5.0)
         with time.scope:
             await asyncio.sleep(1)
-            with time.held():
+            with time.suspended():
                 assert time.deadline == math.inf
                 await asyncio.sleep(100)
             assert time.deadline - now() == pytest.approx(4.0)
@@ -215,7 +215,7 @@ def test_a_call_that_is_joined_while_its_clock_stands_still_gets_more_time() -> 
         async def work() -> None:
             with time.scope:
                 await asyncio.sleep(2)
-                with time.held():
+                with time.suspended():
                     await asyncio.sleep(100)
                     time.extend(1.0)
                     time.extend(10.0)

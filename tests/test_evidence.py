@@ -147,3 +147,15 @@ def test_any_answer_ends_the_accounts_guilt(lanes: list[Lane]) -> None:
     contrast(evidence, lanes[0], 5)
     evidence.returned("answered", lanes[1])
     assert not evidence.clears_service
+
+
+def test_pooled_connections_that_are_lost_in_a_row(lanes: list[Lane]) -> None:
+    """Suspect an outage once eight pooled connections are lost, without an answer between them."""
+    evidence = Evidence()
+    for lane in lanes[:7]:
+        evidence.returned("stale", lane)
+    evidence.returned("answered", lanes[0])
+    for lane in lanes[:8]:
+        assert not evidence.shows_resets
+        evidence.returned("stale", lane)
+    assert evidence.shows_resets

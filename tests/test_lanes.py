@@ -157,9 +157,14 @@ async def test_a_slow_rate_explains_a_refusal_for_longer() -> None:
 
 async def test_an_account_fails_alone_if_others_are_answered(north: Account) -> None:
     """Suspect the account, and not the service, once others were answered between two of its failures."""
-    assert [north.lane.note_failure(answers) for answers in (7, 7, 8, 8)] == [False, False, True, True]
+    alone = []
+    for answers in (7, 7, 8, 8):
+        north.lane.note_failure(answers)
+        alone.append(north.lane.fails_alone)
+    assert alone == [False, False, True, True]
     north.meets("answered", 10.0)
-    assert north.lane.note_failure(9) is False
+    north.lane.note_failure(9)
+    assert not north.lane.fails_alone
 
 
 async def test_an_account_recovers_with_the_next_answer(north: Account) -> None:

@@ -100,17 +100,6 @@ def test_requests_sent_before_a_cut_are_old_news() -> None:
     assert requests.end(third, "timed out") == limit
 
 
-def test_pooled_connections_that_are_all_lost_leave_eight() -> None:
-    """Try again with a few requests if eight connections are lost one after another: the service may be out."""
-    requests = Requests()
-    requests.round(50, 0.1)
-    assert requests.round(7, 0.1, "stale") == 100
-    requests.round(1, 0.1)
-    assert requests.round(7, 0.1, "stale") == 100, "a healthy service closes connections too"
-    assert requests.round(1, 0.1, "stale") == 8
-    assert requests.round(1, 0.1) == 10, "and it grows quickly"
-
-
 @pytest.mark.parametrize("verdict", ["throttled", "lost", "nothing"])
 def test_other_verdicts_show_no_load(verdict: Verdict) -> None:
     """Leave the limit as it is after a refusal, a lost connection, or nothing that says anything."""

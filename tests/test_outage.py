@@ -11,14 +11,14 @@ pytestmark = [pytest.mark.once, pytest.mark.simulated]
 def test_silence_begins_with_the_first_failure() -> None:
     """Count the seconds without an answer from the first failure, and from none after an answer."""
     outage = Outage()
-    assert outage.silent_for(5.0) == 0.0
+    assert outage.closed_for(5.0) == 0.0
     outage.began(10.0)
     outage.began(12.0)
-    assert outage.silent_for(15.0) == 5.0
-    outage.silent_since = None  # an answer
-    assert outage.silent_for(20.0) == 0.0
+    assert outage.closed_for(15.0) == 5.0
+    outage.closed_since = None  # an answer
+    assert outage.closed_for(20.0) == 0.0
     outage.began(30.0)
-    assert outage.silent_for(31.0) == 1.0
+    assert outage.closed_for(31.0) == 1.0
 
 
 def test_probes_become_rarer_up_to_a_bound() -> None:

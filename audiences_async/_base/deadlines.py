@@ -211,7 +211,7 @@ class CallTime:
         self.scope.extend(timeout)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def suspended(self) -> Iterator[None]:
         """Stop the clock inside the block."""
         self._left, self.deadline = self.deadline - self._monotonic(), math.inf
         try:

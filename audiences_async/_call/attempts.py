@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Generator
-from typing import Final
+from typing import Final, Literal
 
 from audiences_async._base.deadlines import CallTime
 from audiences_async._call.context import CallContext
@@ -111,13 +111,18 @@ class Attempts:
             )
         self._record.attempt_returned()
         self.is_paced = released.is_paced
-        if witness is not None:  # the reply is another account's, and never leaves this method
-            self._record.add(result, 0.0, "probe")
-            return None
-        if report.verdict == "answered":
+        if report.verdict == "answered" and witness is None:
             self._context.pacer.service.witness = key
             return result
-        return result if self._record_failure(result, turn, released) else None
+        if isinstance(result, ConnectionFailedError) and result.unsent and witness is None:
+            # Another request will return a socket, if there is one.
+            return None if self._context.pacer.service.load.shrink() else result
+        # The reply to a witness is another account's, and never leaves this method.
+        reason = "probe" if witness is not None else self._excuse(turn, released)
+        if reason is None:
+            return result
+        self._record.add(result, 0.0, reason)
+        return None
 
     async def _read(self, reply: Reply, key: ApiKey) -> Result:
         return await _in_turns(read_any(reply, key, now=self._context.clock.wall()))
@@ -137,22 +142,18 @@ class Attempts:
             self._context.pacer.service.outage.problem = result.message
         return report_of(result, quota, self._context.policy)
 
-    def _record_failure(self, result: Result, turn: Turn, released: Released) -> bool:
-        """Record a request without an answer, unless it counts as an attempt; return whether it does."""
-        if isinstance(result, ConnectionFailedError) and result.unsent:
-            return not self._context.pacer.service.load.shrink()  # another request will return a socket
+    def _excuse(self, turn: Turn, released: Released) -> Literal["probe", "pace"] | None:
+        """Excuse a request of a job from counting as an attempt; return why, or ``None`` if it counts."""
         if self._place is None:
-            return True
+            return None
         if turn.probe:
-            self._record.add(result, 0.0, "probe")
             if self._context.pacer.service.witness is None:
                 self._place.leave()  # no account was answered yet: let the next one be the probe
-            return False
+            return "probe"
         if released.waits and self._refusals < _MOST_REFUSALS * self._context.policy.max_attempts:
             self._refusals += 1
-            self._record.add(result, 0.0, "pace")
-            return False
-        return True
+            return "pace"
+        return None
 
 
 async def _in_turns(steps: Generator[None, None, Result]) -> Result:

@@ -77,22 +77,12 @@ class Facts:
     backoff: Callable[[], float]
 
 
-def may_help(error: AudiencesError, policy: RetryPolicy, *, can_refresh_key: bool) -> bool:
-    """Return whether another attempt may help."""
-    if error.stop_reason == "patience":
-        return False
-    return (can_refresh_key and isinstance(error, UnauthorizedError)) or policy.retries(error)
-
-
-def final(error: AudiencesError) -> Stop:
-    """Return the end of a call that no other attempt may help."""
-    return Stop("patience" if error.stop_reason == "patience" else "final")
-
-
 def decide(error: AudiencesError, facts: Facts, policy: RetryPolicy) -> Again | Stop:
     """Return the next attempt after *error*, or why the call ends."""
-    if not may_help(error, policy, can_refresh_key=facts.can_refresh_key):
-        return final(error)
+    if error.stop_reason == "patience":
+        return Stop("patience")
+    if not (policy.retries(error) or (facts.can_refresh_key and isinstance(error, UnauthorizedError))):
+        return Stop("final")
     if facts.number >= policy.max_attempts:
         return Stop("attempts")
     reason = _reason(error, facts)

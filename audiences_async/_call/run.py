@@ -7,7 +7,7 @@ from tenacity import AsyncRetrying, RetryCallState
 from audiences_async._base.deadlines import CallTime
 from audiences_async._call.attempts import Attempts
 from audiences_async._call.context import CallContext
-from audiences_async._call.decide import Again, Facts, Stop, decide, final, may_help
+from audiences_async._call.decide import Again, Facts, Stop, decide
 from audiences_async._call.record import CallRecord
 from audiences_async._call.retrying import wait_full_jitter
 from audiences_async._http.wire import Result
@@ -95,9 +95,6 @@ class Call:
 
     async def _after(self, first: AudiencesError) -> Result:
         """Return the result of the call after its first attempt has failed."""
-        if not may_help(first, self._context.policy, can_refresh_key=self._attempts.key.can_be_refreshed):
-            self._next = final(first)
-            return first
         pending: list[Result] = [first]
 
         async def attempt() -> Result:
@@ -185,7 +182,7 @@ class Call:
         self.failure = None
         if self._place is not None and self._borrows:
             self._borrows = False
-            with self.time.held():
+            with self.time.suspended():
                 await self._place.borrow()
 
     def _finish(self, result: Result) -> Result:

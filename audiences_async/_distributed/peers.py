@@ -129,7 +129,7 @@ class Peers:
         self._name = ""
         self._reports: dict[str, Report] = {}
         self._offset = 0.0  # of the clock of Redis
-        self._held_since: float | None = None
+        self._closed_since: float | None = None
         self._probed = -1  # number of the last turn as the one that probes
         self._changed = asyncio.Event()
         self._share: Share | None = None
@@ -154,7 +154,7 @@ class Peers:
             DeadlineExceededError: The turn comes later.
             DocketError: The limit of all is out of reach.
         """
-        while self._is_held():
+        while not self._may_go():
             self._changed.clear()
             await self._changed.wait()
         if self._limiter is not None:
@@ -203,23 +203,27 @@ class Peers:
         if dead:
             await exchange(docket, lambda pipeline: pipeline.hdel(key, *dead))
 
-    def _is_held(self) -> bool:
-        """Return whether a request has to wait because another worker probes a closed service."""
+    def _may_go(self) -> bool:
+        """Return whether a request may go; if the service is closed, as the one probe of this worker's turn.
+
+        Raises:
+            TransportError: No worker has had an answer for as long as the patience.
+        """
         busy = sorted(name for name, report in self._reports.items() if report.is_busy)
         if len(busy) < 2 or not self._is_closed():
-            self._held_since = None
-            return False
+            self._closed_since = None
+            return True
         now = time.monotonic()
-        self._held_since = now if self._held_since is None else self._held_since
-        if now - self._held_since >= self._patience:
-            silent = now - self._held_since
+        self._closed_since = now if self._closed_since is None else self._closed_since
+        silent = now - self._closed_since
+        if silent >= self._patience:
             message = f"the service has answered no worker for {silent:.3g} s, longer than the patience"
             raise TransportError(f"{message} of {self._patience:g} s allows", stop_reason="patience")
         turn = int((now + self._offset) / _TURN)
         if busy[turn % len(busy)] != self._name or turn == self._probed:
-            return True
+            return False
         self._probed = turn
-        return False
+        return True
 
     def _is_closed(self) -> bool:
         """Return whether the service is closed for a worker, and no worker has had an answer since."""

@@ -8,6 +8,7 @@ from audiences_async._pace.pacing import NEUTRAL, REFUSALS, Verdict
 _FAILED_ACCOUNTS: Final = 3  # accounts that fail in a row while few requests are in flight
 _REFUSED_ACCOUNTS: Final = 8
 _IN_FLIGHT_PER_ACCOUNT: Final = 4  # requests in flight for each account that must fail
+_LOST_CONNECTIONS: Final = 8  # pooled ones, one after another
 _CLEARED_PER_ANSWER: Final = 2  # refused accounts that no longer count: a limit goes on granting some requests
 _WEIGHT: Final = 1 / 16  # of the latest request, in the shares of the latest ones
 _HALF: Final = 0.5
@@ -19,7 +20,8 @@ class Evidence:
     """Accounts that fail, without an answer to any account in between, or that are refused while few are answered."""
 
     __slots__ = (
-        "_contrasts", "_failing", "_in_doubt", "_probe_failed", "_recovered", "_refusals", "_refused", "is_needed",
+        "_contrasts", "_failing", "_in_doubt", "_lost", "_probe_failed", "_recovered", "_refusals", "_refused",
+        "is_needed",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -27,6 +29,7 @@ class Evidence:
         """Whether an answer matters: there was a refusal or a failure before."""
         self._failing: set[Lane] = set()  # without an answer to any account since the first of them
         self._refused: list[Lane] = []  # each once; fewer after each answer
+        self._lost = 0  # pooled connections, without an answer to any account since the first of them
         self._refusals = 0.0  # share of the latest requests
         self._recovered = 0.0  # share of the latest answers, of accounts that had been refused or had failed
         self._in_doubt = False  # whether accounts failed for ever before
@@ -39,6 +42,11 @@ class Evidence:
         return self._contrasts >= _CONTRASTS
 
     @property
+    def shows_resets(self) -> bool:
+        """Whether so many pooled connections are lost that the service may be out."""
+        return self._lost >= _LOST_CONNECTIONS
+
+    @property
     def shows_refusals(self) -> bool:
         """Whether most requests are refused, and most refused accounts are answered later."""
         return self._refusals >= _HALF and self._recovered >= _HALF
@@ -47,11 +55,13 @@ class Evidence:
         """Note the reply to a request, or to a probe, of an account; ``None`` is one that was answered before."""
         if verdict != "answered":
             self.is_needed = True
+            self._lost += verdict == "stale"
             self._refusals += _WEIGHT * ((verdict in REFUSALS) - self._refusals)
         else:
             self._refusals -= _WEIGHT * self._refusals
             self._recovered += _WEIGHT * ((lane is not None and lane.recovers) - self._recovered)
             self._failing.clear()
+            self._lost = 0
             del self._refused[-_CLEARED_PER_ANSWER:]
             if lane is not None and (lane.recovers or self.clears_service):
                 self._in_doubt = not lane.recovers

@@ -22,7 +22,7 @@ _LONGEST_ANNOUNCED: Final = 30.0  # s; a pause that no refusal asked for may be 
 class Lane(PacedQueue):
     """One account's way to the wire, at the account's pace, and closed after a 429."""
 
-    __slots__ = ("_alone", "_emit", "_granted_at", "_suspected_at", "_window", "account", "users")
+    __slots__ = ("_emit", "_granted_at", "_suspected_at", "_window", "account", "fails_alone", "users")
 
     is_shared = False
 
@@ -44,7 +44,8 @@ class Lane(PacedQueue):
         self._window = _SLOW_START if limit is None else math.inf
         self._granted_at = -math.inf
         self._suspected_at: int | None = None  # answers of the service when this account began to fail
-        self._alone = False  # whether others were answered since then
+        self.fails_alone: bool = False
+        """Whether other accounts were answered between its latest failures."""
 
     def snapshot(self, now: float) -> AccountPace:
         """Return how the account is paced right now."""
@@ -70,22 +71,12 @@ class Lane(PacedQueue):
             return True
         return self.paces.rate is not None and sent_at - self._granted_at < 2 / self.paces.rate
 
-    def note_failure(self, answers: int) -> bool:
-        """Note a failure; return whether others have been answered between two of this account.
-
-        Args:
-            answers: Answers that the service has given so far.
-        """
+    def note_failure(self, answers: int) -> None:
+        """Note a failure, after that many *answers* of the service to all accounts."""
         if self._suspected_at is None:
             self._suspected_at = answers
         elif answers > self._suspected_at:
-            self._alone = True
-        return self._alone
-
-    @property
-    def was_alone(self) -> bool:
-        """Whether other accounts were answered between its latest failures."""
-        return self._alone
+            self.fails_alone = True
 
     @property
     def recovers(self) -> bool:
@@ -109,7 +100,7 @@ class Lane(PacedQueue):
                 self._throttled(now, sent_at, pause, fresh=fresh)
             elif verdict in {"answered", "failed", "unavailable"}:
                 if verdict == "answered":
-                    self._granted_at, self._suspected_at, self._alone = now, None, False
+                    self._granted_at, self._suspected_at, self.fails_alone = now, None, False
                 if self.paces.learned is None or not self.paces.learned.spaces:
                     self._window += _STEP if now - sent_at < _LONG_TRIP else _LONG_STEP
                 self._answered(now, sent_at, fresh=fresh)  # the account's limit let it through

@@ -14,12 +14,13 @@ class LearnedPace:
         is_shared: Whether the limit may be shared with other processes.
     """
 
-    __slots__ = ("_window", "steady", "until_open")
+    __slots__ = ("_proven", "_window", "steady", "until_open")
 
     def __init__(self, grants: int, began: float, ended: float, *, is_shared: bool) -> None:
         self.steady: LearnedRate = LearnedRate(is_shared=is_shared)
         """The rate at which requests go one by one, unless many may go at once."""
         self._window = LearnedWindow(grants, began, ended)
+        self._proven: float | None = None  # the steady rate at the latest proof
         self.until_open: float | None = None
         """Seconds from the latest refusal until the window opens; ``None`` if none is recognized."""
 
@@ -74,6 +75,19 @@ class LearnedPace:
             self.steady.forget()
             return True
         return self.steady.throttled(now, asked=asked)
+
+    def prove(self) -> None:
+        """Note that an account that had been refused got an answer, which shows that there is a limit."""
+        self._proven = self.steady.rate or 0.0
+
+    def restore(self) -> bool:
+        """Return to the pace that was proven last; return ``False`` if none was."""
+        if self._proven is None:
+            return False
+        if self.steady.rate is not None:
+            self.steady.rate = max(self.steady.rate, self._proven)
+            self.steady.measurement.stop()
+        return True
 
     def paused(self, now: float, until: float, closed_until: float, *, asked: bool) -> None:
         """Note a pause *until* a moment, after one that lasts until *closed_until*."""

@@ -46,7 +46,7 @@ class LearnedRate:
     """
 
     __slots__ = (
-        "_burst", "_growth", "_held", "_is_asked", "_is_shared", "_next_at", "_proven", "_since_cut", "_strays",
+        "_burst", "_growth", "_held", "_is_asked", "_is_shared", "_next_at", "_since_cut", "_strays",
         "measurement", "rate",
     )  # fmt: skip
 
@@ -54,7 +54,6 @@ class LearnedRate:
         self.rate: float | None = None
         self.measurement: Measurement = Measurement()
         self._is_shared = is_shared
-        self._proven: float | None = None  # requests per second
         self._next_at = -math.inf
         self._held = True  # whether requests go as fast as the pace lets them
         self._growth = _MAX_GROWTH
@@ -100,19 +99,6 @@ class LearnedRate:
         self._strays.granted()
         if self._held:  # else the callers are slower than the pace, and no answer shows that more is granted
             self._grow(self.rate)
-
-    def prove(self) -> None:
-        """Note that an account that had been refused got an answer, which shows that there is a limit."""
-        self._proven = self.rate or 0.0
-
-    def restore(self) -> bool:
-        """Return to the latest rate at which an account that had been refused got an answer; ``False`` if none did."""
-        if self._proven is None:
-            return False
-        if self.rate is not None:
-            self.rate = max(self.rate, self._proven)
-            self.measurement.stop()
-        return True
 
     def _grow(self, rate: float) -> None:
         # Among processes that share a limit, growth with each answer would let the fastest take all from the slowest.

@@ -17,7 +17,6 @@ _SLOW_ANSWER: Final = 1 / 2
 _AFTER_TIMEOUT: Final = 0.5  # of the limit
 _AFTER_SLOW: Final = 0.8
 _AFTER_REFUSAL: Final = 0.25
-_STALE: Final = 8  # connections that were lost one after another, without an answer
 _FADING: Final = 0.999  # of the slowest answer, with each later one
 
 
@@ -30,8 +29,8 @@ class Load:
     """
 
     __slots__ = (
-        "_attempt_timeout", "_cut_at", "_growth", "_in_flight", "_learned", "_sent", "_stale", "concurrency",
-        "connections", "limit", "peak", "quick_answers", "slowest",
+        "_attempt_timeout", "_cut_at", "_growth", "_in_flight", "_learned", "_sent", "concurrency", "connections",
+        "limit", "peak", "quick_answers", "slowest",
     )  # fmt: skip
 
     def __init__(self, connections: int, attempt_timeout: float) -> None:
@@ -50,7 +49,6 @@ class Load:
         self._learned: LearnedConcurrency | None = None  # from the first refusal on
         self._in_flight: dict[int, int] = {}  # by the number of each request: how many others were in flight
         self._sent = 0
-        self._stale = 0  # pooled connections lost since the latest answer
         self._growth = Growth(_FAST_STEP)
         self._cut_at = -math.inf
 
@@ -78,8 +76,6 @@ class Load:
             self._answered(now, turn, took)
         elif verdict == "timed out":
             self._shrink(now, turn, _AFTER_TIMEOUT)
-        elif verdict == "stale":
-            self._lost_connection(now)
         elif verdict in {"failed", "unavailable"} and self.limit < self.connections:
             self._grow(took)
         if verdict in REFUSALS:
@@ -96,15 +92,8 @@ class Load:
             self._shrink(now, turn, _AFTER_SLOW)
         elif self.limit < self.connections:
             self._grow(took)
-        self._stale = 0
         self.slowest = max(_FADING * self.slowest, took)
         self.quick_answers += took <= _QUICK_ANSWER * self._attempt_timeout
-
-    def _lost_connection(self, now: float) -> None:
-        """Let the others try again a few at a time: a peer that resets all connections may be out."""
-        self._stale += 1
-        if self._stale == _STALE:
-            self.reopen(now)
 
     def _shrink(self, now: float, turn: Turn, share: float) -> None:
         others_were_quick = self.quick_answers - turn.quick_answers >= self.limit
@@ -140,7 +129,7 @@ class Load:
         self.limit = max(2.0, _AFTER_REFUSAL * self.limit)
 
     def reopen(self, now: float) -> None:
-        """Begin anew after an outage: it may have been a limit, and a flood would meet it again."""
+        """Begin anew with a few requests, in or after an outage: it may be a limit, which a flood would meet again."""
         self.ignore_until(now)
         self.limit = min(self.limit, _REOPEN)
         self._growth = Growth(_FAST_STEP)

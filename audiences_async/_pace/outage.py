@@ -17,7 +17,7 @@ class Outage:
     """The time without an answer, and the probes in it."""
 
     __slots__ = (
-        "_probed_at", "_resumed_at", "_stall", "failing_since", "hangs", "probes", "problem", "silent_since",
+        "_probed_at", "_resumed_at", "_stall", "closed_since", "failing_since", "hangs", "probes", "problem",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -27,16 +27,16 @@ class Outage:
         """Whether requests are accepted and not answered."""
         self.problem: str = ""
         """The latest failure of a request."""
-        self.silent_since: float | None = None
-        """When the service was first closed, without an answer since, for patience; ``None`` after an answer."""
+        self.closed_since: float | None = None
+        """When the service was closed, without an answer since; ``None`` after an answer."""
         self.failing_since: float | None = None
         """When the first of the latest failures came, of a single account too; ``None`` after an answer."""
         self._resumed_at = self._probed_at = -math.inf
         self._stall = _FIRST_STALL
 
-    def silent_for(self, now: float) -> float:
-        """Return the seconds for which no account has been answered, from the first time on that it was closed."""
-        return 0.0 if self.silent_since is None else now - self.silent_since
+    def closed_for(self, now: float) -> float:
+        """Return the seconds since it was closed, without an answer to any account; 0.0 if it is not."""
+        return 0.0 if self.closed_since is None else now - self.closed_since
 
     def failing_for(self, until: float) -> float:
         """Return the seconds from the first of the latest failures *until* a moment; 0.0 after an answer."""
@@ -53,13 +53,13 @@ class Outage:
         Raises:
             TransportError: The call is refused.
         """
-        silent = self.silent_for(now)
+        silent = self.closed_for(now)
         if silent > 0 and silent >= patience:
             raise self.impatient(now, patience, left)
 
     def impatient(self, now: float, patience: float, left: float) -> TransportError:
         """Return the error of a call that would wait *left* seconds for a probe, and longer than *patience* allows."""
-        silent = self.silent_for(now)
+        silent = self.closed_for(now)
         bound = f"patience={patience:g} s"
         end = f"longer than {bound} allows" if silent >= patience else f"and {bound} ends before the next probe"
         latest = f"; the latest failure: {self.problem}" if self.problem else ""
@@ -68,8 +68,8 @@ class Outage:
 
     def began(self, now: float) -> None:
         """Note that it is closed: unless it was before, the time without an answer begins."""
-        if self.silent_since is None:
-            self.silent_since = now
+        if self.closed_since is None:
+            self.closed_since = now
         self.failed(now)
 
     def failed(self, now: float) -> None:
@@ -79,7 +79,7 @@ class Outage:
 
     def answered(self) -> None:
         """Note an answer."""
-        self.silent_since = self.failing_since = None
+        self.closed_since = self.failing_since = None
 
     def resumed(self, now: float) -> None:
         """Note that the service is open again."""
@@ -114,4 +114,4 @@ class Outage:
         """Return whether a 503 may be the refusal of a limit."""
         if not is_limited:
             return now - self._resumed_at < _AFTERMATH
-        return self.silent_for(now) <= max(_FIRST_STALL, _INTERVALS / (rate or math.inf))
+        return self.closed_for(now) <= max(_FIRST_STALL, _INTERVALS / (rate or math.inf))

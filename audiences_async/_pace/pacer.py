@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Final, NamedTuple
 
+from attrs import evolve
+
 from audiences_async._base.deadlines import CallTime, Deadlines
 from audiences_async._http.quota import Quota
 from audiences_async._jobs.places import Place
@@ -17,7 +19,6 @@ from audiences_async._pace.pacing import (
     REFUSALS,
     PauseSettings,
     Report,
-    SharedPauseSettings,
     Turn,
     Verdict,
     too_late,
@@ -92,7 +93,7 @@ class Pacer:
             attempt_timeout=attempt_timeout,
             clock=clock,
             deadlines=deadlines,
-            settings=SharedPauseSettings(self._settings.first, self._settings.longest),
+            settings=evolve(self._settings, is_shared=True),
             emit=self._emit,
         )
         self._quota_scope: QuotaScope | None = None  # once a quota was announced
@@ -138,7 +139,7 @@ class Pacer:
         if now + expected >= time.deadline:
             raise too_late(expected)
         if place is not None:  # before the lane, whose other calls may hold all places
-            with time.held():
+            with time.suspended():
                 # Under a limit, a refused account is usually answered next; otherwise it may fail for ever.
                 await place.enter(lets_pass=self.service.state == "open")
         elif lane.limiter is None and (turn := await self._turn_in_outage(lane, time)) is not None:
@@ -175,7 +176,7 @@ class Pacer:
             return self._sent(lane)
 
     async def _jobs_turn(self, lane: Lane, time: CallTime, place: Place) -> Turn | None:
-        with time.held():
+        with time.suspended():
             now = self.clock.monotonic()
             if self.service.delay(now) > 0:
                 self.service.outage.check_patience(now, place.patience, self.service.closing.left(now))
@@ -229,7 +230,10 @@ class Pacer:
         """
         now = self.clock.monotonic()
         verdict, pause, quota = report
-        is_shared = is_own and verdict not in _NO_CAUSE and self._concerns_all(lane, turn, verdict)
+        is_shared = False
+        if is_own and verdict not in _NO_CAUSE:
+            lane.note_failure(self.service.answers)
+            is_shared = self._may_concern_all(lane, turn, verdict)
         of_service = self.service.returned(now, turn, report, lane, is_own=is_own, is_shared=is_shared)
         if of_service or not is_own:
             lane.returned(now, turn.sent_at, "nothing", None)
@@ -241,7 +245,7 @@ class Pacer:
             return _ANSWERED
         if of_service:
             is_paced = self.service.paces_retries or (in_job and self.service.state == "limited")
-            return Released(is_paced, waits=in_job and verdict in REFUSALS and not lane.was_alone)
+            return Released(is_paced, waits=in_job and verdict in REFUSALS and not lane.fails_alone)
         return Released(verdict == "throttled" and lane.paces_retries, waits=False)
 
     def _announced(self, lane: Lane, now: float, turn: Turn, quota: Quota | None) -> None:
@@ -252,12 +256,11 @@ class Pacer:
         self.service.paces.announced(now, turn.sent_at, quota if is_shared else None)
         lane.paces.announced(now, turn.sent_at, None if is_shared else quota)
 
-    def _concerns_all(self, lane: Lane, turn: Turn, verdict: Verdict) -> bool:
+    def _may_concern_all(self, lane: Lane, turn: Turn, verdict: Verdict) -> bool:
         """Return whether a refusal or a failure may be the service's, and not this account's alone."""
-        is_alone = lane.note_failure(self.service.answers)
         if verdict == "throttled" and lane.explains(turn.sent_at):
             return False
-        if not is_alone:
+        if not lane.fails_alone:
             return True
         # An account that is refused again and again need not be the cause if many are.
         is_limited = self.service.state == "limited" and self.service.paces.rate is None

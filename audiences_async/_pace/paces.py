@@ -87,6 +87,11 @@ class Paces:
             self.learned = LearnedPace(self._grants, self._began, now, is_shared=self._is_shared)
         return self.learned
 
+    def restore(self) -> None:
+        """Return to the learned pace that was proven last; forget it if none was."""
+        if self.learned is None or not self.learned.restore():
+            self.forget()
+
     def forget(self) -> None:
         """Forget the learned pace, and what was granted before."""
         self.learned, self._grants = None, 0

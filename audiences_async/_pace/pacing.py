@@ -85,30 +85,23 @@ class PauseSettings:
     Attributes:
         first: Seconds; the longest pause after one refusal, until a rate is known.
         longest: Seconds; the longest of all.
+        is_shared: Whether they are of all accounts together, and shorter: during a long one other processes use the
+            limit, and accounts may run out of attempts.
     """
 
     first: float
     longest: float
+    is_shared: bool = False
 
     def draw(self, rate: float | None, failures: int, clock: Clock) -> float:
         """Draw the seconds to pause after *failures* refusals in a row."""
-        base = self.first / 2 if rate is None else min(max(0.5 / rate, self.first / 20), self.longest)
+        longest = self.longest
+        if self.is_shared:
+            longest = min(longest, _LONGEST_UNPACED if rate is None else max(_LONGEST_PACED, 2 / rate))
+        base = self.first / 2 if rate is None else min(max(0.5 / rate, self.first / 20), longest)
         # Later pauses grow more slowly: the limit may be a window, and a long pause would overshoot its end.
         times = 2.0 ** (failures - 1) if failures <= _DOUBLINGS else _LATER * 1.25 ** min(failures - _DOUBLINGS, 60)
-        return min(self.longest, base * times * (1 + clock.random()))
-
-
-@frozen
-class SharedPauseSettings(PauseSettings):
-    """The same for all accounts together, with shorter pauses.
-
-    During a long pause other processes use the limit, and accounts may run out of attempts.
-    """
-
-    def draw(self, rate: float | None, failures: int, clock: Clock) -> float:
-        """Draw the seconds to pause after *failures* refusals in a row."""
-        longest = _LONGEST_UNPACED if rate is None else max(_LONGEST_PACED, 2 / rate)
-        return min(super().draw(rate, failures, clock), longest)
+        return min(longest, base * times * (1 + clock.random()))
 
 
 class PacedQueue(Queue):

@@ -160,15 +160,16 @@ class ServiceLane(PacedQueue):
                 self._heard(now, turn, fresh=fresh, recovers=is_own and lane.recovers)
                 return False
             if verdict in NEUTRAL:
+                if self.evidence.shows_resets and self.state == "open":
+                    self.load.reopen(now)
                 return False
             if verdict != "throttled":  # which may be due to the account's own limit
                 self.outage.failed(now)
             if turn.probe:
                 self._trip(now, turn.sent_at, verdict, report.pause)
                 return True
-            if self.outage.outlived(turn.sent_at):
-                return False
-            return is_shared and self._judge(now, turn, verdict, report.pause, lane)
+            may_be_all = is_shared and not self.outage.outlived(turn.sent_at)
+            return may_be_all and self._judge(now, turn, verdict, report.pause, lane)
         finally:
             if self._changed is not None:
                 self.changed()
@@ -197,15 +198,10 @@ class ServiceLane(PacedQueue):
         if self.state == "limited" and self.paces.rate is None and self._unrefused >= _UNREFUSED_ANSWERS:
             self.state = "open"
         if recovers and self.paces.learned is not None:
-            self.paces.learned.steady.prove()
+            self.paces.learned.prove()
         if turn.probe and self.evidence.clears_service:
-            self._clear()
-
-    def _clear(self) -> None:
-        """Take refusals for the accounts' own: go on at the last rate that a limit has shown, or without one."""
-        if self.paces.learned is None or not self.paces.learned.steady.restore():
-            self.paces.forget()
-            self.state = "open"
+            self.paces.restore()
+            self.state = "open" if self.paces.learned is None else "limited"
 
     def _judge(self, now: float, turn: Turn, verdict: Verdict, pause: float | None, lane: Lane) -> bool:
         """Decide whether a refusal or failure, which may be the service's, is its own, and close it then."""
@@ -241,7 +237,7 @@ class ServiceLane(PacedQueue):
         else:
             self._fail(now, verdict, pause)
         for waiter in self.waiters():
-            if self.outage.silent_for(self.closing.until) >= waiter.patience:
+            if self.outage.closed_for(self.closing.until) >= waiter.patience:
                 waiter.refuse(self.outage.impatient(now, waiter.patience, self.closing.left(now)))
 
     def _fail(self, now: float, verdict: Verdict, pause: float | None) -> None:
