@@ -160,7 +160,7 @@ class ServiceLane(PacedQueue):
                 self._heard(now, turn, fresh=fresh, recovers=is_own and lane.recovers)
                 return False
             if verdict in NEUTRAL:
-                if self.evidence.shows_resets and self.state == "open":
+                if verdict == "stale" and self.evidence.shows_resets and self.state == "open":
                     self.load.reopen(now)
                 return False
             if verdict != "throttled":  # which may be due to the account's own limit
