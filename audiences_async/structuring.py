@@ -136,7 +136,9 @@ def data_of(body: bytes) -> Any:
     except _ProblemError as problem:
         raise _invalid([f"$.status: {problem}"], body) from None
     if status >= 300:
-        raise status_error(status, description_of(envelope), response_time=response_time_of(envelope), body=body)
+        raise status_error(
+            status, description_of(envelope), response_time=response_time_of(envelope), body=body[:_KEPT]
+        )
     return envelope.get("data")
 
 
@@ -149,6 +151,9 @@ def description_of(envelope: Mapping[str, Any]) -> str:
 def response_time_of(envelope: Mapping[str, Any]) -> datetime | None:
     """Return the envelope's time, aware and in UTC; ``None`` if it is missing or unreadable."""
     return _read(_utc, envelope.get("response_time"))
+
+
+_KEPT: Final = 64 * 1024  # bytes of a body, for its error
 
 
 class _Members(Struct):
@@ -180,7 +185,7 @@ def _envelope(text: bytes, problems: list[str]) -> tuple[AudiencesResponse, Raw]
     except _ProblemError as problem:
         problems.append(f"$.status: {problem}")
     if status >= 300:
-        raise status_error(status, description_of(sent), response_time=response_time_of(sent), body=text)
+        raise status_error(status, description_of(sent), response_time=response_time_of(sent), body=text[:_KEPT])
     if not isinstance(sent.get("description"), str | None):
         problems.append(f"$.description: {_ProblemError('a string', sent['description'])}")
     return AudiencesResponse(status, description_of(sent), response_time_of(sent), ()), members.data
@@ -298,7 +303,7 @@ def _glimpse(sent: bytes | Raw) -> Any:
 
 
 def _invalid(problems: list[str], body: bytes) -> InvalidResponseError:
-    return InvalidResponseError("the reply cannot be read", problems=tuple(problems), body=body[: 64 * 1024])
+    return InvalidResponseError("the reply cannot be read", problems=tuple(problems), body=body[:_KEPT])
 
 
 def _status(status: Any) -> int:

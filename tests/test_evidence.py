@@ -105,10 +105,10 @@ def test_probes_show_that_it_is_the_accounts(lanes: list[Lane], verdict: Verdict
     """Clear the service if accounts that were answered before always are, and others are not, five times."""
     evidence = Evidence()
     for lane in lanes[:5]:
-        assert not evidence.clears_service
+        assert not evidence.blames_accounts
         evidence.returned(verdict, lane, is_probe=True)
         evidence.returned("answered", None, is_probe=True)
-    assert evidence.clears_service
+    assert evidence.blames_accounts
 
 
 def test_other_requests_show_nothing_about_the_accounts(lanes: list[Lane]) -> None:
@@ -117,7 +117,7 @@ def test_other_requests_show_nothing_about_the_accounts(lanes: list[Lane]) -> No
     for lane in lanes:
         evidence.returned("throttled", lane)
         evidence.returned("answered", None, is_probe=True)
-    assert not evidence.clears_service
+    assert not evidence.blames_accounts
 
 
 def test_an_account_that_was_answered_before_and_is_refused_blames_the_service(lanes: list[Lane]) -> None:
@@ -126,9 +126,9 @@ def test_an_account_that_was_answered_before_and_is_refused_blames_the_service(l
     contrast(evidence, lanes[0], 4)
     evidence.returned("throttled", None, is_probe=True)
     contrast(evidence, lanes[1], 4)
-    assert not evidence.clears_service
+    assert not evidence.blames_accounts
     contrast(evidence, lanes[1])
-    assert evidence.clears_service
+    assert evidence.blames_accounts
 
 
 def test_an_account_that_recovers_blames_the_service(lanes: list[Lane]) -> None:
@@ -138,7 +138,7 @@ def test_an_account_that_recovers_blames_the_service(lanes: list[Lane]) -> None:
     lanes[0].note_failure(0)
     evidence.returned("answered", lanes[0])
     contrast(evidence, lanes[1])
-    assert not evidence.clears_service
+    assert not evidence.blames_accounts
 
 
 def test_any_answer_ends_the_accounts_guilt(lanes: list[Lane]) -> None:
@@ -146,7 +146,7 @@ def test_any_answer_ends_the_accounts_guilt(lanes: list[Lane]) -> None:
     evidence = Evidence()
     contrast(evidence, lanes[0], 5)
     evidence.returned("answered", lanes[1])
-    assert not evidence.clears_service
+    assert not evidence.blames_accounts
 
 
 def test_pooled_connections_that_are_lost_in_a_row(lanes: list[Lane]) -> None:
@@ -156,6 +156,6 @@ def test_pooled_connections_that_are_lost_in_a_row(lanes: list[Lane]) -> None:
         evidence.returned("stale", lane)
     evidence.returned("answered", lanes[0])
     for lane in lanes[:8]:
-        assert not evidence.shows_resets
+        assert not evidence.suspects_outage
         evidence.returned("stale", lane)
-    assert evidence.shows_resets
+    assert evidence.suspects_outage

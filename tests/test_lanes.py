@@ -92,8 +92,8 @@ async def test_a_known_rate_starts_at_once() -> None:
 async def test_a_refusal_pauses_and_the_probe_resumes(north: Account) -> None:
     """Close after a 429 for as long as it asks; open again when the one request after the pause is answered."""
     assert north.meets("throttled", 10.0, pause=5.0) == 5.0
-    assert north.lane.is_paused(14.9)
-    assert not north.lane.is_paused(15.0)
+    assert north.lane.closing.left(14.9) > 0
+    assert north.lane.closing.left(15.0) == 0
     north.lane.sent(15.0)
     assert north.lane.delay(15.0) == math.inf, "the probe goes alone"
     north.lane.returned(15.1, 15.0, "answered", None)

@@ -1,6 +1,7 @@
 """What accounts share, in virtual time: limits, outages and load, by counts and times that are exact."""
 
 import asyncio
+import json
 import math
 import random
 from collections import Counter
@@ -507,6 +508,29 @@ def test_an_outage_and_a_limit_are_events(run: RunJob) -> None:
     run(Service(shared(LeakyBucket(50, 5))), 500, on_event=events.append)
     assert {event.state for event in events if isinstance(event, ServicePaused)} == {"limited"}
     assert any(isinstance(event, ServiceRateLearned) for event in events)
+
+
+@define
+class Talking(Service):
+    """A service that describes each refusal by the last words of the account's key."""
+
+    async def attempt(self, key: ApiKey, call: object = None, **_: object) -> Reply | TransportError:
+        """Answer with the end of the key in the description."""
+        reply = await super().attempt(key)
+        assert isinstance(reply, Reply)
+        about = json.dumps({"status": reply.status, "description": f"about {key.reveal()[-4:]}"}).encode()
+        return reply if reply.status == 200 else Reply(reply.status, reply.headers, about)
+
+
+def test_a_probe_for_another_account_shows_nothing_of_it(run: RunJob) -> None:
+    """Record a probe with another account's key without the text of its reply, which is not for this account."""
+    events: list[Event] = []
+    run(Talking(lost(503), 0.05), 3000, on_event=events.append)
+    probes = [event for event in events if isinstance(event, AttemptFinished) and event.attempt.reason == "probe"]
+    others = [event for event in probes if event.attempt.error and "probe for all accounts" in event.attempt.error]
+    assert 0 < len(others) < len(probes)
+    for probe in probes:
+        assert probe in others or not probe.attempt.error or f"about {probe.account[-4:]}" in probe.attempt.error
 
 
 def test_the_snapshot_during_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:

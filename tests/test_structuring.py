@@ -4,7 +4,7 @@ import copy
 import json
 import pickle
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
@@ -331,6 +331,14 @@ def test_an_error_in_the_envelope_of_a_200(sent: Any, kind: type[StatusError]) -
         decode(body(status=sent, description="slow down", response_time="2025-02-06T07:51:52.258Z", data=None))
     assert (caught.value.status, caught.value.description) == (int(sent), "slow down")
     assert caught.value.response_time == datetime(2025, 2, 6, 7, 51, 52, 258000, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("read", [decode, structuring.data_of])
+def test_an_error_keeps_the_start_of_its_body(read: Callable[[bytes], object]) -> None:
+    """Keep 64 KiB of a body on the error of its envelope's own status."""
+    with pytest.raises(ServerError) as caught:
+        read(body(status=500, description="x" * 100_000))
+    assert len(caught.value.body) == 64 * 1024
 
 
 def test_lenient_envelope() -> None:

@@ -37,14 +37,6 @@ class Deadlines:
         """Return a scope that raises `TimeoutError` after *seconds*."""
         return Scope(self, self.loop.time() + seconds)
 
-    def at(self, seconds: float) -> float:
-        """Return the event loop's time *seconds* from now."""
-        return self.loop.time() + seconds
-
-    def left(self, when: float) -> float:
-        """Return the seconds from now until *when*."""
-        return when - self.loop.time()
-
     def expire_all(self) -> None:
         """Expire every scope now."""
         for scope in tuple(self.scopes):
@@ -144,7 +136,7 @@ class Scope:
     def extend(self, seconds: float) -> None:
         """Extend the deadline to at least *seconds* from now."""
         if self._left is None:
-            self.ends_at = max(self.ends_at, self._deadlines.at(seconds))
+            self.ends_at = max(self.ends_at, self._deadlines.loop.time() + seconds)
         else:
             self._left = max(self._left, seconds)
 
@@ -165,14 +157,14 @@ class Scope:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Stop the clock inside the block."""
-        self._left = self._deadlines.left(self.ends_at)
+        self._left = self.ends_at - self._deadlines.loop.time()
         self.ends_at = math.inf
         try:
             yield
         finally:
             left, self._left = self._left, None
             if not self.expired:
-                self.ends_at = self._deadlines.at(left)
+                self.ends_at = self._deadlines.loop.time() + left
                 self._deadlines.add(self)
 
 

@@ -115,13 +115,13 @@ class Attempts:
             self._context.pacer.service.witness = key
             return result
         if isinstance(result, ConnectionFailedError) and result.unsent and witness is None:
-            # Another request will return a socket, if there is one.
+            # Wait for a request in flight to free a socket, if there is one.
             return None if self._context.pacer.service.load.shrink() else result
         # The reply to a witness is another account's, and never leaves this method.
         reason = "probe" if witness is not None else self._excuse(turn, released)
         if reason is None:
             return result
-        self._record.add(result, 0.0, reason)
+        self._record.add(result, 0.0, reason, is_own=witness is None)
         return None
 
     async def _read(self, reply: Reply, key: ApiKey) -> Result:

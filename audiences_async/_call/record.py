@@ -8,7 +8,7 @@ from uuid import uuid4
 from audiences_async._http.deprecation import Notice
 from audiences_async._http.wire import Answer, JsonAnswer, Result
 from audiences_async.clock import Clock
-from audiences_async.errors import AudiencesError, StatusError
+from audiences_async.errors import AudiencesError, StatusError, TransportError
 from audiences_async.events import (
     Attempt,
     AttemptFinished,
@@ -94,9 +94,14 @@ class CallRecord:
         self._elapsed = self._clock.monotonic() - self.sent_at
         self.sent_at = None
 
-    def add(self, result: Result, wait: float, reason: str) -> None:
-        """Record an attempt that is followed by another one after *wait* seconds, or by none, for *reason*."""
+    def add(self, result: Result, wait: float, reason: str, *, is_own: bool = True) -> None:
+        """Record an attempt that is followed by another one after *wait* seconds, or by none, for *reason*.
+
+        Without *is_own* it was a probe for another account, and the text of its reply is not for this one.
+        """
         error = result.message if isinstance(result, AudiencesError) else None
+        if error is not None and not is_own and not isinstance(result, TransportError):
+            error = f"{type(result).__name__}, to a probe for all accounts"
         status = result.status if isinstance(result, _WITH_STATUS) else None
         self._append(Attempt(self._next_number, status, error, self._elapsed, wait, reason))
         self._elapsed = 0.0  # also of the next attempt, if nothing is sent because the key function fails

@@ -104,7 +104,7 @@ class Results(AsyncIterator[R], Generic[T, R]):
         """End every task at once. Consumers that still iterate get a `ClientClosedError`."""
         if self._tasks:
             self._failure = ClientClosedError("the stream was closed before its end")
-            self._places.open()
+            self._places.lift_limits()
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks)

@@ -82,7 +82,7 @@ class Places:
                 self._leave()
             raise
 
-    def open(self) -> None:
+    def lift_limits(self) -> None:
         """Let all go that wait without a place: a shared request continues after the job, and must not wait for it."""
         self._most = self._most_held = math.inf
         self._offer()

@@ -51,10 +51,6 @@ class Lane(PacedQueue):
         """Return how the account is paced right now."""
         return AccountPace(self.account, self.paces.rate, self.closing.left(now), self.waiting, self.in_flight)
 
-    def is_paused(self, now: float) -> bool:
-        """Return whether the account is closed after a 429."""
-        return now < self.closing.until
-
     def is_idle(self, now: float) -> bool:
         """Return whether forgetting the lane would make no difference."""
         return not self.users and not self.closing.failures and self.closing.until <= now and self.paces.is_idle(now)

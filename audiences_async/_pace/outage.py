@@ -42,21 +42,6 @@ class Outage:
         """Return the seconds from the first of the latest failures *until* a moment; 0.0 after an answer."""
         return 0.0 if self.failing_since is None else until - self.failing_since
 
-    def check_patience(self, now: float, patience: float, left: float) -> None:
-        """Refuse a call that would have to wait, if no account has been answered for *patience* seconds.
-
-        Args:
-            now: The time.
-            patience: Seconds.
-            left: Seconds until the next probe, for the error.
-
-        Raises:
-            TransportError: The call is refused.
-        """
-        silent = self.closed_for(now)
-        if silent > 0 and silent >= patience:
-            raise self.impatient(now, patience, left)
-
     def impatient(self, now: float, patience: float, left: float) -> TransportError:
         """Return the error of a call that would wait *left* seconds for a probe, and longer than *patience* allows."""
         silent = self.closed_for(now)

@@ -134,7 +134,7 @@ class Pacer:
         """
         now = self.clock.monotonic()
         if lane.is_free(now) and self.service.is_free(now) and (place is None or place.held):
-            return self._send(lane, now)
+            return self._take_turn(lane, now)
         expected = self.expected(lane, time)
         if now + expected >= time.deadline:
             raise too_late(expected)
@@ -160,7 +160,7 @@ class Pacer:
             await self.service.ask_limiter("service_rate_limit", lane.account, left)
         while self.service.state == "out":
             await self.service.opened_or_out()
-            turn = self._sent(lane)
+            turn = self._turn_if_open(lane)
             if turn is not None:
                 return turn
             await lane.wait(lane.delay(self.clock.monotonic()))
@@ -173,23 +173,24 @@ class Pacer:
             left = time.deadline - self.clock.monotonic()
             await self.service.ask_limiter("service_rate_limit", lane.account, left)
             await self.service.opened_or_out()
-            return self._sent(lane)
+            return self._turn_if_open(lane)
 
     async def _jobs_turn(self, lane: Lane, time: CallTime, place: Place) -> Turn | None:
         with time.suspended():
             now = self.clock.monotonic()
-            if self.service.delay(now) > 0:
-                self.service.outage.check_patience(now, place.patience, self.service.closing.left(now))
+            service = self.service
+            if service.delay(now) > 0 and 0 < service.outage.closed_for(now) >= place.patience:
+                raise service.outage.impatient(now, place.patience, service.closing.left(now))
             async with self.service.head(math.inf, place.patience):
                 await self.service.ask_limiter("service_rate_limit", lane.account)
                 await self.service.opened()
-                return self._sent(lane)
+                return self._turn_if_open(lane)
 
-    def _sent(self, lane: Lane) -> Turn | None:
+    def _turn_if_open(self, lane: Lane) -> Turn | None:
         now = self.clock.monotonic()
-        return self._send(lane, now) if lane.delay(now) <= NO_TIME else None
+        return self._take_turn(lane, now) if lane.delay(now) <= NO_TIME else None
 
-    def _send(self, lane: Lane, now: float) -> Turn:
+    def _take_turn(self, lane: Lane, now: float) -> Turn:
         lane.sent(now)
         service = self.service
         is_probe = service.sent(now)
@@ -204,7 +205,7 @@ class Pacer:
         of them stand in a row, do not keep the service closed.
         """
         witness = self.service.witness
-        # Not every second probe: short and long pauses may alternate too, and decide what is answered.
+        # Half of them, but not every second one: short and long pauses may alternate too, and decide what is answered.
         return witness if witness is not key and self.service.outage.probes.bit_count() % 2 else None
 
     def release(
@@ -230,11 +231,11 @@ class Pacer:
         """
         now = self.clock.monotonic()
         verdict, pause, quota = report
-        is_shared = False
+        may_be_service = False
         if is_own and verdict not in _NO_CAUSE:
             lane.note_failure(self.service.answers)
-            is_shared = self._may_concern_all(lane, turn, verdict)
-        of_service = self.service.returned(now, turn, report, lane, is_own=is_own, is_shared=is_shared)
+            may_be_service = self._may_be_service(lane, turn, verdict)
+        of_service = self.service.returned(now, turn, report, lane, is_own=is_own, may_be_service=may_be_service)
         if of_service or not is_own:
             lane.returned(now, turn.sent_at, "nothing", None)
         else:
@@ -256,7 +257,7 @@ class Pacer:
         self.service.paces.announced(now, turn.sent_at, quota if is_shared else None)
         lane.paces.announced(now, turn.sent_at, None if is_shared else quota)
 
-    def _may_concern_all(self, lane: Lane, turn: Turn, verdict: Verdict) -> bool:
+    def _may_be_service(self, lane: Lane, turn: Turn, verdict: Verdict) -> bool:
         """Return whether a refusal or a failure may be the service's, and not this account's alone."""
         if verdict == "throttled" and lane.explains(turn.sent_at):
             return False
@@ -283,7 +284,7 @@ class Pacer:
         now = self.clock.monotonic()
         lanes = {key: lane for key, lane in self._lanes.items() if not lane.is_idle(now)}
         if len(lanes) >= _KEPT_LANES:
-            unused = [key for key, lane in lanes.items() if not lane.users and not lane.is_paused(now)]
+            unused = [key for key, lane in lanes.items() if not lane.users and lane.closing.until <= now]
             for key in unused[: len(unused) // 2]:
                 del lanes[key]
         self._lanes = lanes

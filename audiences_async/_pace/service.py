@@ -135,7 +135,9 @@ class ServiceLane(PacedQueue):
             self.outage.hangs = True
             self.abandon()
 
-    def returned(self, now: float, turn: Turn, report: Report, lane: Lane, *, is_own: bool, is_shared: bool) -> bool:
+    def returned(
+        self, now: float, turn: Turn, report: Report, lane: Lane, *, is_own: bool, may_be_service: bool
+    ) -> bool:
         """Learn from the end of a request; return whether a refusal is the service's, and not the account's.
 
         Args:
@@ -144,7 +146,7 @@ class ServiceLane(PacedQueue):
             report: The meaning of the reply for the pace.
             lane: The account's.
             is_own: Whether the request was the account's own, and no probe for another one.
-            is_shared: Whether the service may be the cause, and not the account alone.
+            may_be_service: Whether the service may be the cause, and not the account alone.
         """
         fresh = self._returned(now, turn.sent_at)
         if turn.probe:
@@ -160,7 +162,7 @@ class ServiceLane(PacedQueue):
                 self._heard(now, turn, fresh=fresh, recovers=is_own and lane.recovers)
                 return False
             if verdict in NEUTRAL:
-                if verdict == "stale" and self.evidence.shows_resets and self.state == "open":
+                if verdict == "stale" and self.evidence.suspects_outage and self.state == "open":
                     self.load.reopen(now)
                 return False
             if verdict != "throttled":  # which may be due to the account's own limit
@@ -168,8 +170,8 @@ class ServiceLane(PacedQueue):
             if turn.probe:
                 self._trip(now, turn.sent_at, verdict, report.pause)
                 return True
-            may_be_all = is_shared and not self.outage.outlived(turn.sent_at)
-            return may_be_all and self._judge(now, turn, verdict, report.pause, lane)
+            may_be_service = may_be_service and not self.outage.outlived(turn.sent_at)
+            return may_be_service and self._judge(now, turn, verdict, report.pause, lane)
         finally:
             if self._changed is not None:
                 self.changed()
@@ -199,13 +201,13 @@ class ServiceLane(PacedQueue):
             self.state = "open"
         if recovers and self.paces.learned is not None:
             self.paces.learned.prove()
-        if turn.probe and self.evidence.clears_service:
+        if turn.probe and self.evidence.blames_accounts:
             self.paces.restore()
             self.state = "open" if self.paces.learned is None else "limited"
 
     def _judge(self, now: float, turn: Turn, verdict: Verdict, pause: float | None, lane: Lane) -> bool:
         """Decide whether a refusal or failure, which may be the service's, is its own, and close it then."""
-        if self.evidence.clears_service:
+        if self.evidence.blames_accounts:
             return False
         if self.closing.is_probing:
             if verdict == "throttled" and pause is not None:
@@ -219,7 +221,7 @@ class ServiceLane(PacedQueue):
             if learned is not None and not learned.steady.explains_refusals:
                 learned.steady.throttled(now)  # which counts it, and cuts the rate if there are more than strays
                 return False
-            verdict = "throttled"
+            verdict = "throttled"  # under a limit, a 503 is its refusal
         elif not self.evidence.add(verdict, lane, self.load.peak):
             return False
         self._trip(now, turn.sent_at, verdict, pause)
@@ -247,8 +249,8 @@ class ServiceLane(PacedQueue):
         if verdict == "unavailable":
             self.paces.learn(now).steady.measurement.restart(now)  # in case it is a limit after all
         seconds = self.outage.pause(self.closing.failures, self.clock)
-        is_asked = pause is not None and seconds < pause
-        self._close(now, pause if is_asked and pause is not None else seconds, asked=is_asked)
+        asked = pause or 0.0
+        self._close(now, max(seconds, asked), asked=asked > seconds)
 
     def _on_paused(self, seconds: float, *, asked: bool) -> None:
         self._emit(ServicePaused("", seconds, asked, self.state))
