@@ -22,7 +22,7 @@ import msgspec
 from common import arguments, body, median_ratio, report, save
 
 from audiences_async import Account, AudiencesClient, structuring
-from audiences_async._jobs.results import OutcomeFile, lines
+from audiences_async._jobs.outcome_files import OutcomeFile, lines
 
 ACCOUNTS = 3_000
 CONCURRENCY = 100

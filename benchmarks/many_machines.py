@@ -26,7 +26,7 @@ from redis.asyncio import Redis
 from services import redis_server
 
 from audiences_async import Account, Fetched, distributed
-from audiences_async._jobs.results import OutcomeFile
+from audiences_async._jobs.outcome_files import OutcomeFile
 from audiences_async.sandbox import many_audiences
 from audiences_async.structuring import decode
 

@@ -18,7 +18,7 @@ from command import COMMAND, KEY, Done, counted, runner
 
 from audiences_async import events
 from audiences_async._http import wire
-from audiences_async._jobs import results
+from audiences_async._jobs import outcome_files
 from audiences_async.cli import summary
 from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox, many_audiences
 
@@ -303,7 +303,7 @@ def test_kill_9_at_any_moment_loses_and_doubles_nothing(sandbox: Sandbox, tmp_pa
         with started(sandbox, accounts, out, "--resume") as process:
             sandbox.wait_for_requests(len(sandbox.requests) + moment)
             process.send_signal(signal.SIGKILL)
-        assert 0 < len(list(results.lines(out))) < 2_500
+        assert 0 < len(list(outcome_files.lines(out))) < 2_500
     with started(sandbox, accounts, out, "--resume") as process:
         _, told = process.communicate(timeout=50)
     assert (process.returncode, counted(told)) == (0, "2,500 of 2,500 accounts fetched, 0 failed")

@@ -22,7 +22,7 @@ from audiences_async._distributed import handling, patient
 from audiences_async._distributed.handling import MARKER, Desk
 from audiences_async._distributed.ledger import Ledger
 from audiences_async._distributed.slots import Slots
-from audiences_async._jobs import results
+from audiences_async._jobs import outcome_files
 from audiences_async.distributed import DocketError, PartsError
 
 pytestmark = [
@@ -108,7 +108,7 @@ class Fixture:
         if file is None:
             return {}
         with file:
-            return {line.account: line.ok for line in results.read_lines(file, "")}
+            return {line.account: line.ok for line in outcome_files.read_lines(file, "")}
 
     async def notices(self) -> list[str]:
         """Return the parts that the submitter is told of."""
@@ -257,7 +257,7 @@ async def test_a_store_that_fails_too_long(worker: Fixture, monkeypatch: pytest.
 
 async def test_an_unexpected_error(worker: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug is left to the queue, which tries the chunk again, and counts as no death."""
-    monkeypatch.setattr(results, "line", lambda outcome: 1 / 0)
+    monkeypatch.setattr(outcome_files, "line", lambda outcome: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         await worker.handle()
     assert (await worker.ledger.started(PART)).count == 1

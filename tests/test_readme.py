@@ -28,7 +28,7 @@ from audiences_async import (
     telemetry,
 )
 from audiences_async._jobs.account_rows import KEY_FIELDS
-from audiences_async._jobs.results import line
+from audiences_async._jobs.outcome_files import line
 from audiences_async.cli import app, exits
 from audiences_async.cli.rows import COLUMNS, TIMES
 from audiences_async.cli.target import FileFormat

@@ -49,7 +49,7 @@ from audiences_async import (
 )
 from audiences_async._call import attempts
 from audiences_async._http.wire import Reply, read
-from audiences_async._jobs.results import line
+from audiences_async._jobs.outcome_files import line
 from audiences_async.accounts import AccountFile
 from audiences_async.credentials import ApiKey
 from audiences_async.events import AttemptFinished

@@ -12,8 +12,8 @@ from typing import IO, Any
 from command import COMMAND, KEY
 
 from audiences_async import Account, AudiencesClient, RetryPolicy, distributed
-from audiences_async._jobs import results
-from audiences_async._jobs.results import OutcomeFile
+from audiences_async._jobs import outcome_files
+from audiences_async._jobs.outcome_files import OutcomeFile
 from audiences_async.distributed import PartsError, PartStore
 from audiences_async.sandbox import Sandbox, many_audiences
 
@@ -47,7 +47,7 @@ def fetched(out: Path) -> dict[str, list[str]]:
 
 def failures(out: Path) -> dict[str, str]:
     """Return the message of each account of an output that failed."""
-    told = {line.account: json.loads(line.text) for line in results.lines(out)}
+    told = {line.account: json.loads(line.text) for line in outcome_files.lines(out)}
     return {name: one["error"]["message"] for name, one in told.items() if not one["ok"]}
 
 

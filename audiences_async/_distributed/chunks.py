@@ -8,7 +8,7 @@ from typing import Final
 
 from attrs import evolve, field, frozen
 
-from audiences_async._jobs import results
+from audiences_async._jobs import outcome_files
 from audiences_async.accounts import no_key
 from audiences_async.errors import ConfigurationError
 from audiences_async.models import Account, Failed
@@ -73,7 +73,7 @@ def number_of(part: str) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def failed(name: str, reason: str) -> results.Line:
+def failed(name: str, reason: str) -> outcome_files.Line:
     """Return the line of an account that fails before anything was sent."""
     outcome = Failed(Account(name, no_key), 0.0, ConfigurationError(reason, account=name))
-    return results.Line(name, ok=False, text=results.line(outcome))
+    return outcome_files.Line(name, ok=False, text=outcome_files.line(outcome))

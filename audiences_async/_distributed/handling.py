@@ -18,7 +18,7 @@ from audiences_async._distributed.ledger import Ledger, Start
 from audiences_async._distributed.parts import IN_MEMORY, PartsError, PartStore
 from audiences_async._distributed.patient import PatientStore
 from audiences_async._distributed.slots import Slots
-from audiences_async._jobs import results
+from audiences_async._jobs import outcome_files
 from audiences_async.errors import ConfigurationError, printable
 from audiences_async.models import Account, Outcome
 
@@ -167,7 +167,7 @@ class Desk:
         written = 0
         async for outcome in self._slots.fetch(accounts):
             try:
-                file.write(results.line(outcome))
+                file.write(outcome_files.line(outcome))
             except OSError as error:
                 fault = PartsError(f"cannot write to the temporary directory: {error.strerror}")
                 raise self.store.give_up(fault) from error
@@ -221,7 +221,7 @@ class Desk:
         self._worker.concurrency = min(len(self._chunks) + more, self._concurrency + 1)
 
 
-def _known(accounts: Mapping[str, Account], name: str) -> Account | results.Line:
+def _known(accounts: Mapping[str, Account], name: str) -> Account | outcome_files.Line:
     """Return an account by its name, or the outcome of one that cannot be fetched."""
     try:
         return accounts[name]

@@ -9,7 +9,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Final
 
-from audiences_async._jobs import results
+from audiences_async._jobs import outcome_files
 
 _JOB: Final = re.compile(r"[0-9]{8}T[0-9]{6}Z-[0-9a-f]{16}")
 
@@ -34,7 +34,7 @@ def recorded(output: Path, *, resume: bool) -> Iterator[str]:
     job = _read(path) if resume else None
     if job is None:
         job = new_job()
-        results.write_whole(path, [json.dumps({"job": job}).encode()])
+        outcome_files.write_whole(path, [json.dumps({"job": job}).encode()])
     yield job
     path.unlink(missing_ok=True)  # unless the block raises: then the job can be resumed
 

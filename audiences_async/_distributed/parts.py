@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from attrs import frozen
 
-from audiences_async._jobs import results
+from audiences_async._jobs import outcome_files
 from audiences_async.errors import AudiencesError, ConfigurationError, printable
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Directory:
 def _write(path: Path, content: IO[bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content.seek(0)
-    with results.successor(path) as file:
+    with outcome_files.successor(path) as file:
         shutil.copyfileobj(content, file)
 
 

@@ -21,8 +21,8 @@ from audiences_async._distributed.identity import new_job
 from audiences_async._distributed.ledger import Ledger, News, State
 from audiences_async._distributed.parts import PartsError, PartStore
 from audiences_async._distributed.worker import ATTEMPTS, TASK
-from audiences_async._jobs import results
-from audiences_async._jobs.results import Line, OutcomeFile
+from audiences_async._jobs import outcome_files
+from audiences_async._jobs.outcome_files import Line, OutcomeFile
 
 _PER_WORKER: Final = 10  # chunks that wait in Redis
 _LOOK_EVERY: Final = 0.2  # s between two looks for parts
@@ -260,7 +260,7 @@ class Submission:
             return None
         found: dict[str, Line] = {}
         with file:
-            for line in results.read_lines(file, f"{self._store.place}/{part}"):
+            for line in outcome_files.read_lines(file, f"{self._store.place}/{part}"):
                 if line.account in names:
                     found.setdefault(line.account, line)
         return list(found.values())

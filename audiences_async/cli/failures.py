@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-from audiences_async._jobs.results import lines, write_whole
+from audiences_async._jobs.outcome_files import lines, write_whole
 from audiences_async.accounts import AccountFile
 from audiences_async.cli import cells
 from audiences_async.errors import ConfigurationError, printable

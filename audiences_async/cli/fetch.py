@@ -10,7 +10,7 @@ from typing import Any
 from attrs import field, frozen, validators
 
 from audiences_async._base import checks
-from audiences_async._jobs.results import Line, OutcomeFile
+from audiences_async._jobs.outcome_files import Line, OutcomeFile
 from audiences_async.accounts import AccountFile
 from audiences_async.cli import failures, metrics
 from audiences_async.cli.log import Log, notify_production

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from audiences_async._jobs.results import write_whole
+from audiences_async._jobs.outcome_files import write_whole
 from audiences_async.cli.summary import Tally
 from audiences_async.cli.timing import QUANTILES
 from audiences_async.errors import ConfigurationError, printable

@@ -7,7 +7,7 @@ from typing import Any, Final, TypeAlias
 import msgspec
 
 from audiences_async._base.dates import date_and_time
-from audiences_async._jobs.results import Line
+from audiences_async._jobs.outcome_files import Line
 
 COLUMNS: Final = (
     "account", "fetched_at", "response_time", "id", "name", "type", "created_time", "user_count", "extra",

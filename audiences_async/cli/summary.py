@@ -10,7 +10,7 @@ import msgspec
 from attrs import define, field
 
 from audiences_async import errors
-from audiences_async._jobs.results import Line
+from audiences_async._jobs.outcome_files import Line
 from audiences_async.cli.timing import Timing
 from audiences_async.errors import AudiencesError, StatusError, printable
 from audiences_async.events import (

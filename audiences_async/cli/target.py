@@ -11,7 +11,7 @@ import msgspec
 from attrs import field, frozen
 
 from audiences_async._jobs import compression
-from audiences_async._jobs.results import Line, check_new, lines, successor, write_whole
+from audiences_async._jobs.outcome_files import Line, check_new, lines, successor, write_whole
 from audiences_async.cli import cells, parquet
 from audiences_async.cli.rows import COLUMNS, rows
 from audiences_async.errors import ConfigurationError, printable

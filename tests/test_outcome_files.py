@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from audiences_async import Account, ConfigurationError, DeadlineExceededError, Failed, Fetched
-from audiences_async._jobs import results
-from audiences_async._jobs.results import OutcomeFile, lines, write_whole
+from audiences_async._jobs import outcome_files
+from audiences_async._jobs.outcome_files import OutcomeFile, lines, write_whole
 from audiences_async.errors import status_error
 from audiences_async.sandbox import EXAMPLE_AUDIENCES
 from audiences_async.structuring import decode
 
 NOW = datetime(2026, 11, 24, 12, 0, 0, 500, tzinfo=UTC)
 KEYS = ["account", "ok", "elapsed", "fetched_at", "response_time", "audiences", "error"]
-line = functools.partial(results.line, fetched_at=NOW)
+line = functools.partial(outcome_files.line, fetched_at=NOW)
 
 ENVELOPE = {"status": "200", "response_time": "2026-02-11T13:00:00+01:00"}
 RESPONSE = decode(json.dumps(ENVELOPE | {"data": [*EXAMPLE_AUDIENCES, {"type": "New", "x": 2**70}]}).encode())
