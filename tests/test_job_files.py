@@ -131,7 +131,7 @@ def test_the_page_has_every_key_and_column() -> None:
     page = (Path(audiences_async.__file__).parent / "help" / "jobs.md").read_text(encoding="utf-8")
     keys, columns = (re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE) for part in page.split("A row always has")[:2])
     outcome = Failed(Account("a", "key"), 0.0, ConfigurationError("x"))
-    assert keys[-7:] == list(json.loads(results.line(outcome)))
+    assert keys[-7:] == list(json.loads(outcome_files.line(outcome)))
     assert tuple(columns) == COLUMNS
 
 
@@ -299,10 +299,10 @@ def test_a_killed_job_keeps_what_is_compressed(job: Job, suffix: str) -> None:
     with subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.DEVNULL) as process:
         job.sandbox.wait_for_requests(5)
         process.send_signal(signal.SIGKILL)
-    assert [line.account for line in results.lines(out)] == names[:4]
+    assert [line.account for line in outcome_files.lines(out)] == names[:4]
     done = job.run(out.name, "--resume")
     assert (done.returncode, counted(done.stderr)) == (0, "6 of 6 accounts fetched, 0 failed")
-    assert sorted(line.account for line in results.lines(out)) == names
+    assert sorted(line.account for line in outcome_files.lines(out)) == names
     assert len(job.sandbox.requests) == 7
 
 

@@ -112,7 +112,8 @@ class Attempts:
         self._record.attempt_returned()
         self.is_paced = released.is_paced
         if report.verdict == "answered" and witness is None:
-            self._context.pacer.service.witness = key
+            if not isinstance(result, AudiencesError):  # which a service may send before it looks at any limit
+                self._context.pacer.service.witness = key
             return result
         if isinstance(result, ConnectionFailedError) and result.unsent and witness is None:
             # Wait for a request in flight to free a socket, if there is one.

@@ -13,14 +13,13 @@ _CLEARED_PER_ANSWER: Final = 2  # refused accounts that no longer count: a limit
 _WEIGHT: Final = 1 / 16  # of the latest request, in the shares of the latest ones
 _HALF: Final = 0.5
 _CONTRASTS: Final = 5  # probes; by chance, if a limit answers half of them, one series in a thousand
-_STRICTER: Final = 8  # times as many accounts must fail or be refused, once others were to blame
 
 
 class Evidence:
     """Accounts that fail, without an answer to any account in between, or that are refused while few are answered."""
 
     __slots__ = (
-        "_blamed_accounts", "_contrasts", "_failing", "_lost", "_probe_failed", "_recovered", "_refusals", "_refused",
+        "_contrasts", "_failing", "_lost", "_probe_failed", "_recovered", "_refusals", "_refused",
         "is_needed",
     )  # fmt: skip
 
@@ -32,7 +31,6 @@ class Evidence:
         self._lost = 0  # pooled connections, without an answer to any account since the first of them
         self._refusals = 0.0  # share of the latest requests
         self._recovered = 0.0  # share of the latest answers, of accounts that had been refused or had failed
-        self._blamed_accounts = False  # whether accounts were to blame before, and none has recovered since
         self._contrasts = 0  # probes for an account that was answered before, and is again, after one that was not
         self._probe_failed = False  # whether the latest probe was an account's own, and had no answer
 
@@ -63,9 +61,7 @@ class Evidence:
             self._failing.clear()
             self._lost = 0
             del self._refused[-_CLEARED_PER_ANSWER:]
-            # A refused account that recovers was not to blame. Any other answer shows that the service goes on.
-            if lane is not None and (lane.recovers or self.blames_accounts):
-                self._blamed_accounts = not lane.recovers
+            if lane is not None and lane.recovers:  # it was not to blame
                 self._contrasts = 0
         if is_probe and verdict not in NEUTRAL:
             self._probed(answered=verdict == "answered", is_own=lane is not None)
@@ -86,8 +82,7 @@ class Evidence:
         needed = _REFUSED_ACCOUNTS
         if verdict != "throttled":  # accounts have limits of their own, and few have outages of their own
             needed = min(max(_FAILED_ACCOUNTS, peak // _IN_FLIGHT_PER_ACCOUNT), _REFUSED_ACCOUNTS)
-        times = _STRICTER if self._blamed_accounts else 1
-        if len(self._failing) < times * needed and len(self._refused) < times * _REFUSED_ACCOUNTS:
+        if len(self._failing) < needed and len(self._refused) < _REFUSED_ACCOUNTS:
             return False
         self._failing.clear()
         self._refused.clear()

@@ -1,7 +1,11 @@
 """The pace that refusals have shown: a rate, or a number of requests in a window."""
 
+from typing import Final
+
 from audiences_async._pace.learned_rate import LearnedRate
 from audiences_async._pace.learned_window import LearnedWindow
+
+_SLOWLY: Final = 0.5  # of the proven rate, with each later answer: accounts may be refused in between
 
 
 class LearnedPace:
@@ -78,11 +82,12 @@ class LearnedPace:
 
     def prove(self) -> None:
         """Note that an account that had been refused got an answer, which shows that there is a limit."""
-        self._proven = self.steady.rate or 0.0
+        if self.rate is not None:
+            self._proven = max(self.steady.rate or 0.0, _SLOWLY * (self._proven or 0.0))
 
     def restore(self) -> bool:
         """Return to the pace that was proven last; return ``False`` if none was."""
-        if self._proven is None:
+        if self._proven is None or (self.steady.rate is not None and not self._proven):
             return False
         if self.steady.rate is not None:
             self.steady.rate = max(self.steady.rate, self._proven)

@@ -202,11 +202,12 @@ class Pacer:
         """Return the key that a job's probe is sent with, in place of the call's own; ``None`` if with its own.
 
         Half of the probes are sent for an account that was answered before: accounts that fail for ever, however many
-        of them stand in a row, do not keep the service closed.
+        of them stand in a row, do not keep the service closed. If they were to blame before, the first probe is.
         """
         witness = self.service.witness
         # Half of them, but not every second one: short and long pauses may alternate too, and decide what is answered.
-        return witness if witness is not key and self.service.outage.probes.bit_count() % 2 else None
+        is_due = self.service.evidence.blames_accounts or self.service.outage.probes.bit_count() % 2
+        return witness if is_due and witness is not key else None
 
     def release(
         self,

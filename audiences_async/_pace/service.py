@@ -207,15 +207,14 @@ class ServiceLane(PacedQueue):
 
     def _judge(self, now: float, turn: Turn, verdict: Verdict, pause: float | None, lane: Lane) -> bool:
         """Decide whether a refusal or failure, which may be the service's, is its own, and close it then."""
-        if self.evidence.blames_accounts:
-            return False
         if self.closing.is_probing:
             if verdict == "throttled" and pause is not None:
                 self._throttled(now, turn.sent_at, pause, fresh=False)  # an old request, but its reply names a time
             return True
         if verdict in REFUSALS and self.load.concurrency < math.inf:
             return True
-        if verdict in REFUSALS and (self.state == "limited" or self.evidence.shows_refusals):
+        shows_limit = not self.evidence.blames_accounts and (self.state == "limited" or self.evidence.shows_refusals)
+        if verdict in REFUSALS and shows_limit:
             self._unrefused = 0
             learned = self.paces.learned
             if learned is not None and not learned.steady.explains_refusals:
