@@ -20,7 +20,7 @@ from services import missing_module
 
 import audiences_async
 from audiences_async import Account, ConfigurationError, Failed
-from audiences_async._jobs import compression
+from audiences_async._jobs import compression, outcome_files
 from audiences_async.accounts import AccountFile
 from audiences_async.cli.rows import COLUMNS
 from audiences_async.sandbox import EXAMPLE_AUDIENCES, Answer, Sandbox
