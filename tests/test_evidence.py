@@ -141,11 +141,13 @@ def test_an_account_that_recovers_blames_the_service(lanes: list[Lane]) -> None:
     assert not evidence.blames_accounts
 
 
-def test_any_answer_ends_the_accounts_guilt(lanes: list[Lane]) -> None:
-    """Look at later refusals afresh once an account is answered: the service may have an outage next."""
+def test_other_answers_do_not_clear_the_accounts(lanes: list[Lane]) -> None:
+    """Keep on blaming the accounts while others are answered, until one that was answered before is refused."""
     evidence = Evidence()
     contrast(evidence, lanes[0], 5)
     evidence.returned("answered", lanes[1])
+    assert evidence.blames_accounts
+    evidence.returned("unavailable", None, is_probe=True)
     assert not evidence.blames_accounts
 
 

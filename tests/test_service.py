@@ -891,7 +891,7 @@ def test_a_rate_is_not_lost_to_accounts_that_are_all_refused(run: RunJob, status
     assert done.outcomes[-1][0] <= 100, "417,000 if each refusal lowers the rate further"
 
 
-@pytest.mark.parametrize(("status", "seconds"), [(429, 30), (503, 160), (500, 20)])
+@pytest.mark.parametrize(("status", "seconds"), [(429, 45), (503, 180), (500, 45)])
 @pytest.mark.parametrize("bad", [range(500, 900), range(1600, 2000)])
 def test_many_accounts_that_fail_for_ever_are_no_limit(run: RunJob, bad: range, status: int, seconds: float) -> None:
     """Learn no rate for all accounts from many in a row that are refused for ever, amid others or at the end."""
@@ -912,15 +912,38 @@ def test_most_accounts_fail_for_ever(run: RunJob, status: int) -> None:
     assert done.outcomes[-1][0] <= 600, "100,000 if their refusals lower the rate of all"
 
 
-def test_an_outage_while_accounts_fail_for_ever(run: RunJob) -> None:
-    """Answer every healthy account after an outage, although so many were refused before that they are in doubt."""
+@pytest.mark.parametrize("status", [503, 500])
+def test_an_outage_after_accounts_that_fail_for_ever(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    """Wait for the end of an outage although accounts were to blame for the failures before it."""
+    service = Service(lambda key, at: status if at > 100 else 429 if key.startswith("bad") else 200, round_trip=0.05)
+    monkeypatch.setattr("audiences_async._call.engine.Transport", service)
+
+    async def main() -> None:
+        clock = virtual.clock(random.Random(20261127).random)
+        async with AudiencesClient(base_url="http://localhost/", clock=clock) as client:
+            names = [f"{'good' if number < 500 else 'bad'}-{number}" for number in range(900)]
+            outcomes = await client.fetch_all([Account(name, name) for name in names])
+            assert sum(outcome.ok for outcome in outcomes) == 500
+            assert virtual.now() < 100
+            await asyncio.sleep(101 - virtual.now())
+            service.decide = lambda key, at: status if at < 131 else 200
+            outcomes = await client.fetch_all([Account(f"new-{number}", f"new-{number}") for number in range(300)])
+            assert all(outcome.ok for outcome in outcomes)
+            assert 131 < virtual.now() < 135
+
+    virtual.run(main())
+
+
+def test_an_account_that_is_unauthorized_is_no_witness(run: RunJob) -> None:
+    """Send no probes with a key that is refused by 401, which a service may send before it looks at any limit."""
+    window = shared(FixedWindow(60, 60.0))
 
     def decide(key: str, at: float) -> int:
-        return 503 if 8 <= at < 38 else 429 if key.startswith("bad") else 200
+        return 401 if key.startswith("bad") else window("", at)
 
-    done = run(Service(decide, round_trip=0.2), 3000, is_bad=lambda number: number >= 100 and number % 2 == 0)
-    assert not [outcome for _, outcome in done.outcomes if not outcome.ok and outcome.account.name.startswith("good")]
-    assert done.answered[-1] > 38
+    done = run(Service(decide, round_trip=0.03), 400, is_bad=lambda number: number % 10 in {2, 5, 8})
+    assert done.reasons == {"final": 120}
+    assert len(done.answered) == 280
 
 
 def test_accounts_that_fail_for_ever_do_not_prolong_a_job_under_a_shared_rate(run: RunJob) -> None:

@@ -67,8 +67,10 @@ class Evidence:
             self._probed(answered=verdict == "answered", is_own=lane is not None)
 
     def _probed(self, *, answered: bool, is_own: bool) -> None:
-        if not is_own:
-            self._contrasts = self._contrasts + self._probe_failed if answered else 0
+        if not is_own and answered:
+            self._contrasts += self._probe_failed
+        elif not is_own:  # by chance, under a limit, or because of an outage: the next probes will show
+            self._contrasts = _CONTRASTS - 1 if self.blames_accounts else 0
         self._probe_failed = is_own and not answered
 
     def add(self, verdict: Verdict, lane: Lane, peak: int) -> bool:
