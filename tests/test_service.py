@@ -891,6 +891,7 @@ def test_a_rate_is_not_lost_to_accounts_that_are_all_refused(run: RunJob, status
     assert done.outcomes[-1][0] <= 100, "417,000 if each refusal lowers the rate further"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("status", "seconds"), [(429, 45), (503, 180), (500, 45)])
 @pytest.mark.parametrize("bad", [range(500, 900), range(1600, 2000)])
 def test_many_accounts_that_fail_for_ever_are_no_limit(run: RunJob, bad: range, status: int, seconds: float) -> None:
@@ -903,6 +904,7 @@ def test_many_accounts_that_fail_for_ever_are_no_limit(run: RunJob, bad: range, 
     assert done.pace.rate is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("status", [429, 503])
 def test_most_accounts_fail_for_ever(run: RunJob, status: int) -> None:
     """End in minutes although seven of ten accounts are refused for ever, in whatever order."""
@@ -912,7 +914,7 @@ def test_most_accounts_fail_for_ever(run: RunJob, status: int) -> None:
     assert done.outcomes[-1][0] <= 600, "100,000 if their refusals lower the rate of all"
 
 
-@pytest.mark.parametrize("status", [503, 500])
+@pytest.mark.parametrize("status", [503, pytest.param(500, marks=pytest.mark.long)])
 def test_an_outage_after_accounts_that_fail_for_ever(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     """Wait for the end of an outage although accounts were to blame for the failures before it."""
     service = Service(lambda key, at: status if at > 100 else 429 if key.startswith("bad") else 200, round_trip=0.05)
