@@ -80,7 +80,7 @@ class _EmptyDict(dict[str, Any]):
 NOTHING: Final[Mapping[str, Any]] = _EmptyDict()
 
 _COLUMNS: Final = ("id", "name", "created_time", "user_count", "type")
-"""The documented fields of a record."""
+"""The documented fields of a record; `help/architecture.md` lists the places of a new one."""
 _ROWS_IN_HTML: Final = 10
 
 
