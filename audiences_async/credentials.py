@@ -88,12 +88,13 @@ class ApiKey(Secret):
 
     def redact(self, text: str) -> str:
         """Return *text* with the key masked, and each word that has it in an escaped form, or most of it."""
-        if self._text.lower() in text.lower():
-            text = re.sub(re.escape(self._text), MASK, text, flags=re.IGNORECASE)
         lowered = text.lower()
+        if self._text.lower() in lowered:
+            text = re.sub(re.escape(self._text), MASK, text, flags=re.IGNORECASE)
+            lowered = text.lower()
         self._traces = self._traces or _traces(self._text)
         for trace in self._traces:
-            if all(run.lower() in lowered for run in trace):
+            if _may_be_in(lowered, trace):
                 text = _words_with(trace, self._text).sub(MASK, text)
         return text if self.before is None else self.before.redact(text)
 
@@ -102,9 +103,11 @@ class ApiKey(Secret):
         start = body[:limit]
         for encoding in ("utf-16-le", "utf-16-be"):
             start = start.replace(self._text.encode(encoding), MASK.encode(encoding))
+        text = start.decode(errors="surrogateescape")
         beginning = self._text[:_SHORTEST]
-        cut = _words_with(_trace(beginning) or (beginning,), self._text, end=r"\Z")
-        text = cut.sub(rf"\1{MASK}", start.decode(errors="surrogateescape"))
+        trace = _trace(beginning) or (beginning,)
+        if _may_be_in(text.lower(), trace):
+            text = _words_with(trace, self._text, end=r"\Z").sub(rf"\1{MASK}", text)
         start = self.redact(text).encode(errors="surrogateescape")
         return start if self.before is None else self.before.redact_start(start, len(start))
 
@@ -150,6 +153,11 @@ def _long_traces(form: str) -> list[_Trace]:
 
 def _trace(text: str) -> _Trace:
     return tuple(re.findall("[A-Za-z0-9]+", text))
+
+
+def _may_be_in(lowered: str, trace: _Trace) -> bool:
+    """Return whether a text in lower case may have the trace; otherwise no pattern is made, which takes 0.3 ms."""
+    return all(run.lower() in lowered for run in trace)
 
 
 def _words_with(trace: _Trace, key: str, end: str = "") -> re.Pattern[str]:

@@ -2,9 +2,10 @@
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, Generic, Self, TypeAlias, TypeVar
+from typing import Any, Generic, NoReturn, Self, TypeAlias, TypeVar
 
 from audiences_async._base import checks
 from audiences_async._jobs.places import Place, Places
@@ -79,7 +80,8 @@ class Results(AsyncIterator[R], Generic[T, R]):
         self._work = work
         self._patience = patience
         self._places = Places(concurrency)
-        self._done: asyncio.Queue[tuple[R] | None] = asyncio.Queue()
+        self._done: deque[R] = deque()  # with an event, which costs less than a queue
+        self._arrived = asyncio.Event()  # a result, or the end
         self._failure: BaseException | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._start(self._read())
@@ -88,17 +90,21 @@ class Results(AsyncIterator[R], Generic[T, R]):
         return self
 
     async def __anext__(self) -> R:
-        result = await self._done.get()
-        if result is None:
-            self._done.put_nowait(None)  # for the other consumers, and for later calls
-            failure = self._failure
-            if failure is None:
-                raise StopAsyncIteration
-            # An exception that is raised twice shows the frames of both.
-            self._failure = ClientClosedError("the stream failed before its end; another consumer has the error")
-            raise failure
+        while not self._done:
+            if not self._tasks:
+                self._raise_end()
+            self._arrived.clear()
+            await self._arrived.wait()
         self._places.consume()
-        return result[0]
+        return self._done.popleft()
+
+    def _raise_end(self) -> NoReturn:
+        failure = self._failure
+        if failure is None:
+            raise StopAsyncIteration
+        # An exception that is raised twice shows the frames of both.
+        self._failure = ClientClosedError("the stream failed before its end; another consumer has the error")
+        raise failure
 
     async def leave(self) -> None:
         """End every task at once. Consumers that still iterate get a `ClientClosedError`."""
@@ -129,7 +135,8 @@ class Results(AsyncIterator[R], Generic[T, R]):
         result = await self._work(item, place)
         await place.enter()
         self._places.finish()
-        self._done.put_nowait((result,))
+        self._done.append(result)
+        self._arrived.set()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.Task(work)  # never an eager one: tasks start together, and so send their requests
@@ -142,4 +149,4 @@ class Results(AsyncIterator[R], Generic[T, R]):
         if failure is not None:
             self._failure = self._failure or failure
         if not self._tasks:
-            self._done.put_nowait(None)
+            self._arrived.set()

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -97,15 +98,14 @@ class Pacer:
             emit=self._emit,
         )
         self._quota_scope: QuotaScope | None = None  # once a quota was announced
-        self._lanes: dict[Account | str, Lane] = {}
-        self._next_look = _SPARE_LANES  # lanes; idle ones are dropped then
+        self._lanes: OrderedDict[Account | str, Lane] = OrderedDict()
 
     def lane(self, account: Account) -> Lane:
         """Return the account's lane. Functions for keys do not compare, so their accounts are distinguished by name."""
         key = account if isinstance(account.credential, ApiKey) else account.name
         lane = self._lanes.get(key)
         if lane is None:
-            if len(self._lanes) >= self._next_look:
+            if len(self._lanes) >= _SPARE_LANES:
                 self._forget_idle()
             lane = Lane(
                 account.name,
@@ -281,15 +281,13 @@ class Pacer:
         return (lane.snapshot(now) for lane in self._lanes.values())
 
     def _forget_idle(self) -> None:
-        """Drop the idle lanes, and the older half of the unused ones if there are too many."""
+        """Look at the two oldest lanes, and drop those that are idle, or unused if there are too many."""
         now = self.clock.monotonic()
-        lanes = {key: lane for key, lane in self._lanes.items() if not lane.is_idle(now)}
-        if len(lanes) >= _KEPT_LANES:
-            unused = [key for key, lane in lanes.items() if not lane.users and lane.closing.until <= now]
-            for key in unused[: len(unused) // 2]:
-                del lanes[key]
-        self._lanes = lanes
-        self._next_look = _SPARE_LANES + max(len(lanes), min(2 * len(lanes), _KEPT_LANES))
+        for _ in range(2):  # for one that is made, so that they become fewer
+            key, lane = self._lanes.popitem(last=False)
+            is_spare = len(self._lanes) >= _KEPT_LANES and not lane.users and lane.closing.until <= now
+            if not is_spare and not lane.is_idle(now):
+                self._lanes[key] = lane
 
 
 @contextmanager
