@@ -381,8 +381,8 @@ class AudiencesClient:
         async def fetch(account: Account, place: Place) -> Outcome:
             started = now()
             try:
-                caller = Caller(self._checked(account), limit, self._retry, place)
-                result = await self._engine.open().answer(caller)
+                self._check_cookies(account)
+                result = await self._engine.open().answer(Caller(account, limit, self._retry, place))
             except AudiencesError as error:
                 # Without its frames, which would keep the call and its body alive as long as the outcome.
                 result = error.with_traceback(None)
@@ -401,9 +401,12 @@ class AudiencesClient:
             checks.instance("account", account, Account)
         elif (account := self._default) is None:
             raise ConfigurationError("no account: pass one to get_audiences(), or an api_key to the client")
+        self._check_cookies(account)
+        return account
+
+    def _check_cookies(self, account: Account) -> None:
         if (session := self._engine.settings.transport.session) is not None:
             check_cookies(session, account)
-        return account
 
     def _limit(self, timeout: float | None) -> float:
         return self._timeout if timeout is None else checks.seconds("timeout", timeout)

@@ -336,6 +336,29 @@ async def test_a_cancelled_worker_is_not_passed_over() -> None:
             await anext(results)
 
 
+async def test_a_job_of_one_place_ends_although_its_task_was_cancelled() -> None:
+    """End the iteration as a cancellation if the only task that has a place is cancelled from outside."""
+    begun: list[int] = []
+    tasks: list[asyncio.Task[Any] | None] = []
+
+    async def work(number: int, _place: Place) -> int:
+        begun.append(number)
+        tasks.append(asyncio.current_task())
+        await asyncio.Event().wait()
+        return number
+
+    async with jobs.stream(numbers_of(5), work, 1) as results:
+        consumer = asyncio.ensure_future(anext(results))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert tasks[0] is not None
+        tasks[0].cancel()
+        await asyncio.wait({consumer}, timeout=1)
+        assert consumer.done()
+    assert consumer.cancelled()
+    assert begun == [0]
+
+
 async def test_a_failed_job_begins_no_further_item() -> None:
     """If one of the job's tasks is cancelled from outside, what it had begun is delivered, then the cancellation."""
     begun: list[int] = []

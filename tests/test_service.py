@@ -80,6 +80,7 @@ class Done:
 
 
 RunJob = Callable[..., Done]
+Limit = Callable[[str, float], int]
 
 
 @pytest.fixture
@@ -186,7 +187,7 @@ def test_a_limit_of_connections(run: RunJob, refusal: int) -> None:
     [lambda: FixedWindow(500, 10.0), lambda: SlidingWindow(500, 10.0), lambda: TokenBucket(50, 500)],
     ids=["fixed", "sliding", "token"],
 )
-def test_every_kind_of_shared_limit_is_learned(run: RunJob, limit: Callable[[], Callable[[str, float], int]]) -> None:
+def test_every_kind_of_shared_limit_is_learned(run: RunJob, limit: Callable[[], Limit]) -> None:
     """Fail no account under a shared window or bucket, with few requests refused."""
     done = run(Service(shared(limit()), round_trip=0.02), 3000)
     assert not done.reasons
@@ -946,6 +947,48 @@ def test_an_account_that_is_unauthorized_is_no_witness(run: RunJob) -> None:
     done = run(Service(decide, round_trip=0.03), 400, is_bad=lambda number: number % 10 in {2, 5, 8})
     assert done.reasons == {"final": 120}
     assert len(done.answered) == 280
+
+
+@pytest.mark.parametrize("limiter", [lambda: FixedWindow(60, 60.0), lambda: LeakyBucket(10, 5)], ids=["window", "rate"])
+def test_a_witness_whose_key_is_refused_later_shows_nothing(run: RunJob, limiter: Callable[[], Limit]) -> None:
+    """Wait for a limit although each key that was answered is refused by 401 from then on, before any limit."""
+    limit, used = shared(limiter()), set()
+
+    def decide(key: str, at: float) -> int:
+        if key in used:
+            return 401
+        status = limit("", at)
+        if status == 200:
+            used.add(key)
+        return status
+
+    done = run(Service(decide, round_trip=0.03), 400)
+    assert len(done.answered) == 400
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("refusal", [429, 503])
+@pytest.mark.parametrize(
+    "limit", [FixedWindow(10, 10.0), FixedWindow(100, 60.0), LeakyBucket(5, 5)], ids=["10 s", "60 s", "rate"]
+)
+@pytest.mark.parametrize("concurrency", [10, 100])
+def test_a_later_job_meets_a_limit_that_the_first_did_not(
+    monkeypatch: pytest.MonkeyPatch, limit: Limit, refusal: int, concurrency: int
+) -> None:
+    """Fail no account of a client's second job, which begins without a slow start."""
+    limited = shared(limit, refusal)
+    service = Service(lambda key, at: limited("", at) if at > 3600.0 else 200, round_trip=0.05)
+    monkeypatch.setattr("audiences_async._call.engine.Transport", service)
+
+    async def main() -> list[Outcome]:
+        clock = virtual.clock(random.Random(20261129).random)
+        async with AudiencesClient(base_url="http://localhost/", clock=clock) as client:
+            await client.fetch_all([Account(f"a{number}", f"a{number}") for number in range(400)])
+            await asyncio.sleep(4000.0)
+            accounts = [Account(f"b{number}", f"b{number}") for number in range(300)]
+            return await client.fetch_all(accounts, concurrency=concurrency, timeout=60.0)
+
+    assert [outcome.account.name for outcome in virtual.run(main()) if not outcome.ok] == []
 
 
 def test_accounts_that_fail_for_ever_do_not_prolong_a_job_under_a_shared_rate(run: RunJob) -> None:

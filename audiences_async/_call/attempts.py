@@ -33,7 +33,9 @@ class Attempts:
         place: The call's place in a job; ``None`` if it is of no job.
     """
 
-    __slots__ = ("_account", "_context", "_lane", "_place", "_record", "_refusals", "_time", "is_paced", "key")
+    __slots__ = (
+        "_account", "_context", "_lane", "_place", "_record", "_refusals", "_time", "excused", "is_paced", "key",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -48,6 +50,8 @@ class Attempts:
         self.key: CallKey = CallKey(credential)
         self.is_paced: bool = False
         """Whether the lanes do all the waiting for the next attempt."""
+        self.excused: int = 0
+        """Attempts so far that do not count: a limit that all accounts share may have refused them."""
         self._account = account
         self._time = time
         self._record = record
@@ -73,7 +77,7 @@ class Attempts:
     async def next(self) -> Result:
         """Return the result of the next attempt."""
         try:
-            key = await self.key.get(self._account.name)
+            key = self.key.fixed or await self.key.get(self._account.name)
             self._time.scope.check()
             while True:
                 result = await self._exchange(key)
@@ -105,6 +109,8 @@ class Attempts:
             else:
                 result = reply
             report = self._report(result, reply)
+            if witness is not None and report.verdict == "answered" and isinstance(result, AudiencesError):
+                self._context.pacer.service.witness, report = None, NOTHING  # its key was refused before any limit
         finally:
             released = self._context.pacer.release(
                 self._lane, turn, report, is_own=witness is None, in_job=self._place is not None
@@ -121,6 +127,8 @@ class Attempts:
         # The reply to a witness is another account's, and never leaves this method.
         reason = "probe" if witness is not None else self._excuse(turn, released)
         if reason is None:
+            if not released.counts and self.excused < self._context.policy.max_attempts:
+                self.excused += 1
             return result
         self._record.add(result, 0.0, reason, is_own=witness is None)
         return None

@@ -10,10 +10,12 @@ class CallKey:
         credential: The key, or the source of keys.
     """
 
-    __slots__ = ("_is_in_use", "_refused", "_source", "current", "is_asked_for")
+    __slots__ = ("_is_in_use", "_refused", "_source", "current", "fixed", "is_asked_for")
 
     def __init__(self, credential: ApiKey | KeySource) -> None:
-        self.current: ApiKey | None = credential if isinstance(credential, ApiKey) else None
+        self.fixed: ApiKey | None = credential if isinstance(credential, ApiKey) else None
+        """The key of an account that has no key function."""
+        self.current: ApiKey | None = self.fixed
         """The key of the latest attempt; ``None`` before a key function has given one."""
         self.is_asked_for: bool = False
         """Whether the call waits for the key function."""

@@ -143,7 +143,7 @@ class Call:
 
     def _decide(self, error: AudiencesError, state: RetryCallState) -> Again | Stop:
         facts = Facts(
-            number=state.attempt_number,
+            number=state.attempt_number - self._attempts.excused,
             time_left=self.time.deadline - self._context.clock.monotonic(),
             next_turn=self._attempts.expected(),
             can_refresh_key=self._attempts.key.can_be_refreshed,

@@ -84,7 +84,7 @@ class Results(AsyncIterator[R], Generic[T, R]):
         self._arrived = asyncio.Event()  # a result, or the end
         self._failure: BaseException | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._start(self._read())
+        self._reader = self._start(self._read())
 
     def __aiter__(self) -> Self:
         return self
@@ -119,12 +119,14 @@ class Results(AsyncIterator[R], Generic[T, R]):
         """Start a task for each item, when there is a place for it."""
         async with aclosing(self._items):
             while True:
-                await self._places.wait()
+                while self._places.is_full:
+                    await self._places.wait()
                 try:
                     item = await anext(self._items)
                 except StopAsyncIteration:
                     return
-                await self._places.wait()  # others may have returned while the source was slow
+                while self._places.is_full:  # others may have returned while the source was slow
+                    await self._places.wait()
                 if self._failure is not None:  # the source may have lost this task's cancellation
                     return
                 self._places.begin()
@@ -133,20 +135,23 @@ class Results(AsyncIterator[R], Generic[T, R]):
     async def _run(self, item: T) -> None:
         place = Place(self._places, self._patience)
         result = await self._work(item, place)
-        await place.enter()
+        if not place.held:
+            await place.enter()
         self._places.finish()
         self._done.append(result)
         self._arrived.set()
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.Task(work)  # never an eager one: tasks start together, and so send their requests
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         failure = asyncio.CancelledError() if task.cancelled() else task.exception()
         if failure is not None:
             self._failure = self._failure or failure
+            self._reader.cancel()  # it may wait for a place that no task gives back
         if not self._tasks:
             self._arrived.set()

@@ -35,16 +35,20 @@ class Places:
         self._next: asyncio.Future[None] | None = None  # waits for a place for a new item
         self._returning: list[_Returning] = []  # a heap; waits for places too
 
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no place for a new item."""
+        return self._taken >= self._most or self._held >= self._most_held
+
     async def wait(self) -> None:
-        """Return when there is a place for a new item, and take none: others may need it while the source is slow."""
-        while self._taken >= self._most or self._held >= self._most_held:
-            loop = asyncio.get_running_loop()
-            self._next = loop.create_future()
-            try:
-                await self._next
-            finally:
-                self._next = None
-                loop.call_soon(self._offer)  # what the new items leave
+        """Return when there may be a place for a new item, and take none: others may need it if the source is slow."""
+        loop = asyncio.get_running_loop()
+        self._next = loop.create_future()
+        try:
+            await self._next
+        finally:
+            self._next = None
+            loop.call_soon(self._offer)  # what the new items leave
 
     def begin(self) -> None:
         """Take a place for a new item."""
@@ -101,7 +105,7 @@ class Places:
 
     def _offer(self) -> None:
         """Give the free places to those that wait for one."""
-        while self._taken < self._most and self._held < self._most_held:
+        while not self.is_full:
             if self._next is not None and not self._is_overdue:
                 if not self._next.done():
                     self._next.set_result(None)

@@ -49,6 +49,10 @@ class Evidence:
         """Whether most requests are refused, and most refused accounts are answered later."""
         return self._refusals >= _HALF and self._recovered >= _HALF
 
+    def acquit(self) -> None:
+        """Blame no accounts any longer: others come now."""
+        self._contrasts = 0
+
     def returned(self, verdict: Verdict, lane: Lane | None, *, is_probe: bool = False) -> None:
         """Note the reply to a request, or to a probe, of an account; ``None`` is one that was answered before."""
         if verdict != "answered":

@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -46,13 +45,15 @@ class Released(NamedTuple):
     Attributes:
         is_paced: Whether it may leave all waiting to the lanes.
         waits: Whether it is of a job, and goes on waiting for a limit that all accounts share.
+        counts: Whether it is surely not of a limit that all accounts share.
     """
 
     is_paced: bool
     waits: bool
+    counts: bool
 
 
-_ANSWERED: Final = Released(is_paced=False, waits=False)
+_ANSWERED: Final = Released(is_paced=False, waits=False, counts=True)
 
 
 class Pacer:
@@ -98,14 +99,15 @@ class Pacer:
             emit=self._emit,
         )
         self._quota_scope: QuotaScope | None = None  # once a quota was announced
-        self._lanes: OrderedDict[Account | str, Lane] = OrderedDict()
+        self._lanes: dict[Account | str, Lane] = {}
+        self._next_look = _SPARE_LANES  # lanes; idle ones are dropped then
 
     def lane(self, account: Account) -> Lane:
         """Return the account's lane. Functions for keys do not compare, so their accounts are distinguished by name."""
         key = account if isinstance(account.credential, ApiKey) else account.name
         lane = self._lanes.get(key)
         if lane is None:
-            if len(self._lanes) >= _SPARE_LANES:
+            if len(self._lanes) >= self._next_look:
                 self._forget_idle()
             lane = Lane(
                 account.name,
@@ -245,10 +247,13 @@ class Pacer:
                 self._announced(lane, now, turn, quota)
         if verdict == "answered":
             return _ANSWERED
+        is_refused = in_job and verdict in REFUSALS
+        # Also if others are answered: a window refuses the same accounts at each of its ends, as they come back together.
+        counts = not (is_refused and self.service.state == "limited" and not self.service.evidence.blames_accounts)
         if of_service:
             is_paced = self.service.paces_retries or (in_job and self.service.state == "limited")
-            return Released(is_paced, waits=in_job and verdict in REFUSALS and not lane.fails_alone)
-        return Released(verdict == "throttled" and lane.paces_retries, waits=False)
+            return Released(is_paced, is_refused and not lane.fails_alone, counts)
+        return Released(verdict == "throttled" and lane.paces_retries, waits=False, counts=counts)
 
     def _announced(self, lane: Lane, now: float, turn: Turn, quota: Quota | None) -> None:
         self._quota_scope = self._quota_scope or QuotaScope()
@@ -281,13 +286,15 @@ class Pacer:
         return (lane.snapshot(now) for lane in self._lanes.values())
 
     def _forget_idle(self) -> None:
-        """Look at the two oldest lanes, and drop those that are idle, or unused if there are too many."""
+        """Drop the idle lanes, and the older half of the unused ones if there are too many."""
         now = self.clock.monotonic()
-        for _ in range(2):  # for one that is made, so that they become fewer
-            key, lane = self._lanes.popitem(last=False)
-            is_spare = len(self._lanes) >= _KEPT_LANES and not lane.users and lane.closing.until <= now
-            if not is_spare and not lane.is_idle(now):
-                self._lanes[key] = lane
+        lanes = {key: lane for key, lane in self._lanes.items() if not lane.is_idle(now)}
+        if len(lanes) >= _KEPT_LANES:
+            unused = [key for key, lane in lanes.items() if not lane.users and lane.closing.until <= now]
+            for key in unused[: len(unused) // 2]:
+                del lanes[key]
+        self._lanes = lanes
+        self._next_look = _SPARE_LANES + max(len(lanes), min(2 * len(lanes), _KEPT_LANES))
 
 
 @contextmanager
@@ -306,3 +313,4 @@ def watching(service: ServiceLane) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+        service.evidence.acquit()
