@@ -29,8 +29,8 @@ class RetryPolicy:
 
     Attributes:
         max_attempts: Maximum number of requests for one call, the first included; 1 means no retry. In a job, probes of
-            an outage do not count, nor do refusals by a limit that all accounts share, unless others were answered
-            meanwhile.
+            an outage do not count, nor do refusals by a limit that all accounts share; if other accounts are answered
+            meanwhile, only the first four of them do not.
         base_delay: Seconds; upper bound of the first wait. 0 means no wait, except after a 429.
         max_delay: Seconds; upper bound of every drawn wait.
         throttle_base_delay: Seconds; replaces ``base_delay`` after a 429. 0 means no wait beyond the service's own.

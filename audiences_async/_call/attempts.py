@@ -18,6 +18,7 @@ from audiences_async.credentials import ApiKey, KeySource
 from audiences_async.errors import AudiencesError, ConnectionFailedError, StatusError, TransportError
 from audiences_async.models import Account
 
+_MOST_EXCUSED: Final = 4  # attempts that do not count, because a limit that all accounts share may have refused them
 _MOST_REFUSALS: Final = 4  # by a limit that all accounts share, for each attempt that a call of a job may make
 
 
@@ -127,7 +128,7 @@ class Attempts:
         # The reply to a witness is another account's, and never leaves this method.
         reason = "probe" if witness is not None else self._excuse(turn, released)
         if reason is None:
-            if not released.counts and self.excused < self._context.policy.max_attempts:
+            if not released.counts and self.excused < _MOST_EXCUSED:
                 self.excused += 1
             return result
         self._record.add(result, 0.0, reason, is_own=witness is None)

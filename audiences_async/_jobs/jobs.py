@@ -119,13 +119,13 @@ class Results(AsyncIterator[R], Generic[T, R]):
         """Start a task for each item, when there is a place for it."""
         async with aclosing(self._items):
             while True:
-                while self._places.is_full:
+                while self._places.is_full():
                     await self._places.wait()
                 try:
                     item = await anext(self._items)
                 except StopAsyncIteration:
                     return
-                while self._places.is_full:  # others may have returned while the source was slow
+                while self._places.is_full():  # others may have returned while the source was slow
                     await self._places.wait()
                 if self._failure is not None:  # the source may have lost this task's cancellation
                     return

@@ -35,7 +35,6 @@ class Places:
         self._next: asyncio.Future[None] | None = None  # waits for a place for a new item
         self._returning: list[_Returning] = []  # a heap; waits for places too
 
-    @property
     def is_full(self) -> bool:
         """Whether there is no place for a new item."""
         return self._taken >= self._most or self._held >= self._most_held
@@ -105,7 +104,7 @@ class Places:
 
     def _offer(self) -> None:
         """Give the free places to those that wait for one."""
-        while not self.is_full:
+        while not self.is_full():
             if self._next is not None and not self._is_overdue:
                 if not self._next.done():
                     self._next.set_result(None)

@@ -248,7 +248,7 @@ class Pacer:
         if verdict == "answered":
             return _ANSWERED
         is_refused = in_job and verdict in REFUSALS
-        # Also if others are answered: a window refuses the same accounts at each of its ends, as they come back together.
+        # Even if others are answered: a window refuses the same accounts at each end, because they come back together.
         counts = not (is_refused and self.service.state == "limited" and not self.service.evidence.blames_accounts)
         if of_service:
             is_paced = self.service.paces_retries or (in_job and self.service.state == "limited")

@@ -117,7 +117,7 @@ class PacedQueue(Queue):
     ) -> None:
         # Not by `isinstance(limit, Limiter)`: checking a protocol takes longer than making a lane.
         known = limit if limit is None or isinstance(limit, RateLimit) else getattr(limit, "limit", None)
-        super().__init__(clock, deadlines, None if known is limit else limit)
+        super().__init__(clock, deadlines, None if isinstance(limit, RateLimit) else limit)
         self.closing: Closing = Closing()
         self.paces: Paces = Paces(known if isinstance(known, RateLimit) else None, is_shared=self.is_shared)
         self._settings = settings
