@@ -106,7 +106,8 @@ class ApiKey(Secret):
         text = start.decode(errors="surrogateescape")
         beginning = self._text[:_SHORTEST]
         trace = _trace(beginning) or (beginning,)
-        if _may_be_in(text.lower(), trace):
+        is_ascii = text.isascii() and beginning.isascii()  # in which case lower case has no exceptions
+        if not is_ascii or _may_be_in(text.lower(), trace):
             text = _words_with(trace, self._text, end=r"\Z").sub(rf"\1{MASK}", text)
         start = self.redact(text).encode(errors="surrogateescape")
         return start if self.before is None else self.before.redact_start(start, len(start))

@@ -359,6 +359,51 @@ async def test_a_job_of_one_place_ends_although_its_task_was_cancelled() -> None
     assert begun == [0]
 
 
+async def test_a_job_of_one_place_ends_although_an_item_waits_for_it() -> None:
+    """End the iteration with the error if an item fails in the only place, and another one waits to return to it."""
+
+    async def work(number: int, place: Place) -> int:
+        if number == 0:
+            place.leave()
+            await asyncio.sleep(0.01)
+            await place.enter()
+            return number
+        await asyncio.sleep(0.02)
+        raise LookupError("no place was given back")
+
+    async with asyncio.timeout(5), jobs.stream(numbers_of(5), work, 1) as results:
+        assert await anext(results) == 0
+        with pytest.raises(LookupError):
+            await anext(results)
+
+
+@pytest.mark.parametrize("way", ["left", "failed"])
+async def test_the_clean_up_of_a_source_is_not_interrupted(way: str) -> None:
+    """Cancel the source once, although several tasks end: what it does about that may take a while."""
+    ended: list[str] = []
+
+    async def work(number: int, _place: Place) -> int:
+        await asyncio.sleep(0.01)
+        raise LookupError("a failed item")
+
+    async def source() -> AsyncGenerator[int, None]:
+        try:
+            yield 0
+            yield 1
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.03)
+            ended.append("cleaned up")
+
+    async with jobs.stream(source(), work, 3) as results:
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if way == "failed":
+            with pytest.raises(LookupError):
+                await anext(results)
+    assert ended == ["cleaned up"]
+
+
 async def test_a_failed_job_begins_no_further_item() -> None:
     """If one of the job's tasks is cancelled from outside, what it had begun is delivered, then the cancellation."""
     begun: list[int] = []

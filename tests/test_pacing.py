@@ -29,9 +29,10 @@ from audiences_async import (
     TooManyRequestsError,
 )
 from audiences_async._base.deadlines import CallTime, Deadlines
-from audiences_async._pace.pacer import Pacer
+from audiences_async._pace.pacer import Pacer, watching
 from audiences_async._pace.pacing import Report, Turn, Verdict
 from audiences_async.clock import Clock
+from audiences_async.credentials import ApiKey
 from audiences_async.events import AccountPaused, AccountResumed, AttemptFinished, RateLearned
 from audiences_async.snapshots import AccountPace
 
@@ -948,6 +949,36 @@ def test_a_paused_account_is_not_forgotten() -> None:
 
 
 @pytest.mark.slow
+def test_only_the_latest_witness_is_dismissed() -> None:
+    """Keep a key that was answered since the probe with another one began."""
+
+    async def main() -> None:
+        outage, earlier, later = pacer().service.outage, ApiKey("earlier"), ApiKey("later")
+        outage.witness = later
+        outage.dismiss(earlier)
+        assert outage.witness is later
+        outage.dismiss(later)
+        assert outage.witness is None
+
+    virtual.run(main())
+
+
+def test_the_blame_ends_with_the_last_job() -> None:
+    """Blame accounts as long as a job goes on, and no longer."""
+
+    async def main() -> list[bool]:
+        service, blamed = pacer().service, []
+        with watching(service):
+            with watching(service):
+                for _ in range(5):
+                    service.evidence.returned("throttled", Way(pacer()).lane, is_probe=True)
+                    service.evidence.returned("answered", None, is_probe=True)
+            blamed.append(service.evidence.blames_accounts)
+        return [*blamed, service.evidence.blames_accounts]
+
+    assert virtual.run(main()) == [True, False]
+
+
 def test_learned_rates_are_kept_for_a_while() -> None:
     """Keep the learned pace for a bounded number of accounts."""
 

@@ -111,7 +111,8 @@ class Attempts:
                 result = reply
             report = self._report(result, reply)
             if witness is not None and report.verdict == "answered" and isinstance(result, AudiencesError):
-                self._context.pacer.service.witness, report = None, NOTHING  # its key was refused before any limit
+                report = NOTHING  # its key was refused before any limit
+                self._context.pacer.service.outage.dismiss(witness)
         finally:
             released = self._context.pacer.release(
                 self._lane, turn, report, is_own=witness is None, in_job=self._place is not None
@@ -120,7 +121,7 @@ class Attempts:
         self.is_paced = released.is_paced
         if report.verdict == "answered" and witness is None:
             if not isinstance(result, AudiencesError):  # which a service may send before it looks at any limit
-                self._context.pacer.service.witness = key
+                self._context.pacer.service.outage.witness = key
             return result
         if isinstance(result, ConnectionFailedError) and result.unsent and witness is None:
             # Wait for a request in flight to free a socket, if there is one.
@@ -157,7 +158,7 @@ class Attempts:
         if self._place is None:
             return None
         if turn.probe:
-            if self._context.pacer.service.witness is None:
+            if self._context.pacer.service.outage.witness is None:
                 self._place.leave()  # no account was answered yet: let the next one be the probe
             return "probe"
         if released.waits and self._refusals < _MOST_REFUSALS * self._context.policy.max_attempts:

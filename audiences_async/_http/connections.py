@@ -10,7 +10,6 @@ import os
 import select
 import socket
 import ssl as tls
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
@@ -47,7 +46,7 @@ class Line:
     on_lost: Callable[[BaseException | None], object] | None = None
     """Called with the exception that ended the connection, if any; ``None`` while it is idle."""
     idle_since: float = math.inf
-    """When it last became idle; seconds on the monotonic clock."""
+    """The event loop's time at which it last became idle."""
     used: bool = False
     """Whether a request has used it."""
 
@@ -108,7 +107,7 @@ class Trust:
     """
 
     def __init__(self, pool: aiohttp.BaseConnector | None) -> None:
-        self.now: Callable[[], float] = time.monotonic
+        self.now: Callable[[], float] = asyncio.get_running_loop().time
         self.resolver: SharedResolver = _Resolver()
         """The resolver of the client's own pool; addresses that failed come last."""
         self._pool = pool

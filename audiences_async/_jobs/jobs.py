@@ -150,8 +150,10 @@ class Results(AsyncIterator[R], Generic[T, R]):
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         failure = asyncio.CancelledError() if task.cancelled() else task.exception()
-        if failure is not None:
-            self._failure = self._failure or failure
-            self._reader.cancel()  # it may wait for a place that no task gives back
+        if failure is not None and self._failure is None:
+            self._failure = failure
+            if task is not self._reader:  # no place can be waited for that this task had
+                self._reader.cancel()
+                self._places.lift_limits()
         if not self._tasks:
             self._arrived.set()

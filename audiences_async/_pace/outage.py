@@ -1,10 +1,13 @@
 """An outage of the service: since when no account has been answered, and when the next probe is due."""
 
 import math
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from audiences_async.clock import Clock
 from audiences_async.errors import TransportError
+
+if TYPE_CHECKING:
+    from audiences_async.credentials import ApiKey
 
 _FIRST_PROBE: Final = 0.25  # s after the first failure; twice as long after each probe
 _LONGEST_PROBE: Final = 1.5  # s, and up to a third more at random
@@ -17,12 +20,14 @@ class Outage:
     """The time without an answer, and the probes in it."""
 
     __slots__ = (
-        "_probed_at", "_resumed_at", "_stall", "closed_since", "failing_since", "hangs", "probes", "problem",
+        "_probed_at", "_resumed_at", "_stall", "closed_since", "failing_since", "hangs", "probes", "problem", "witness",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.probes: int = 0
         """Number of probes sent so far."""
+        self.witness: ApiKey | None = None
+        """The latest key that was answered, for probes; kept as long as the client."""
         self.hangs: bool = False
         """Whether requests are accepted and not answered."""
         self.problem: str = ""
@@ -61,6 +66,11 @@ class Outage:
         """Note a failure, perhaps of a single account."""
         if self.failing_since is None:
             self.failing_since = now
+
+    def dismiss(self, witness: "ApiKey") -> None:
+        """Send no more probes with this key."""
+        if self.witness is witness:
+            self.witness = None
 
     def answered(self) -> None:
         """Note an answer."""

@@ -206,7 +206,7 @@ class Pacer:
         Half of the probes are sent for an account that was answered before: accounts that fail for ever, however many
         of them stand in a row, do not keep the service closed. If they were to blame before, the first probe is.
         """
-        witness = self.service.witness
+        witness = self.service.outage.witness
         # Half of them, but not every second one: short and long pauses may alternate too, and decide what is answered.
         is_due = self.service.evidence.blames_accounts or self.service.outage.probes.bit_count() % 2
         return witness if is_due and witness is not key else None
@@ -299,7 +299,7 @@ class Pacer:
 
 @contextmanager
 def watching(service: ServiceLane) -> Iterator[None]:
-    """Look now and then, for the length of the block, whether the service swallows requests."""
+    """Look now and then, for the length of a job, whether the service swallows requests."""
     loop = asyncio.get_running_loop()
     timer: asyncio.TimerHandle
 
@@ -309,8 +309,11 @@ def watching(service: ServiceLane) -> Iterator[None]:
         timer = loop.call_later(_LOOK_EVERY, look)
 
     timer = loop.call_later(_LOOK_EVERY, look)
+    service.jobs += 1
     try:
         yield
     finally:
         timer.cancel()
-        service.evidence.acquit()
+        service.jobs -= 1
+        if not service.jobs:
+            service.evidence.acquit()

@@ -3,7 +3,7 @@
 import asyncio
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from audiences_async._base.deadlines import Deadlines
 from audiences_async._pace.evidence import Evidence
@@ -22,9 +22,6 @@ from audiences_async.events import (
 )
 from audiences_async.policies import Limiter, RateLimit
 from audiences_async.snapshots import ServicePace, State
-
-if TYPE_CHECKING:
-    from audiences_async.credentials import ApiKey
 
 _STALL_IN_FLIGHT: Final = 8  # requests in flight; fewer show no stall
 _LONG_PAUSE: Final = 5.0  # s; a longer pause ends a measurement
@@ -46,7 +43,7 @@ class ServiceLane(PacedQueue):
 
     is_shared = True
 
-    __slots__ = ("_emit", "_unrefused", "abandon", "answers", "evidence", "load", "outage", "state", "witness")
+    __slots__ = ("_emit", "_unrefused", "abandon", "answers", "evidence", "jobs", "load", "outage", "state")
 
     def __init__(
         self,
@@ -65,12 +62,12 @@ class ServiceLane(PacedQueue):
         self.outage: Outage = Outage()
         self.answers: int = 0
         """Number of requests answered so far."""
-        self.witness: ApiKey | None = None
-        """The latest key that was answered, for probes; kept as long as the client."""
         self.abandon: Callable[[], None] = lambda: None
         """Called to time out all requests in flight."""
         self.state: State = "open"
         """Whether all accounts are held to a limit, or no account is answered."""
+        self.jobs: int = 0
+        """Jobs under way."""
         self._emit = emit
         self._unrefused = 0  # answers since the latest refusal
         attach = getattr(limit, "attach_pace", None)
