@@ -113,12 +113,12 @@ async def test_concurrent_calls_keep_their_own_spans(sandbox: Sandbox, told: Tol
     assert counts == {f"a{number}": 1 + number % 3 for number in range(20)}
 
 
-async def test_metrics(sandbox: Sandbox, north: Account, told: Told) -> None:
+async def test_metrics(sandbox: Sandbox, north: Account, told: Told, time: SteppedTime) -> None:
     """Metrics have the duration of calls by result, the wait of attempts for their turn, and the retries."""
     sandbox.script("north", Answer(429, retry_after=0), Answer(200), Answer(404))
     limit = RateLimit(rate=20.0)
     async with AudiencesClient(
-        base_url=sandbox.base_url, on_event=told.hook, rate_limit=limit, retry=AT_ONCE
+        base_url=sandbox.base_url, on_event=told.hook, rate_limit=limit, retry=AT_ONCE, clock=time.clock
     ) as client:
         await client.get_audiences(north)
         with pytest.raises(NotFoundError):
@@ -128,7 +128,7 @@ async def test_metrics(sandbox: Sandbox, north: Account, told: Told) -> None:
     assert durations == {None: 1, "NotFoundError": 1}
     (waits,) = metrics["audiences.client.pacing.wait"]
     assert waits.count == 3
-    assert 0.05 <= waits.sum < 1.0
+    assert waits.sum == pytest.approx(0.1)
     assert [point.value for point in metrics["audiences.client.retries"]] == [1]
 
 
