@@ -127,10 +127,14 @@ class Results(AsyncIterator[R], Generic[T, R]):
                     return
                 while self._places.is_full():  # others may have returned while the source was slow
                     await self._places.wait()
-                if self._failure is not None:  # the source may have lost this task's cancellation
-                    return
+                self._check()
                 self._places.begin()
                 self._start(self._run(item))
+
+    def _check(self) -> None:
+        """Cancel the reader again if the job has failed: the source may have lost the first cancellation."""
+        if self._failure is not None:
+            raise asyncio.CancelledError
 
     async def _run(self, item: T) -> None:
         place = Place(self._places, self._patience)
