@@ -156,7 +156,7 @@ class Results(AsyncIterator[R], Generic[T, R]):
         failure = asyncio.CancelledError() if task.cancelled() else task.exception()
         if failure is not None and self._failure is None:
             self._failure = failure
-            if task is not self._reader:  # no place can be waited for that this task had
+            if task is not self._reader:  # the others may wait for a place that it had
                 self._reader.cancel()
                 self._places.lift_limits()
         if not self._tasks:

@@ -45,7 +45,7 @@ class Released(NamedTuple):
     Attributes:
         is_paced: Whether it may leave all waiting to the lanes.
         waits: Whether it is of a job, and goes on waiting for a limit that all accounts share.
-        counts: Whether it is surely not of a limit that all accounts share.
+        counts: Whether it counts as an attempt: no limit that all accounts share may be the reason.
     """
 
     is_paced: bool
